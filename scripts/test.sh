@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Set up and run all tests: bash scripts/test.sh [flags of pytest]
+source "$(dirname "$0")/common.sh"
+cd "$REPO"
+bash scripts/setup.sh requirements-dev.txt
+export PATH=$REPO/.venv/bin:$PATH PYTHON=$REPO/.venv/bin/python HF_HUB_OFFLINE=1 WANDB_MODE=offline
+run ruff check .
+run shellcheck -x -P SCRIPTDIR scripts/*.sh
+run "$PYTHON" -m pytest "$@"

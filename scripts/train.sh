@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Train the encoders of FEATS: pretrain on every subject but SUBJ, then fine-tune on SUBJ. Flags go to every training.
+#   SUBJ=2 bash scripts/train.sh                      STAGES=finetune FEATS="c g_2" bash scripts/train.sh --num_epochs 10
+#   WANDB_LOG=1 bash scripts/train.sh                 DRY_RUN=1 bash scripts/train.sh
+source "$(dirname "$0")/common.sh"
+
+for stage in "${STAGES[@]}"; do
+    case $stage in
+        pretrain) flags=(--multi_subject) ;;
+        finetune) flags=(--multisubject_ckpt auto) ;;
+        *) echo "error: STAGES: $stage is not a stage; wanted pretrain or finetune" >&2; exit 2 ;;
+    esac
+    flags+=(--subj "$SUBJ" --resume "${TRACKING[@]}" "${DRY[@]}")
+    if wants c; then run "${LAUNCH[@]}" "$REPO/src/train_c.py" "${flags[@]}" "$@"; fi
+    if [[ ${#G_FEATS[@]} -gt 0 ]]; then
+        run "${LAUNCH[@]}" "$REPO/src/train_g.py" --feat "${G_FEATS[@]}" "${flags[@]}" "$@"
+    fi
+done

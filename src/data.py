@@ -1,0 +1,429 @@
+"""The only file that knows the Natural Scenes Dataset: columns, HDF5 keys, shards, subjects, ids, ROI masks.
+
+Letters: N images, V voxels, B batch. Image ids are 0-based 73k ids everywhere: the official files that count from 1 are
+converted here (`check_against_expdesign`) and nowhere else.
+"""
+
+import io
+import os
+import tarfile
+from collections import defaultdict
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.io
+import torch
+import webdataset
+from tqdm import tqdm
+
+import utils
+
+SUBJECTS = [f"subj{number:02d}" for number in range(1, 9)]
+# columns of a shard's behav.npy (1, 17); the global trial is the row of the subject's betas
+BEHAV_IMAGE_ID, BEHAV_SESSION, BEHAV_TRIAL, BEHAV_SHARED, BEHAV_COLUMNS = 0, 2, 5, 16, 17
+# feature files written by other programs are flat and do not say their shape: c, g and z of Stable Diffusion 1.x
+KNOWN_FEATURE_SHAPES = {59136: (77, 768), 38400: (50, 768), 16384: (4, 64, 64)}
+
+
+# --- rows of HDF5 data sets ---------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Lazily read rows of one HDF5 data set that is too big to load.
+
+    A contiguous, uncompressed data set is memory-mapped at its offset in the file; any other is read through h5py.
+    Opened again in every process, so it can be handed to DataLoader workers.
+
+    .shape      (N, *row_shape)
+    .row_shape  the data set's attribute `shape` where there is one, else known_shapes[width] for flat rows of that
+                width, else the data set's own shape; an axis of 1 as in (73000, 1, 38400) is dropped
+    .dtype      as stored
+    """
+
+    def __init__(self, path, key, what, hint, known_shapes=None):
+        """what, hint: words for the UserError when the file is missing, truncated or not as wanted."""
+        self.path, self.key = utils.require(path, what, hint), key
+        self._hint = f"delete it and {hint}"
+        try:
+            with h5py.File(path, "r") as file:
+                self._describe(file[key], known_shapes or {})
+        except (OSError, KeyError, RuntimeError) as error:
+            reason = str(error).strip("'\"")
+            raise utils.UserError(f"{path}: `{key}` is not readable ({reason}); {self._hint}") from None
+        self._source, self._opened_by = None, None
+
+    def _describe(self, dataset, known_shapes):
+        self.dtype = dataset.dtype
+        self._stored_shape = dataset.shape
+        own_shape = dataset.shape[1:]
+        if len(own_shape) == 2 and own_shape[0] == 1:
+            own_shape = own_shape[1:]
+        default = known_shapes.get(own_shape[0], own_shape) if len(own_shape) == 1 else own_shape
+        self.row_shape = tuple(int(size) for size in dataset.attrs.get("shape", default))
+        self.shape = (dataset.shape[0], *self.row_shape)
+        if 0 in dataset.shape or np.prod(self.row_shape) != np.prod(own_shape):
+            raise OSError(f"shape {dataset.shape}, attribute `shape` {self.row_shape}")
+
+        plist = dataset.id.get_create_plist()
+        contiguous = plist.get_layout() == h5py.h5d.CONTIGUOUS and plist.get_external_count() == 0
+        self._offset = dataset.id.get_offset() if contiguous else None  # None too when nothing was ever written
+        if contiguous and self._offset is None:
+            raise OSError("it was created but never written")
+        if contiguous:
+            found, wanted = os.path.getsize(self.path), self._offset + dataset.size * dataset.dtype.itemsize
+            if found < wanted:
+                raise OSError(f"truncated: {found} bytes, wanted {wanted}")
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getstate__(self):
+        return {**self.__dict__, "_source": None, "_opened_by": None}
+
+    def _open(self):
+        if self._opened_by != os.getpid():  # an h5py handle must not be shared with a forked worker
+            if self._offset is not None:
+                self._source = np.memmap(self.path, self.dtype, "r", self._offset, self._stored_shape)
+            else:
+                self._source = h5py.File(self.path, "r")[self.key]
+            self._opened_by = os.getpid()
+        return self._source
+
+    def __getitem__(self, ids):
+        """ids: slice or 1-D integers in any order, repeats allowed -> (len(ids), *row_shape) as stored."""
+        ids = np.arange(len(self))[ids] if isinstance(ids, slice) else np.asarray(ids, np.int64)
+        if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
+            bad = ids.min() if ids.min() < 0 else ids.max()
+            raise utils.UserError(f"{self.path}: row {bad} wanted, rows 0..{len(self) - 1} found; {self._hint}")
+        source = self._open()
+        if self._offset is not None:
+            rows = np.asarray(source[ids])
+        else:  # h5py takes ascending ids without repeats only
+            unique, inverse = np.unique(ids, return_inverse=True)
+            rows = source[unique][inverse]
+        return rows.reshape(len(ids), *self.row_shape)
+
+
+def open_betas(paths, subj):
+    """Rows of a subject's single-trial responses: (trials, V) float32, z-scored by session."""
+    hint = "download it (README, data), or check --data_path and --subj"
+    return Rows(paths.betas(subj), "betas", f"betas of {subj}", hint)
+
+
+def open_feature(paths, feat):
+    """Rows of a feature of the stimuli, by image id: c (T, D), z (4, h, w), g_k (T, D)."""
+    hint = f"write it with python src/img2feat.py --feats {feat}"
+    return Rows(paths.feature(feat), "data", f"feature {feat}", hint, KNOWN_FEATURE_SHAPES)
+
+
+def open_stimuli(paths):
+    """Rows of the stimuli, by image id: (N, H, W, 3) uint8."""
+    hint = "download it (README, data), or check --root"
+    return Rows(paths.stimuli / "nsd_stimuli.hdf5", "imgBrick", "stimuli", hint)
+
+
+def read_betas(betas, rows):
+    """Betas of some trials, (len(rows), V) float32; raises UserError when one is not a finite number."""
+    voxels = betas[rows].astype(np.float32, copy=False)
+    finite = np.isfinite(voxels).all(axis=1)
+    if not finite.all():
+        row = np.asarray(rows)[~finite][0]
+        raise utils.UserError(f"{betas.path}: row {row} holds NaN or infinite betas; download or write the file again")
+    return voxels
+
+
+# --- what subjects saw --------------------------------------------------------------------------------------------
+
+
+def subjects(paths):
+    """Names of the subjects whose betas are there, ascending; none raises UserError."""
+    found = [subj for subj in SUBJECTS if paths.betas(subj).exists()]
+    if not found:
+        raise utils.UserError(f"{paths.data_path}: no betas_all_subj0X_fp32_renorm.hdf5 found; check --data_path")
+    return found
+
+
+def load_trials(paths, subj, split, num_sessions=None):
+    """Table of a subject's trials: DataFrame [subject, session, image_id, row, is_shared], one line per trial.
+
+    split: "train" (the first num_sessions shards, None = all) or "test" (every trial of the shared images).
+    row is the trial's row in the subject's betas. Raises UserError for missing or truncated shards, for more sessions
+    than there are, and for image ids that nsd_expdesign.mat (where it exists) contradicts.
+    """
+    folder = paths.data_path / "wds" / subj / {"train": "train", "test": "new_test"}[split]
+    shards = _session_shards(folder, subj, num_sessions) if split == "train" else [folder / "0.tar"]
+    bar = tqdm(shards, desc=f"{subj} {split} trials", unit="tar", delay=2, leave=False)
+    behav = np.concatenate([_read_shard(shard) for shard in bar])  # (trials, 17)
+    trials = pd.DataFrame({
+        "subject": subj,
+        "session": behav[:, BEHAV_SESSION].astype(np.int64),
+        "image_id": behav[:, BEHAV_IMAGE_ID].astype(np.int64),
+        "row": behav[:, BEHAV_TRIAL].astype(np.int64),
+        "is_shared": behav[:, BEHAV_SHARED] == 1,
+    })
+    twice = trials["row"].duplicated()
+    if twice.any():
+        raise utils.UserError(f"{folder}: trial {trials['row'][twice].iloc[0]} is there twice; download it again")
+    if _expdesign_file(paths).exists():
+        check_against_expdesign(paths, subj, trials)
+    return trials
+
+
+def _session_shards(folder, subj, num_sessions):
+    """The first shards of {0, 1, ...}.tar, in numeric order."""
+    hint = "download it (README, data), or check --data_path and --subj"
+    numbers = sorted(int(tar.stem) for tar in utils.require(folder, "shards", hint).glob("*.tar") if tar.stem.isdigit())
+    if not numbers or numbers != list(range(len(numbers))):
+        raise utils.UserError(f"{folder}: shards {numbers} found, wanted 0.tar, 1.tar, ... without a gap; {hint}")
+    wanted = len(numbers) if num_sessions is None else num_sessions
+    if not 1 <= wanted <= len(numbers):
+        raise utils.UserError(f"--num_sessions {wanted}: {subj} has {len(numbers)} sessions in {folder}; "
+                              f"give 1 to {len(numbers)}")
+    return [folder / f"{number}.tar" for number in numbers[:wanted]]
+
+
+def _read_shard(path):
+    """Behaviour of every trial in one tar, (trials, 17) float64."""
+    utils.require(path, "shard", "download it (README, data), or check --data_path and --subj")
+    hint = "delete it and download it again"
+    try:
+        if not _is_whole_tar(path):
+            raise tarfile.ReadError("truncated: its end mark is missing")
+        # every process reads every shard, whatever its rank: no splitting by node or worker
+        samples = webdataset.WebDataset([str(path)], shardshuffle=False, nodesplitter=None, workersplitter=None,
+                                        select_files=lambda name: name.endswith(".behav.npy"))
+        behav = [np.load(io.BytesIO(sample["behav.npy"]), allow_pickle=False) for sample in samples]
+        behav = np.stack(behav).reshape(len(behav), BEHAV_COLUMNS)
+    except (tarfile.TarError, ValueError, OSError, EOFError) as error:
+        raise utils.UserError(f"{path}: not a readable shard ({str(error).splitlines()[0]}); {hint}") from None
+    known = behav[:, [BEHAV_IMAGE_ID, BEHAV_SESSION, BEHAV_TRIAL]]
+    if not np.all(known >= 0):  # absent is written as -1; NaN fails as well
+        raise utils.UserError(f"{path}: a trial without image id, session or trial number; {hint}")
+    return behav
+
+
+def _is_whole_tar(path):
+    """Whether two blocks of zeros follow the last member: a tar cut between two members reads without an error."""
+    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        tar.getmembers()
+        file.seek(tar.offset)
+        return file.read(1024) == bytes(1024)
+
+
+def _expdesign_file(paths):
+    return paths.experiments / "nsd_expdesign.mat"
+
+
+def check_against_expdesign(paths, subj, trials):
+    """Compare the trials' image ids with the experiment's design; raises UserError when one differs.
+
+    The file counts from 1: trial t (row of the betas) of subject s showed subjectim[s, masterordering[t] - 1] - 1.
+    """
+    file = _expdesign_file(paths)
+    try:
+        design = scipy.io.loadmat(file, variable_names=["masterordering", "subjectim"])
+        order = design["masterordering"].ravel().astype(np.int64) - 1
+        shown = design["subjectim"][SUBJECTS.index(subj)].astype(np.int64)[order] - 1  # image id of every trial
+    except Exception as error:  # scipy raises many types for damaged files
+        raise utils.UserError(f"{file}: not readable ({error!r}); download it again") from None
+    row, image_id = trials["row"].to_numpy(), trials["image_id"].to_numpy()
+    if row.max() >= len(shown):
+        raise utils.UserError(f"{file}: {len(shown)} trials, but the shards of {subj} have a trial {row.max()}; "
+                              "check that both are of one data set")
+    differs = shown[row] != image_id
+    if differs.any():
+        first = np.flatnonzero(differs)[0]
+        shards = paths.data_path / "wds" / subj
+        raise utils.UserError(f"{shards}: trial {row[first]} shows image {image_id[first]} (from 0), but {file} "
+                              f"says {shown[row[first]]}; {differs.sum()} of {len(row)} trials differ; "
+                              "check that both are of one subject and one data set")
+
+
+def load_captions(paths):
+    """Captions of every image: list by image id of lists of str (about 5 each)."""
+    table_file = paths.experiments / "nsd_stim_info_merged.csv"
+    caption_file = paths.stimuli / "annotations/nsd_captions.json"
+    utils.require(table_file, "table of the stimuli", "download it (README, data), or check --root")
+    try:
+        table = pd.read_csv(table_file, usecols=["nsdId", "cocoId"]).sort_values("nsdId")
+    except ValueError as error:
+        raise utils.UserError(f"{table_file}: columns nsdId and cocoId wanted ({error}); download it again") from None
+    if not np.array_equal(table["nsdId"], np.arange(len(table))):
+        raise utils.UserError(f"{table_file}: nsdId is not 0..{len(table) - 1}, each once; download it again")
+    by_coco_id = utils.load_json(caption_file, "captions", "download them (README, data)")
+    captions = [by_coco_id.get(str(coco_id)) for coco_id in table["cocoId"]]
+    missing = [image_id for image_id, texts in enumerate(captions) if not texts]
+    if missing:
+        raise utils.UserError(f"{caption_file}: no caption for image {missing[0]} and {len(missing) - 1} others "
+                              f"(cocoId as in {table_file.name}); write or download it again")
+    return captions
+
+
+def roi_masks(paths, subj):
+    """Regions of interest of a subject: dict name -> bool (V,) over the voxels of its betas."""
+    file = paths.data_path / "brain_region_masks.hdf5"
+    utils.require(file, "ROI masks", "download it (README, data), or check --data_path")
+    try:
+        with h5py.File(file, "r") as regions:
+            masks = {name: mask[()].astype(bool) for name, mask in regions[subj].items()}
+    except (OSError, KeyError) as error:
+        raise utils.UserError(f"{file}: masks of {subj} are not readable ({error}); download it again") from None
+    n_voxels = open_betas(paths, subj).shape[1]
+    for name, mask in masks.items():
+        if mask.shape != (n_voxels,):
+            raise utils.UserError(f"{file}: mask {name} of {subj} has shape {mask.shape}, its betas {n_voxels} voxels; "
+                                  "check that both are of one data set")
+    return masks
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def split_by_image(trials, fraction, seed):
+    """Split trials into (train, val) without a common image; about `fraction` of the images, at least one, in val.
+
+    Whether an image is in val depends on (seed, image id) alone, so that no image that several subjects saw is
+    trained on with one of them and validated on with another.
+    """
+    images = trials["image_id"].unique()
+    draw = np.random.default_rng(seed).random(images.max() + 1)
+    threshold = max(fraction, np.nextafter(draw[images].min(), 1))
+    in_val = draw[trials["image_id"]] < threshold
+    return trials[~in_val].reset_index(drop=True), trials[in_val].reset_index(drop=True)
+
+
+class EpochBatches(torch.utils.data.Dataset):
+    """An epoch's batches: every trial once, no image twice in a batch, equal shares of the subjects.
+
+    Item i is a whole batch, so use it with DataLoader(batch_size=None, shuffle=False):
+        voxels     {subject: (b_s, V_s) float32}
+        image_ids  (B,) int64, subject by subject in the order of `voxels`
+        targets    {name: (B, *row_shape) float32}
+    The subject with most trials gives batch_size // n_subjects to a batch (some batches get one less); those of a
+    subject with fewer are spread evenly. Batches are drawn from (seed, epoch) alone.
+    """
+
+    def __init__(self, tables, betas, targets, batch_size, seed, epoch=0):
+        """tables: {subject: trials}, betas: {subject: Rows}, targets: {name: Rows by image id}."""
+        share = batch_size // len(tables)
+        if share < 1:
+            raise utils.UserError(f"--batch_size {batch_size}: fewer than the {len(tables)} subjects; raise it")
+        for subj, table in tables.items():
+            if table.empty:
+                raise utils.UserError(f"{subj}: no trials to train on; check --num_sessions and the wds folder")
+        self.betas, self.targets, self.seed = betas, targets, seed
+        self.image_ids = {subj: table["image_id"].to_numpy() for subj, table in tables.items()}
+        self.rows = {subj: table["row"].to_numpy() for subj, table in tables.items()}
+        # an image that is repeated more often than that needs a batch for each of its trials
+        repeats = np.unique(np.concatenate(list(self.image_ids.values())), return_counts=True)[1].max()
+        self.n_batches = max(-(-max(map(len, tables.values())) // share), int(repeats))
+        self._epoch = torch.tensor(epoch).share_memory_()  # seen by persistent DataLoader workers too
+        self._planned, self._plan = None, None
+
+    def set_epoch(self, epoch):
+        """Choose the epoch; call it before iterating."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self):
+        return self.n_batches
+
+    def plan(self):
+        """This epoch's batches: {subject: list of n_batches index arrays into its trials}."""
+        epoch = self._epoch.item()
+        if self._planned != epoch:
+            rng = np.random.default_rng(utils.derive_seed(self.seed, epoch))
+            used = defaultdict(set)  # image id -> the batches it is in, whoever saw it
+            self._plan = {subj: _deal(ids, self.n_batches, used, rng) for subj, ids in self.image_ids.items()}
+            self._planned = epoch
+        return self._plan
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.n_batches:
+            raise IndexError(index)
+        chosen = {subj: batches[index] for subj, batches in self.plan().items()}
+        voxels = {subj: read_betas(self.betas[subj], self.rows[subj][trials]) for subj, trials in chosen.items()}
+        image_ids = np.concatenate([self.image_ids[subj][trials] for subj, trials in chosen.items()])
+        targets = {name: rows[image_ids].astype(np.float32, copy=False) for name, rows in self.targets.items()}
+        return {
+            "voxels": {subj: torch.from_numpy(array) for subj, array in voxels.items()},
+            "image_ids": torch.from_numpy(image_ids),
+            "targets": {name: torch.from_numpy(array) for name, array in targets.items()},
+        }
+
+
+def _deal(image_ids, n_batches, used, rng):
+    """Deal trials into batches at random: sizes differ by at most one, no image comes twice into a batch.
+
+    Image after image, each trial takes the next of the open places. These are a random order of all batches, renewed
+    when it runs out, so places are filled evenly; a place in a batch that has the image already is left for later.
+    image_ids (n,); used: image id -> set of batches, updated. Returns n_batches index arrays into image_ids.
+    """
+    _, image = np.unique(image_ids, return_inverse=True)
+    order = np.argsort(rng.permutation(image.max() + 1)[image], kind="stable")  # images shuffled, their trials adjacent
+    batch_of = np.empty(len(image_ids), np.int64)
+    places = []
+    for trial in order.tolist():
+        taken = used[int(image_ids[trial])]
+        if taken.issuperset(places):
+            places = rng.permutation(n_batches).tolist() + places
+        last_free = next(k for k in reversed(range(len(places))) if places[k] not in taken)
+        batch_of[trial] = places.pop(last_free)
+        taken.add(int(batch_of[trial]))
+    by_batch = np.argsort(batch_of, kind="stable")
+    return np.split(by_batch, np.cumsum(np.bincount(batch_of, minlength=n_batches))[:-1])
+
+
+# --- testing ------------------------------------------------------------------------------------------------------
+
+
+class TestSet(NamedTuple):
+    """The test images of a subject and its responses to them."""
+
+    __test__ = False  # not a pytest class
+
+    image_ids: np.ndarray  # (N,) int64, ascending
+    betas: np.ndarray  # (N, V) float32, plain mean over the repeats that exist
+    n_repeats: np.ndarray  # (N,) int64
+
+
+def load_test_set(paths, subj, control=None, seed=0):
+    """Read a subject's test set. control makes a null control of the same size and repeats (same images and ids):
+
+    "shuffle": every response is one to another image, trials permuted; "noise": normal noise with each voxel's mean and
+    standard deviation over the test trials; "mean": the mean response for every image.
+    """
+    trials = load_trials(paths, subj, "test").sort_values(["image_id", "row"])
+    betas = read_betas(open_betas(paths, subj), trials["row"].to_numpy())  # (trials, V), grouped by image
+    image_ids, first, n_repeats = np.unique(trials["image_id"].to_numpy(), return_index=True, return_counts=True)
+    if control is not None:
+        owner = np.repeat(np.arange(len(image_ids)), n_repeats)
+        betas = _null_responses(betas, owner, control, np.random.default_rng(seed))
+    means = np.add.reduceat(betas, first, axis=0) / n_repeats[:, None].astype(np.float32)
+    return TestSet(image_ids, means, n_repeats)
+
+
+def _null_responses(betas, owner, control, rng):
+    """Replace single-trial betas (trials, V) by a null control's; owner (trials,) numbers the images."""
+    mean = betas.mean(axis=0, dtype=np.float64).astype(np.float32)
+    if control == "mean":
+        return np.broadcast_to(mean, betas.shape)
+    if control == "noise":
+        std = betas.std(axis=0, dtype=np.float64).astype(np.float32)
+        return rng.standard_normal(betas.shape, dtype=np.float32) * std + mean
+    if control == "shuffle":
+        return betas[_move_to_other_images(owner, rng)]
+    raise ValueError(f"control {control!r}")
+
+
+def _move_to_other_images(owner, rng):
+    """A random permutation of trials in which no trial stays with its image; owner (trials,) numbers the images."""
+    if 2 * np.bincount(owner).max() > len(owner):
+        raise utils.UserError("--control shuffle: one image has more than half of the test trials; use another control")
+    permutation = rng.permutation(len(owner))
+    while (stuck := np.flatnonzero(owner[permutation] == owner)).size:
+        for trial in stuck:
+            other = rng.integers(len(owner))
+            permutation[[trial, other]] = permutation[[other, trial]]
+    return permutation

@@ -1,0 +1,120 @@
+"""The networks that judge reconstructions (protocol `mindeye2`, FIELD section 2), loaded only by evaluate.py.
+
+CLIP comes with transformers. The others need torchvision (requirements-eval.txt) and their published weights; where
+they cannot be had, `load_networks` says which metric is missing and why.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import metrics
+import utils
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Network(NamedTuple):
+    """A judge: `features` maps (B, 3, side, side) images, normalised by mean and std, to (B, ...)."""
+
+    features: torch.nn.Module
+    side: int
+    mean: tuple = IMAGENET_MEAN
+    std: tuple = IMAGENET_STD
+
+    @torch.inference_mode()
+    def __call__(self, images):
+        """Features (B, D), on the CPU, of (B, 3, H, W) images in [0, 1]."""
+        device = next(self.features.parameters()).device
+        images = metrics.resize(images.to(device), self.side)
+        mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return self.features((images - mean) / std).flatten(1).float().cpu()
+
+
+class ImageEmbedding(torch.nn.Module):
+    """A CLIP's image embedding."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, images):
+        return self.clip(pixel_values=images).image_embeds
+
+
+class Layer(torch.nn.Module):
+    """The output of one named layer of a torchvision model."""
+
+    def __init__(self, model, layer):
+        super().__init__()
+        from torchvision.models.feature_extraction import create_feature_extractor
+
+        self.extractor = create_feature_extractor(model.eval(), {layer: "features"})
+
+    def forward(self, images):
+        return self.extractor(images)["features"]
+
+
+def load_networks(eval_clip, device):
+    """Return {metric: Network} and {metric: why it is missing}; raises UserError for a CLIP that cannot be loaded."""
+    loaders = {
+        "alexnet2_two_way": partial(load_alexnet, "features.4"),
+        "alexnet5_two_way": partial(load_alexnet, "features.11"),
+        "inception_two_way": load_inception,
+        "clip_two_way": partial(load_clip, eval_clip),
+        "effnet_distance": load_effnet,
+        "swav_distance": load_swav,
+    }
+    networks, missing = {}, {}
+    for metric, load in tqdm(loaders.items(), desc="load networks", unit="network"):
+        try:
+            network = load()
+        except (ImportError, OSError, RuntimeError) as error:  # not installed, does not import, or weights out of reach
+            missing[metric] = str(error).strip().splitlines()[0]
+        else:
+            network.features.eval().requires_grad_(False).to(device)
+            networks[metric] = network
+    return networks, missing
+
+
+def load_clip(name):
+    """The image embedding of a CLIP, a folder or hub id, with the normalisation of its own image processor."""
+    if name == "none":
+        raise ImportError("left out (--eval_clip none)")
+    from transformers import CLIPVisionModelWithProjection, ImageProcessingMixin
+
+    try:
+        clip = CLIPVisionModelWithProjection.from_pretrained(name, dtype=torch.float32)
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise utils.UserError(f"--eval_clip {name}: not a CLIP that can be loaded ({reason}); give a folder or hub id "
+                              "of a CLIP with its image processor, or none") from None
+    return Network(ImageEmbedding(clip), clip.config.image_size, processor["image_mean"], processor["image_std"])
+
+
+def load_alexnet(layer):
+    from torchvision.models import AlexNet_Weights, alexnet
+
+    return Network(Layer(alexnet(weights=AlexNet_Weights.IMAGENET1K_V1), layer), side=256)
+
+
+def load_inception():
+    from torchvision.models import Inception_V3_Weights, inception_v3
+
+    return Network(Layer(inception_v3(weights=Inception_V3_Weights.DEFAULT), "avgpool"), side=342)
+
+
+def load_effnet():
+    from torchvision.models import EfficientNet_B1_Weights, efficientnet_b1
+
+    return Network(Layer(efficientnet_b1(weights=EfficientNet_B1_Weights.DEFAULT), "avgpool"), side=255)
+
+
+def load_swav():
+    import torchvision  # noqa: F401  the hub's code imports it: fail before anything is downloaded
+
+    model = torch.hub.load("facebookresearch/swav:main", "resnet50", trust_repo=True, verbose=False)
+    return Network(Layer(model, "avgpool"), side=224)

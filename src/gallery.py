@@ -1,0 +1,70 @@
+"""Pictures of results: the contact sheet of seen and reconstructed images."""
+
+from PIL import Image, ImageDraw, ImageFont
+
+TILE, GAP, MARGIN = 136, 8, 28  # pixels
+BAND_GAP, CAPTION, LABEL_WIDTH = 22, 22, 138
+INK, FAINT, PAPER, SEEN_BACKGROUND = "#1c1e21", "#6b7178", "#ffffff", "#e3e9f2"
+
+
+def contact_sheet(rows, names, title, subtitle="", columns=10):
+    """Draw images in bands of `columns`: under each other in a column, one image of every row.
+
+    rows: {label: list of N (H, W, 3) uint8 arrays; None leaves the place empty}, the first row being the images seen;
+    names: N texts, written under the columns. Returns a PIL image.
+    """
+    assert all(len(pictures) == len(names) for pictures in rows.values())
+    columns = max(1, min(columns, len(names)))
+    n_bands = -(-len(names) // columns)
+    band_height = len(rows) * (TILE + GAP) + CAPTION
+    top = MARGIN + 66
+    width = MARGIN + LABEL_WIDTH + columns * (TILE + GAP) - GAP + MARGIN
+    width = max(width, 2 * MARGIN + int(max(_font(26).getlength(title), _font(15).getlength(subtitle))))
+    sheet = Image.new("RGB", (width, top + n_bands * (band_height + BAND_GAP) - BAND_GAP + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN - 6), title, INK, _font(26))
+    draw.text((MARGIN, MARGIN + 30), subtitle, FAINT, _font(15))
+    for band in range(n_bands):
+        chosen = range(band * columns, min((band + 1) * columns, len(names)))
+        _draw_band(sheet, draw, top + band * (band_height + BAND_GAP), rows, names, chosen)
+    return sheet
+
+
+def _draw_band(sheet, draw, top, rows, names, chosen):
+    """One band of the sheet: every row's images number `chosen`, row labels on the left, names below."""
+    left = MARGIN + LABEL_WIDTH
+    right = left + len(chosen) * (TILE + GAP) - GAP
+    box = MARGIN - 10, top - GAP // 2, right + GAP // 2, top + TILE + GAP // 2 - 1
+    draw.rounded_rectangle(box, 6, SEEN_BACKGROUND)
+    for row, (label, pictures) in enumerate(rows.items()):
+        y = top + row * (TILE + GAP)
+        text = "\n".join(_wrapped(label, LABEL_WIDTH - 14))
+        draw.multiline_text((left - 14, y + TILE / 2), text, INK, _font(18), anchor="rm", align="right")
+        for column, i in enumerate(chosen):
+            _draw_tile(sheet, draw, left + column * (TILE + GAP), y, pictures[i])
+    for column, i in enumerate(chosen):
+        x = left + column * (TILE + GAP) + TILE / 2
+        draw.text((x, top + len(rows) * (TILE + GAP) + 2), names[i], FAINT, _font(14), anchor="ma")
+
+
+def _draw_tile(sheet, draw, x, y, picture):
+    if picture is None:
+        draw.rectangle((x, y, x + TILE - 1, y + TILE - 1), outline=SEEN_BACKGROUND)
+        return
+    sheet.paste(Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.LANCZOS), (x, y))
+
+
+def _wrapped(text, width):
+    """Break a label into lines of at most `width` pixels, at its spaces and underscores."""
+    lines = [""]
+    for word in text.replace("_", "_ ").split(" "):
+        longer = lines[-1] + word if lines[-1].endswith("_") else f"{lines[-1]} {word}".strip()
+        if lines[-1] and _font(18).getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def _font(size):
+    return ImageFont.load_default(size)

@@ -1,0 +1,170 @@
+"""Evaluation metrics, protocol `mindeye2` (FIELD section 2): pure functions of arrays, no files and no networks.
+
+Letters: N images, D features, H W pixels. Images are float (N, 3, H, W) in [0, 1]; truths come before reconstructions.
+A comparison that is only defined between images (identification, retrieval) is named query_to_gallery.
+"""
+
+import numpy as np
+import torch.nn.functional as F
+from skimage.color import rgb2gray
+from skimage.metrics import structural_similarity
+
+PIXEL_SIDE = 425  # side of NSD's stimuli, at which pixels are compared
+GALLERY, DRAWS = 300, 30  # retrieval: images per gallery, galleries drawn
+
+
+def resize(images, side):
+    """Resize (N, 3, H, W) images to `side` pixels: bilinear, no antialiasing, as every resize of the protocol."""
+    if images.shape[-2:] == (side, side):
+        return images
+    return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False, antialias=False)
+
+
+# --- pixels ------------------------------------------------------------------------------------------------------
+
+
+def pixcorr(truths, images):
+    """Pearson correlation of the pixels of each pair at 425 x 425; returns (N,) in [-1, 1].
+
+    The mean over pairs is the metric (MindEye2). An image of one flat colour counts as uncorrelated: 0.
+    """
+    return paired_correlation(*(resize(x, PIXEL_SIDE).flatten(1).numpy() for x in (truths, images)))
+
+
+def ssim(truths, images):
+    """Structural similarity of each pair in gray at 425 x 425 (Wang et al. 2004); returns (N,) in [-1, 1]."""
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
+    grays = (rgb2gray(resize(x, PIXEL_SIDE).numpy(), channel_axis=1) for x in (images, truths))
+    return np.array([structural_similarity(image, truth, **settings) for image, truth in zip(*grays, strict=True)])
+
+
+# --- features of a pair --------------------------------------------------------------------------------------------
+
+
+def paired_correlation(reals, preds):
+    """Pearson correlation of row i of `reals` with row i of `preds`, (N, D) both; returns (N,), 0 for constant rows."""
+    return np.sum(_standardise(reals) * _standardise(preds), axis=1)
+
+
+def correlation_distance(reals, preds):
+    """1 - Pearson correlation of each pair of features (N, D); returns (N,), lower is better (EffNet-B, SwAV)."""
+    return 1 - paired_correlation(reals, preds)
+
+
+# --- identification ------------------------------------------------------------------------------------------------
+
+
+def correlations(reals, preds):
+    """Pearson correlation of each true feature (rows) with each reconstructed one (columns); (N, D) both -> (N, N)."""
+    return _standardise(reals) @ _standardise(preds).T
+
+
+def identification(r):
+    """Say for every query and every wrong candidate whether the right candidate correlates better.
+
+    r: (N, N) from `correlations`. Returns {"rec_to_gt", "gt_to_rec"}, each (N, N) bool: query i in row i, rival j in
+    column j, the diagonal False. "rec_to_gt" is the protocol's: a reconstruction is the query, true images the gallery.
+    """
+    right = np.diag(r)
+    return {"rec_to_gt": (r < right[None, :]).T, "gt_to_rec": r < right[:, None]}
+
+
+def pair_mean(successes):
+    """Mean of an (N, N) table over its N (N - 1) pairs of different images; the diagonal must be 0."""
+    n = len(successes)
+    return float(successes.sum() / (n * (n - 1)))
+
+
+def two_way(reals, preds):
+    """Two-way identification rate: how often the right one of two candidates correlates better with the query.
+
+    reals, preds: features (N, D), N >= 2. Returns {"rec_to_gt", "gt_to_rec"} in [0, 1], the protocol's first; chance
+    is 0.5, a tie is a failure (as in MindEye2).
+    """
+    return {name: pair_mean(table) for name, table in identification(correlations(reals, preds)).items()}
+
+
+def ranks_of(successes):
+    """Rank, 1 = best, of the right candidate among all N, from one table of `identification`; returns (N,)."""
+    return len(successes) - successes.sum(axis=1)
+
+
+def ranks(reals, preds):
+    """Rank of the true image among all N for each reconstruction: {"median_rank", "top1", "top5"}.
+
+    Two-way rates flatter: 95 % among 1000 images is a mean rank near 50. Chance: N / 2, 1 / N, 5 / N.
+    """
+    rank = ranks_of(identification(correlations(reals, preds))["rec_to_gt"])
+    return {"median_rank": float(np.median(rank)), "top1": float(np.mean(rank <= 1)), "top5": float(np.mean(rank <= 5))}
+
+
+# --- retrieval -----------------------------------------------------------------------------------------------------
+
+
+def retrieval_counts(brain, image, gallery=GALLERY, draws=DRAWS, seed=0):
+    """Count per image how often it was drawn into a gallery, and how often it was then retrieved first.
+
+    brain, image: embeddings (N, ...) of the same images, flattened and L2-normalised here; a gallery holds
+    min(gallery, N) images, so N <= gallery needs a single draw. Returns {name: hits (N,)}, drawn (N,).
+    """
+    similarity = _unit(brain) @ _unit(image).T  # (N, N), rows brain, columns image
+    n, rng = len(similarity), np.random.default_rng(seed)
+    hits, drawn = {"brain_to_image_top1": np.zeros(n), "image_to_brain_top1": np.zeros(n)}, np.zeros(n)
+    for _ in range(draws if n > gallery else 1):
+        chosen = np.sort(rng.choice(n, size=min(gallery, n), replace=False))
+        block, own = similarity[np.ix_(chosen, chosen)], np.arange(len(chosen))
+        hits["brain_to_image_top1"][chosen] += block.argmax(axis=1) == own
+        hits["image_to_brain_top1"][chosen] += block.argmax(axis=0) == own
+        drawn[chosen] += 1
+    return hits, drawn
+
+
+def retrieval(brain, image, gallery=GALLERY, draws=DRAWS, seed=0):
+    """Top-1 retrieval rate among `gallery` images, mean of `draws` galleries (MindEye2).
+
+    brain, image: embeddings (N, ...). Returns {"brain_to_image_top1", "image_to_brain_top1"} in [0, 1]; chance is
+    1 / min(gallery, N). Named query_to_gallery: other code calls the same two forward and backward, either way round.
+    """
+    hits, drawn = retrieval_counts(brain, image, gallery, draws, seed)
+    return {name: float(hit.sum() / drawn.sum()) for name, hit in hits.items()}
+
+
+# --- uncertainty ---------------------------------------------------------------------------------------------------
+
+
+def bootstrap_ci(statistic, n, draws=1000, level=0.95, seed=0):
+    """Percentile bootstrap over images: (low, high) of a statistic under drawing images with replacement.
+
+    statistic: index (n,) -> float, for instance lambda index: values[index].mean().
+    """
+    rng = np.random.default_rng(seed)
+    values = [statistic(rng.integers(n, size=n)) for _ in range(draws)]
+    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def pair_mean_of(successes):
+    """The `pair_mean` of drawn images, as a statistic for `bootstrap_ci`: an image is never its own rival."""
+    successes, n = np.asarray(successes, float), len(successes)
+
+    def statistic(index):
+        counts = np.bincount(index, minlength=n)
+        pairs = counts.sum() ** 2 - (counts**2).sum()
+        return counts @ successes @ counts / pairs if pairs else np.nan
+
+    return statistic
+
+
+def _standardise(x):
+    """Rows (N, D) with zero mean and unit norm, in float64; a row that is constant up to float32 rounding becomes 0."""
+    x = np.asarray(x, np.float64).reshape(len(x), -1)
+    centred = x - x.mean(axis=1, keepdims=True)
+    varies = np.abs(centred).max(axis=1, keepdims=True) > 1e-6 * np.abs(x).max(axis=1, keepdims=True)
+    return _unit(np.where(varies, centred, 0))
+
+
+def _unit(x):
+    """Rows (N, ...) flattened to unit norm; a zero row stays 0."""
+    x = np.asarray(x).reshape(len(x), -1)
+    norm = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(norm > 0, norm, 1)

@@ -1,0 +1,361 @@
+"""Every network of the pipeline.
+
+Shapes: B batch, V voxels, H hidden, T tokens, D width, L sequence length of the prior (2T + 1).
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+from transformers import CLIPVisionModel
+
+import utils
+
+# --- image features (what g predicts and what guides the diffusion) -----------------------------------------------
+
+
+class ClipFeatures(nn.Module):
+    """Features of an image inside CLIP's vision transformer: g_k of FIELD section 1.2.
+
+    Layer k counts the linear layers of the transformer's MLPs, two per block, so k = 2, 4, ... is the output of the
+    second one (`mlp.fc2`) of block k/2, before it is added to the residual stream. Only the blocks that are needed
+    run, and the result is differentiable with respect to the image.
+    """
+
+    # ImageNet's statistics, not CLIP's own: NeuralDiffuser's features are made with these
+    MEAN = (0.485, 0.456, 0.406)
+    STD = (0.229, 0.224, 0.225)
+
+    def __init__(self, vision_model, layers=(2, 4, 6, 8, 10, 12)):
+        """vision_model: transformers CLIPVisionModel, taken over as it is but put in eval mode and frozen.
+
+        Raises UserError for a layer that is odd or that the model does not have.
+        """
+        super().__init__()
+        # a CLIPVisionModelWithProjection (and an older CLIPVisionModel) holds its transformer one level down
+        self.vision = getattr(vision_model, "vision_model", vision_model).eval().requires_grad_(False)
+        self.layers = tuple(sorted(int(k) for k in layers))
+        self.image_size = vision_model.config.image_size
+        last = 2 * vision_model.config.num_hidden_layers
+        for k in self.layers:
+            if k % 2 or not 2 <= k <= last:
+                raise utils.UserError(f"CLIP layer {k}: wanted an even number from 2 to {last}; choose other layers")
+        self.register_buffer("mean", torch.tensor(self.MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.STD).view(1, 3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, name, layers=(2, 4, 6, 8, 10, 12)):
+        """Load the vision model from a folder or the Hugging Face hub; a name that does not load raises UserError."""
+        try:
+            model = CLIPVisionModel.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise utils.UserError(f"--clip_model {name}: no CLIP vision model could be loaded ({reason})") from None
+        return cls(model, layers)
+
+    def preprocess(self, image):
+        """(B, 3, H, W) in [0, 1] -> (B, 3, image_size, image_size), ImageNet-normalised."""
+        if image.shape[-2:] != (self.image_size, self.image_size):
+            size = (self.image_size, self.image_size)
+            image = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=False)
+        return (image - self.mean) / self.std
+
+    def forward(self, image):
+        """(B, 3, H, W) float in [0, 1] -> {k: (B, T, D) float32}, T = patches + 1 with the class token first."""
+        hidden = self.vision.pre_layrnorm(self.vision.embeddings(self.preprocess(image)))  # (B, T, D)
+        features = {}
+        for k in range(2, self.layers[-1] + 1, 2):
+            block = self.vision.encoder.layers[k // 2 - 1]
+            hidden = hidden + block.self_attn(block.layer_norm1(hidden), attention_mask=None)[0]
+            feature = block.mlp(block.layer_norm2(hidden))
+            hidden = hidden + feature
+            if k in self.layers:
+                features[k] = feature.float()
+        return features
+
+
+# --- from voxels to features (c and g) ----------------------------------------------------------------------------
+
+
+class VoxelEncoder(nn.Module):
+    """One linear map per subject from its voxels into the space all subjects share (MindEye2's ridge)."""
+
+    def __init__(self, n_voxels, hidden_dim):
+        """n_voxels: {subject: V}; the order of the dict is the order of `linears`."""
+        super().__init__()
+        self.subjects = list(n_voxels)
+        self.linears = nn.ModuleList(nn.Linear(v, hidden_dim) for v in n_voxels.values())
+
+    def forward(self, voxels):
+        """{subject: (b, V)} -> (B, H), the subjects' rows one after the other in the given order.
+
+        Raises KeyError naming a subject that has no head.
+        """
+        return torch.cat([self.head(subject)(x) for subject, x in voxels.items()])
+
+    def head(self, subject):
+        if subject not in self.subjects:
+            raise KeyError(f"{subject}: no voxel encoder; this model has {', '.join(self.subjects)}")
+        return self.linears[self.subjects.index(subject)]
+
+
+class BrainNetwork(nn.Module):
+    """MindEye2's backbone: residual MLP blocks, then one linear map to all tokens and a projector.
+
+    Two outputs, because two losses would pull one apart: backbone tokens condition the diffusion prior, contrast
+    tokens are trained to retrieve the image.
+    """
+
+    def __init__(self, hidden_dim, tokens, width, n_blocks=4, dropout=0.15):
+        super().__init__()
+        self.shape = (tokens, width)
+        # differs from MindEye2: its mixer keeps two residual streams, and mixes the latter over a sequence of length
+        # one, whose layer norm is zero; what leaves that stream is the input plus a constant, so that its blocks
+        # never reach the output. Here there is one residual stream, and no mixing over a single position.
+        self.blocks = nn.ModuleList(mixer_block(hidden_dim, dropout) for _ in range(n_blocks))
+        self.to_tokens = nn.Linear(hidden_dim, tokens * width)
+        self.projector = projector(width)
+
+    def forward(self, x):
+        """(B, H) -> backbone (B, T, D), contrast (B, T, D)."""
+        for block in self.blocks:
+            x = x + block(x)
+        backbone = self.to_tokens(x).unflatten(-1, self.shape)  # (B, H) -> (B, T, D)
+        return backbone, self.projector(backbone)
+
+
+def mixer_block(dim, dropout):
+    return nn.Sequential(
+        nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(dim, dim)
+    )
+
+
+def projector(width):
+    """Three times layer norm, GELU, linear; acts on every token alone."""
+    layers = [(nn.LayerNorm(width), nn.GELU(), nn.Linear(width, width)) for _ in range(3)]
+    return nn.Sequential(*[module for group in layers for module in group])
+
+
+# --- the diffusion prior ------------------------------------------------------------------------------------------
+
+
+class PriorAttention(nn.Module):
+    """Self-attention of the prior: cosine similarity, many query heads on one key/value head, one null key."""
+
+    TEMPERATURE = 16.0  # logits are 16 * cosine + bias
+
+    def __init__(self, width, heads, dim_head):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.to_q = nn.Linear(width, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(width, 2 * dim_head, bias=False)
+        self.null_kv = nn.Parameter(torch.randn(2, dim_head))  # something to look at when nothing is worth it
+        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, width, bias=False), nn.LayerNorm(width, bias=False))
+
+    def forward(self, x, bias, rotary):
+        """x (B, L, D), bias (heads, L, L + 1), rotary from `rotary_table` -> (B, L, D)."""
+        x = self.norm(x)
+        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, d)
+        k, v = self.to_kv(x).unsqueeze(1).chunk(2, dim=-1)  # (B, 1, L, d)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        null_k, null_v = self.null_kv.to(k.dtype).expand(len(x), 1, 2, -1).split(1, dim=2)  # (B, 1, 1, d)
+        k, v = torch.cat([null_k, k], dim=2), torch.cat([null_v, v], dim=2)  # (B, 1, L + 1, d)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        k, v = (t.expand(-1, self.heads, -1, -1) for t in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=self.TEMPERATURE)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class PriorFeedForward(nn.Module):
+    """SwiGLU: gate and value four times as wide as the stream."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.expand = nn.Linear(width, 8 * width, bias=False)
+        self.contract = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x):
+        value, gate = self.expand(self.norm(x)).chunk(2, dim=-1)
+        return self.contract(value * F.silu(gate))
+
+
+def rotary_table(length, dim):
+    """cos and sin (L, dim/2) of rotary positions: pair i of a token at position p turns by p / 10000^(2i/dim)."""
+    frequencies = 10000.0 ** (-torch.arange(0, dim, 2) / dim)
+    angles = torch.arange(length)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x, rotary):
+    """Turn the leading channels of x (..., L, d) by their position; the channels beyond the table stay."""
+    cos, sin = rotary.to(x.dtype)
+    first, second, rest = x.split([cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)
+
+
+def sinusoidal(t, dim):
+    """Timesteps (B,) -> (B, dim): sines, then cosines, of geometrically spaced frequencies (dim is even)."""
+    half = dim // 2
+    frequencies = 10000.0 ** (-torch.arange(half, device=t.device) / max(1, half - 1))
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class PriorNetwork(nn.Module):
+    """The prior's transformer: brain tokens, a time token and noisy tokens in, clean tokens out; not causal."""
+
+    def __init__(self, tokens, width, depth=6, dim_head=52):
+        super().__init__()
+        self.tokens, self.width = tokens, width
+        heads = max(1, width // dim_head)
+        length = 2 * tokens + 1
+        self.time_mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * width), nn.SiLU(),
+            nn.Linear(2 * width, width),
+        )
+        self.null_brain = nn.Parameter(torch.randn(tokens, width))
+        self.null_noisy = nn.Parameter(torch.randn(tokens, width))
+        self.position = nn.Parameter(torch.randn(tokens, width) * width**-0.5)  # of the noisy tokens
+        # differs from MindEye2: one bias per offset, shared by the layers. MindEye2's logarithmic buckets are those
+        # of a causal model: every later token falls into the same one, though here tokens see both ways.
+        self.offset_bias = nn.Parameter(torch.zeros(heads, 2 * length - 1))
+        positions = torch.arange(length)
+        self.register_buffer("offsets", positions[None, :] - positions[:, None] + length - 1, persistent=False)
+        self.register_buffer("rotary", rotary_table(length, min(32, dim_head)), persistent=False)
+        self.attentions = nn.ModuleList(PriorAttention(width, heads, dim_head) for _ in range(depth))
+        self.feedforwards = nn.ModuleList(PriorFeedForward(width) for _ in range(depth))
+        self.out = nn.Sequential(nn.LayerNorm(width, bias=False), nn.Linear(width, width, bias=False))
+
+    def forward(self, noisy, t, brain, keep_brain=None, keep_noisy=None):
+        """noisy (B, T, D) at timestep t (B,), brain (B, T, D) -> prediction of the clean tokens (B, T, D).
+
+        keep_brain, keep_noisy: bool (B,); False replaces a sample's tokens by learned ones. None keeps all.
+        """
+        if keep_brain is not None:
+            brain = torch.where(keep_brain[:, None, None], brain, self.null_brain.to(brain.dtype))
+        if keep_noisy is not None:
+            noisy = torch.where(keep_noisy[:, None, None], noisy, self.null_noisy.to(noisy.dtype))
+        time = self.time_mlp(sinusoidal(t, self.width)).unsqueeze(1)  # (B, 1, D)
+        x = torch.cat([brain, time.to(brain.dtype), (noisy + self.position).to(brain.dtype)], dim=1)  # (B, L, D)
+        bias = F.pad(self.offset_bias[:, self.offsets], (1, 0))  # (heads, L, L + 1): none for the null key
+        for attention, feedforward in zip(self.attentions, self.feedforwards, strict=True):
+            x = x + attention(x, bias, self.rotary)
+            x = x + feedforward(x)
+        return self.out(x[:, -self.tokens :])
+
+
+class DiffusionPrior(nn.Module):
+    """Draws clean image tokens given brain tokens: MindEye2's prior, DALL-E 2's without the text.
+
+    Trained to predict x0 from x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise on a cosine schedule of `timesteps`.
+    """
+
+    def __init__(self, tokens, width, depth=6, dim_head=52, timesteps=100, cond_drop_prob=0.2, target_scale=1.0):
+        """target_scale: what targets are multiplied by inside, so that they have about the noise's unit variance.
+
+        MindEye2's is 1 (it took out DALL-E 2's sqrt(D), which is meant for unit-norm embeddings).
+        """
+        super().__init__()
+        self.net = PriorNetwork(tokens, width, depth, dim_head)
+        self.cond_drop_prob = cond_drop_prob
+        self.target_scale = target_scale
+        self.schedule = DDIMScheduler(
+            num_train_timesteps=timesteps, beta_schedule="squaredcos_cap_v2", prediction_type="sample",
+            clip_sample=False, timestep_spacing="trailing",
+        )
+
+    def loss(self, brain, target, generator=None):
+        """Return the mean squared error of x0 in the scaled space, and the x0 prediction (B, T, D) in the target's.
+
+        brain, target: (B, T, D). Timestep and noise are drawn per sample, from `generator` (None: the global one).
+        In training mode brain tokens and noisy tokens are each replaced by learned ones with cond_drop_prob.
+        """
+        x0 = target * self.target_scale
+        n, steps = len(x0), self.schedule.config.num_train_timesteps
+        source = brain.device if generator is None else generator.device
+        t = torch.randint(steps, (n,), generator=generator, device=source).to(x0.device, non_blocking=True)
+        noise = randn_tensor(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        noisy = self.schedule.add_noise(x0, noise, t)
+        keep_brain = keep_noisy = None
+        if self.training:
+            draws = torch.rand(2, n, generator=generator, device=source).to(x0.device, non_blocking=True)
+            keep_brain, keep_noisy = draws >= self.cond_drop_prob
+        prediction = self.net(noisy, t, brain, keep_brain, keep_noisy)
+        return F.mse_loss(prediction.float(), x0.float()), prediction / self.target_scale
+
+    @torch.no_grad()
+    def sample(self, brain, steps=20, generator=None):
+        """Draw tokens (B, T, D) for brain tokens (B, T, D) with `steps` DDIM steps (eta 0).
+
+        generator: None, one, or a list of one per sample, which makes a sample independent of its batch.
+        """
+        self.schedule.set_timesteps(steps)
+        x = randn_tensor(brain.shape, generator=generator, device=brain.device, dtype=brain.dtype)
+        for t in self.schedule.timesteps.tolist():
+            prediction = self.net(x, torch.full((len(x),), t, device=x.device), brain)
+            x = self.schedule.step(prediction.to(x.dtype), t, x).prev_sample
+        return x / self.target_scale
+
+
+# --- the whole model ----------------------------------------------------------------------------------------------
+
+
+class BrainModel(nn.Module):
+    """Voxel encoder, backbone and prior of one feature (c or a g_k)."""
+
+    def __init__(
+        self, n_voxels, hidden_dim, tokens, width, n_blocks=4, dropout=0.15, prior_depth=6, target_scale=1.0
+    ):
+        super().__init__()
+        self.sizes = {
+            "hidden_dim": hidden_dim, "tokens": tokens, "width": width, "n_blocks": n_blocks, "dropout": dropout,
+            "prior_depth": prior_depth, "target_scale": target_scale,
+        }
+        self.voxelenc = VoxelEncoder(n_voxels, hidden_dim)
+        self.backbone = BrainNetwork(hidden_dim, tokens, width, n_blocks, dropout)
+        self.prior = DiffusionPrior(tokens, width, prior_depth, target_scale=target_scale)
+
+    @property
+    def model_args(self):
+        """JSON dict from which `build_model` makes the same network."""
+        heads = zip(self.voxelenc.subjects, self.voxelenc.linears, strict=True)
+        return {"n_voxels": {subject: head.in_features for subject, head in heads}, **self.sizes}
+
+    def forward(self, voxels, target=None, generator=None):
+        """{subject: (b, V)} -> backbone (B, T, D), contrast (B, T, D).
+
+        With a target (B, T, D) also the prior's loss, as a third value: inside forward, so that a distributed wrapper
+        sees every parameter that gets a gradient.
+        """
+        backbone, contrast = self.backbone(self.voxelenc(voxels))
+        if target is None:
+            return backbone, contrast
+        return backbone, contrast, self.prior.loss(backbone, target, generator)[0]
+
+
+def build_model(model_args):
+    """Rebuild the network of a checkpoint from its `model_args`; weights are random until loaded."""
+    return BrainModel(**model_args)
+
+
+def load_trunk(model, state_dict):
+    """Copy all weights but the voxel encoders' (`voxelenc.*`) into `model`; return the copied keys.
+
+    Raises UserError, before anything is copied, unless both have the same keys of the same shapes.
+    """
+    wanted, found = (
+        {key: value for key, value in state.items() if not key.startswith("voxelenc.")}
+        for state in (model.state_dict(), state_dict)
+    )
+    wrong = sorted(wanted.keys() ^ found.keys())
+    wrong += [key for key in wanted if key in found and wanted[key].shape != found[key].shape]
+    if wrong:
+        raise utils.UserError(
+            f"--multisubject_ckpt: {len(wrong)} weights are missing, unknown or of another shape "
+            f"({', '.join(wrong[:4])}, ...); give a run of the same feature with the same --hidden_dim"
+        )
+    model.load_state_dict(found, strict=False)
+    return list(found)

@@ -1,0 +1,114 @@
+"""Argument groups that several scripts share: one flag, one meaning (DESIGN section 11)."""
+
+import argparse
+import json
+import os
+import sys
+
+import utils
+
+VISION_LAYERS = ["g_2", "g_4", "g_6", "g_8", "g_10", "g_12"]  # NeuralDiffuser's: blocks 1-6 of CLIP ViT-B/32
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the house's rules: no abbreviations, dashes accepted for underscores, docstring as --help."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.add_argument("--dry_run", action=argparse.BooleanOptionalAction, default=False,
+                          help="print the resolved options and stop")
+
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        words = [word if not word.startswith("--") else _underscored(word) for word in words]
+        parsed = super().parse_args(words, namespace)
+        if parsed.dry_run:
+            print(json.dumps(vars(parsed), indent=1, default=str))
+            self.exit(0)
+        return parsed
+
+
+def _underscored(word):
+    flag, equals, value = word.partition("=")
+    name = flag[2:]
+    negated = name.startswith("no-")
+    name = name[3:] if negated else name
+    return f"--{'no-' if negated else ''}{name.replace('-', '_')}{equals}{value}"
+
+
+def subject(text):
+    """'1', '01' or 'subj01' -> 'subj01'."""
+    digits = text.removeprefix("subj")
+    if not digits.isdigit() or not 1 <= int(digits) <= 8:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a subject; wanted 1..8 or subj01..subj08")
+    return f"subj{int(digits):02d}"
+
+
+def feature(text):
+    """'c', 'z' or 'g_2', 'g_4', ... (an even number: two Linear layers per block, FIELD 1.2)."""
+    if text in ("c", "z"):
+        return text
+    layer = text.removeprefix("g_")
+    if text.startswith("g_") and layer.isdigit() and int(layer) > 0 and int(layer) % 2 == 0:
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is not a feature; wanted c, z or g_2, g_4, ..., g_12")
+
+
+def vision_layer(text):
+    """A g_K feature."""
+    if not feature(text).startswith("g_"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a vision layer; wanted g_2, g_4, ..., g_12")
+    return text
+
+
+def whole(text):
+    """An integer that may be written 3e5."""
+    value = float(text)
+    if value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(value)
+
+
+def add_paths(parser):
+    group = parser.add_argument_group("where things are")
+    group.add_argument("--root", default=os.environ.get("ROOT", str(utils.REPOSITORY)), metavar="DIR",
+                       help="folder that holds nsddata/, nsddata_stimuli/, MindEyeV2/, train_logs/, ... (env ROOT)")
+    group.add_argument("--data_path", metavar="DIR", help="the pscotti/mindeyev2 folder (ROOT/MindEyeV2/mindeyev2)")
+    return group
+
+
+def add_subject(parser):
+    parser.add_argument("--subj", "--subject", dest="subj", type=subject, default="subj01", metavar="1..8",
+                        help="the subject (held out of pretraining; fine-tuned and decoded)")
+
+
+def add_run(parser):
+    """Flags that, with the subject, name a fine-tuned run."""
+    parser.add_argument("--hidden_dim", type=whole, default=1024, metavar="UNITS", help="width of the shared space")
+    parser.add_argument("--num_sessions", type=whole, default=40, metavar="SESSIONS",
+                        help="training sessions of --subj")
+
+
+def add_compute(parser):
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1")
+    parser.add_argument("--seed", type=whole, default=42, metavar="N")
+
+
+def add_tracking(parser):
+    group = parser.add_argument_group("tracking")
+    group.add_argument("--wandb_log", action=argparse.BooleanOptionalAction, default=False, help="log to W&B")
+    group.add_argument("--wandb_project", default="neuraldiffuser", metavar="NAME")
+
+
+def add_control(parser):
+    parser.add_argument("--control", choices=["shuffle", "noise", "mean"],
+                        help="null control: decode trial-shuffled fMRI, noise, or the mean response instead")
+
+
+def add_guidance_folder(parser):
+    """Flags that name a folder of reconstructions (DESIGN section 3)."""
+    parser.add_argument("--method", default="cp_4096_v1", metavar="NAME", help="name of this set of reconstructions")
+    parser.add_argument("--guidance_scale", type=float, metavar="X",
+                        help="gradient guidance: raw multiplies the gradient (300000), norm is lambda (see recon.py)")
+    parser.add_argument("--guidance_strength", type=float, default=0.2, metavar="FRACTION",
+                        help="fraction of the steps, from the first, that are guided")

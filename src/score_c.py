@@ -1,0 +1,27 @@
+"""Predict c, the CLIP text embedding, of the test images from fMRI.
+
+repeat-averaged betas (N, V) -> the subject's fine-tuned encoder -> c (N, T, D), a row per test image, ascending 73k id
+
+    python src/score_c.py --subj 1
+    python src/score_c.py --subj 1 --num_sessions 1
+    python src/score_c.py --subj 1 --control shuffle      # null control: responses of other images
+
+Reads train_logs/<run>/last.pth, betas and wds/*/new_test; writes scores_all/subj01/<run>/.
+"""
+
+import sys
+
+import training
+import utils
+
+
+def get_parser():
+    return training.get_score_parser(__doc__)
+
+
+def main(argv=None):
+    training.score(get_parser().parse_args(argv), "c")
+
+
+if __name__ == "__main__":
+    sys.exit(utils.run_cli(main))

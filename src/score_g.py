@@ -1,0 +1,33 @@
+"""Predict g, layers of the CLIP vision model, of the test images from fMRI.
+
+repeat-averaged betas (N, V) -> the subject's fine-tuned encoder -> g_k (N, T, D), one row per test image, ascending id
+
+    python src/score_g.py --subj 1 --feat g_2
+    python src/score_g.py --subj 1 --feat g_2 g_4 g_6 g_8 g_10 g_12
+    python src/score_g.py --subj 1 --control shuffle      # null control: responses of other images
+
+Reads train_logs/<run>/last.pth, betas and wds/*/new_test; writes scores_all/subj01/<run>/Linear-k/.
+"""
+
+import sys
+
+import options
+import training
+import utils
+
+
+def get_parser():
+    parser = training.get_score_parser(__doc__)
+    parser.add_argument("--feat", type=options.vision_layer, nargs="+", default=options.VISION_LAYERS, metavar="g_K",
+                        help="layers, one after another")
+    return parser
+
+
+def main(argv=None):
+    args = get_parser().parse_args(argv)
+    for feat in args.feat:
+        training.score(args, feat)
+
+
+if __name__ == "__main__":
+    sys.exit(utils.run_cli(main))

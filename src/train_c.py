@@ -1,0 +1,39 @@
+"""Train the encoder of c: from fMRI voxels to the CLIP text embedding of the seen image's captions.
+
+voxels (B, V) -> VoxelEncoder, one per subject -> (B, H) -> mixer backbone -> tokens (B, T, D)
+    -> contrast: retrieval of the image's c in the batch (MixCo-NCE, then SoftCLIP)
+    -> diffusion prior: c itself, (B, T, D); for Stable Diffusion v1.4 T = 77, D = 768
+
+    python src/train_c.py --subj 1 --multi_subject                        # pretrain on subjects 2-8
+    python src/train_c.py --subj 1 --multisubject_ckpt auto               # fine-tune on subject 1
+    python src/train_c.py --subj 1 --multisubject_ckpt auto --num_sessions 1 --wandb_log
+
+Reads betas, wds/*/train and c_all.hdf5; writes train_logs/<run>/.
+"""
+
+import sys
+
+import training
+import utils
+from losses import BrainObjective
+from models import BrainModel
+
+
+def get_parser():
+    return training.get_parser(__doc__)
+
+
+def main(argv=None):
+    args = get_parser().parse_args(argv)
+    run = training.open_run(args, "c")
+    if run is None:
+        return
+    tokens, width = run.target_shape
+    model = BrainModel(run.n_voxels, args.hidden_dim, tokens, width, args.n_blocks, args.dropout, args.prior_depth,
+                       run.target_scale)
+    objective = BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct)
+    training.fit(run, model, objective)
+
+
+if __name__ == "__main__":
+    sys.exit(utils.run_cli(main))

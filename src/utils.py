@@ -1,0 +1,282 @@
+"""Paths, run names, seeds, checkpoints and tracking: the plumbing every script shares."""
+
+import csv
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CHECKPOINT_FORMAT = 1
+
+
+class UserError(Exception):
+    """Something the user can mend; its message is one line: flag or file, found, wanted, what to do."""
+
+
+def run_cli(main, argv=None):
+    """Run a script's main(); a UserError becomes one line on stderr and exit status 2.
+
+    Returns the exit status.
+    """
+    try:
+        main(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+    return 0
+
+
+# --- paths ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Every folder and file of the project, all hanging from one root (DESIGN section 3)."""
+
+    root: Path
+    data_path: Path
+
+    @classmethod
+    def from_args(cls, args):
+        """From the parsed --root and --data_path; raises UserError when the root does not exist."""
+        root = Path(args.root).expanduser().resolve()
+        if not root.is_dir():
+            raise UserError(f"--root {args.root}: no such folder; give the folder that holds nsddata/ and MindEyeV2/")
+        data_path = Path(args.data_path).expanduser().resolve() if args.data_path else root / "MindEyeV2/mindeyev2"
+        return cls(root, data_path)
+
+    @property
+    def stimuli(self):
+        return self.root / "nsddata_stimuli/stimuli/nsd"
+
+    @property
+    def experiments(self):
+        return self.root / "nsddata/experiments/nsd"
+
+    def feature(self, feat):
+        """HDF5 file of a feature ('c', 'z', 'g_2', ...): one row per 73k image."""
+        return self.stimuli / f"{feat}_all.hdf5"
+
+    def betas(self, subj):
+        return self.data_path / f"betas_all_{subj}_fp32_renorm.hdf5"
+
+    def run(self, name):
+        return self.root / "train_logs" / name
+
+    def scores(self, subj, run, feat, control=None):
+        """Folder of one feature's scores; a null control lives beside the real scores under its own name."""
+        folder = self.root / "scores_all" / subj / (f"{run}_{control}" if control else run)
+        return folder / f"Linear-{feat[2:]}" if feat.startswith("g_") else folder
+
+    def images(self, subj, method, guidance_scale, guidance_strength):
+        return self.root / "outputs_all" / subj / method / f"{guidance_scale:g}" / f"{guidance_strength:g}"
+
+
+def run_name(stage, subj, feat, hidden_dim, num_sessions=40):
+    """Name of a training run (DESIGN section 3).
+
+    stage: 'pretrain' (all subjects but `subj`), 'finetune' (`subj` alone, from the pretrained run) or 'scratch'.
+    """
+    suffix = "_mlp" if feat == "c" else ""
+    if stage == "pretrain":
+        return f"multisubject_{subj}_ext1_{feat}_{hidden_dim}{suffix}"
+    prefix = {"finetune": "pretrained", "scratch": "scratch"}[stage]
+    return f"{prefix}_{subj}_{num_sessions}sess_ext1_{feat}_{hidden_dim}{suffix}"
+
+
+def require(path, what, hint):
+    """Return `path` if it exists, else raise a UserError saying what it should have been and what to do."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: {what} not found; {hint}")
+    return Path(path)
+
+
+# --- files that are whole or absent ------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_path(path):
+    """Yield a temporary path beside `path`; rename it into place on success, remove it on failure."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(path, value):
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def load_json(path, what="file", hint="run the stage that writes it"):
+    try:
+        return json.loads(require(path, what, hint).read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); delete it and run the stage that writes it again") from None
+
+
+def save_npy(path, array):
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array)
+
+
+def load_npy(path, what, hint):
+    """Load an array without pickles; missing or damaged files raise UserError."""
+    try:
+        return np.load(require(path, what, hint), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path}: not a readable .npy file ({error}); delete it and {hint}") from None
+
+
+def save_csv(path, rows):
+    """Write a list of equal-keyed dicts."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def load_csv(path, what, hint):
+    with open(require(path, what, hint), newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def file_hash(path):
+    """First 12 hex digits of a file's SHA-256: says which checkpoint made an artefact."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+def git_commit():
+    """The repository's commit, or None outside git."""
+    command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+# --- scores ------------------------------------------------------------------------------------------------------
+
+
+def save_scores(folder, image_ids, arrays, config):
+    """Write `arrays` {file stem: (N, ...)} as float32 beside image_ids.npy and config.json (DESIGN section 3)."""
+    for stem, array in arrays.items():
+        assert len(array) == len(image_ids), f"{stem}: {len(array)} rows for {len(image_ids)} ids"
+        save_npy(folder / f"{stem}.npy", np.asarray(array, np.float32))
+    save_npy(folder / "image_ids.npy", np.asarray(image_ids, np.int64))
+    save_json(folder / "config.json", config)
+
+
+def load_scores(folder, stem="nsdgeneral"):
+    """Read (image_ids (N,), scores (N, ...)) of one score folder; ids must be ascending and match the rows."""
+    hint = "run the score stage (bash scripts/score.sh)"
+    scores = load_npy(folder / f"{stem}.npy", "scores", hint)
+    ids = load_npy(folder / "image_ids.npy", "the scores' image ids", hint)
+    if len(ids) != len(scores) or np.any(np.diff(ids) <= 0):
+        raise UserError(f"{folder}: {len(scores)} score rows for {len(ids)} ids (wanted: as many, ascending); {hint}")
+    return ids, scores
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path, state):
+    """Write a checkpoint (tensors and JSON types only) atomically: the old file stays whole until the new one is."""
+    try:
+        with atomic_path(path) as temporary:
+            torch.save({"format": CHECKPOINT_FORMAT, **state}, temporary)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        raise UserError(f"{path}: could not be written ({error}); the previous checkpoint is intact") from error
+
+
+def load_checkpoint(path, what="checkpoint", hint="train it first (bash scripts/train.sh)"):
+    """Read a checkpoint with weights_only=True; missing, damaged or foreign files raise UserError."""
+    require(path, what, hint)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for damaged files
+        first_line = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a readable {what} ({first_line}); delete it and {hint}") from None
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise UserError(f"{path}: {what} of format {found}, wanted {CHECKPOINT_FORMAT}; {hint}")
+    return state
+
+
+# --- seeds and devices -------------------------------------------------------------------------------------------
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def derive_seed(*parts):
+    """One 63-bit seed from several integers, e.g. (seed, epoch, rank) or (seed, image_id, sample)."""
+    return int(np.random.SeedSequence([int(part) for part in parts]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def pick_device(name="auto"):
+    """torch.device for 'auto' (CUDA where there is one), 'cpu', 'cuda', 'cuda:1', ..."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: no CUDA device is visible; use --device cpu or check nvidia-smi")
+    return torch.device(name)
+
+
+# --- tracking ----------------------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """Metrics to metrics.jsonl in the run folder, and to W&B when asked; scripts never ask which."""
+
+    def __init__(self, folder, name, config, wandb_log=False, wandb_project="neuraldiffuser"):
+        self.file = Path(folder) / "metrics.jsonl"
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.wandb_run = None
+        if wandb_log:
+            import wandb
+
+            if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.api.api_key:
+                raise UserError("--wandb_log: not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
+            self.wandb_run = wandb.init(project=wandb_project, id=name, name=name, config=config, resume="allow",
+                                        dir=str(folder), settings=wandb.Settings(init_timeout=120))
+
+    def log(self, metrics, step):
+        """Append one row of scalars."""
+        with open(self.file, "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.wandb_run is not None:
+            self.wandb_run.log(metrics, step=step)
+
+    def log_images(self, key, images, captions, step=None):
+        """Images: list of (H, W, 3) uint8 arrays or PIL images; only W&B keeps them, the files are on disk anyway."""
+        if self.wandb_run is not None:
+            import wandb
+
+            pictures = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
+            self.wandb_run.log({key: pictures}, step=step)
+
+    def finish(self):
+        if self.wandb_run is not None:
+            self.wandb_run.finish()

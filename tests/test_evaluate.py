@@ -1,0 +1,268 @@
+"""evaluate.py and the demo's summary on a world of eight images: files in, files out, and what is refused."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+import evaluate
+import gallery
+import summarise
+import utils
+from eval_networks import load_clip
+
+IDS = [3, 4, 7, 11, 12, 20]  # the test images, ascending; their rows are 0..5
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A tiny CLIP with random weights and a normalisation of its own, as a folder."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                              image_size=16, patch_size=4, projection_dim=24)
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    CLIPImageProcessor(image_mean=[0.3, 0.4, 0.5], image_std=[0.2, 0.3, 0.4]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Stimuli, noisy reconstructions of IDS with their index and config, and scores of c."""
+    rng = np.random.default_rng(0)
+    paths = utils.Paths(tmp_path, tmp_path)
+    coarse = rng.integers(0, 256, (24, 4, 4, 3), np.uint8)
+    stimuli = np.stack([np.asarray(Image.fromarray(x).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for x in coarse])
+    paths.stimuli.mkdir(parents=True)
+    with h5py.File(paths.stimuli / "nsd_stimuli.hdf5", "w") as file:
+        file["imgBrick"] = stimuli
+    noisy = (stimuli + rng.normal(0, 60, stimuli.shape)).clip(0, 255).astype(np.uint8)
+    write_set(paths.images("subj01", "cp_4096_v1", 300000, 0.2), noisy[IDS])
+
+    c = rng.normal(size=(24, 5, 6)).astype(np.float32)
+    with h5py.File(paths.feature("c"), "w") as file:
+        file.create_dataset("data", data=c.reshape(24, -1)).attrs["shape"] = (5, 6)
+    scores = paths.scores("subj01", utils.run_name("finetune", "subj01", "c", 1024), "c")
+    brain = c[IDS].copy()
+    brain[0] = c[IDS[1]]  # one miss
+    utils.save_scores(scores, IDS, {"retrieval": brain, "nsdgeneral": brain}, {})
+    return tmp_path
+
+
+def write_set(folder, pictures, samples=1):
+    """Write pictures of IDS (row by row, sample by sample) as recon.py does."""
+    folder.mkdir(parents=True)
+    rows = [{"row": row, "image_id": IDS[row], "file": f"{row:05d}{f'_s{k}' if k else ''}.png", "sample": k, "seed": 42}
+            for row in range(len(pictures) // samples) for k in range(samples)]
+    for row, picture in zip(rows, pictures, strict=True):
+        Image.fromarray(picture).save(folder / row["file"])
+    utils.save_csv(folder / "index.csv", rows)
+    config = {"subj": "subj01", "hidden_dim": 1024, "num_sessions": 40, "control": None}
+    utils.save_json(folder / "config.json", config)
+    return folder
+
+
+def images_of(root):
+    return root / "outputs_all/subj01/cp_4096_v1/300000/0.2"
+
+
+def stimuli_of(root):
+    with h5py.File(root / "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5") as file:
+        return file["imgBrick"][:]
+
+
+def run(root, *words):
+    evaluate.main(["--root", str(root), "--device", "cpu", *map(str, words)])
+
+
+def metrics_in(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_values_are_those_of_the_pairs_matched_by_id(root, clip):
+    run(root, "--subj", 1, "--eval_clip", clip)
+    folder = images_of(root)
+    found = metrics_in(folder)
+    truths = stimuli_of(root)[IDS]
+    made = np.stack([np.asarray(Image.open(folder / f"{row:05d}.png")) for row in range(len(IDS))])
+
+    def at(pictures, side):
+        x = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+        return torch.nn.functional.interpolate(x, size=256, mode="bilinear") if side == 256 else \
+            torch.nn.functional.interpolate(at(pictures, 256), size=side, mode="bilinear")
+
+    flat = [at(x, 425).flatten(1).numpy() for x in (truths, made)]
+    pixcorr = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(*flat, strict=True)])
+    assert found["pixcorr"]["value"] == pytest.approx(pixcorr, abs=1e-5)
+
+    model = CLIPVisionModelWithProjection.from_pretrained(clip)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.3, 0.4, 0.5], [0.2, 0.3, 0.4]))
+    with torch.no_grad():
+        reals, preds = (model((at(x, 16) - mean) / std).image_embeds.numpy() for x in (truths, made))
+    np.testing.assert_allclose(load_clip(str(clip))(at(truths, 256)), reals, atol=1e-5)
+    r = np.corrcoef(reals, preds)[:len(IDS), len(IDS):]
+    two_way = (r < np.diag(r)).sum(axis=0).mean() / (len(IDS) - 1)
+    assert found["clip_two_way"]["value"] == pytest.approx(two_way)
+    rank = [1 + sum(r[j, i] > r[i, i] for j in range(len(IDS))) for i in range(len(IDS))]
+    assert found["clip_median_rank"]["value"] == np.median(rank)
+    assert found["clip_top1"]["value"] == pytest.approx(np.mean(np.array(rank) == 1))
+
+    assert found["brain_to_image_top1"]["value"] == pytest.approx(5 / 6)
+    assert found["brain_to_image_top1"]["gallery"] == 6
+    for entry in found.values():
+        if "missing" not in entry:
+            assert entry["n"] == len(IDS) and entry["ci_low"] <= entry["value"] <= entry["ci_high"]
+    rows = utils.load_csv(folder / "metrics_per_image.csv", "", "")
+    assert [int(row["image_id"]) for row in rows] == IDS
+    assert np.mean([float(row["clip_two_way"]) for row in rows]) == pytest.approx(two_way)
+    assert json.loads((folder / "metrics_config.json").read_text())["protocol"] == "mindeye2"
+    assert Image.open(folder / "contact_sheet.png").width > 500
+
+
+def test_the_order_of_the_index_does_not_matter(root):
+    folder = write_set(root / "perfect", stimuli_of(root)[IDS])
+    rows = utils.load_csv(folder / "index.csv", "", "")
+    utils.save_csv(folder / "index.csv", rows[::-1])
+    run(root, "--images", "perfect", "--eval_clip", "none")
+    assert metrics_in(folder)["pixcorr"]["value"] == pytest.approx(1)
+    assert metrics_in(folder)["ssim"]["value"] == pytest.approx(1)
+    assert [int(row["image_id"]) for row in utils.load_csv(folder / "metrics_per_image.csv", "", "")] == IDS
+
+
+def test_ground_truth_reaches_the_best_of_everything(root, clip):
+    run(root, "--subj", 1, "--ground_truth", "--eval_clip", clip)
+    found = metrics_in(images_of(root) / "ground_truth")
+    for name in ("pixcorr", "ssim", "clip_two_way", "clip_two_way_gt_to_rec", "clip_top1", "clip_median_rank"):
+        assert found[name]["value"] == pytest.approx(1), name
+    assert not (images_of(root) / "metrics.json").exists()
+
+
+def test_samples_are_averaged(root):
+    pictures, rng = stimuli_of(root)[IDS], np.random.default_rng(1)
+    noise = rng.integers(0, 256, pictures.shape, np.uint8)
+    run(root, "--images", write_set(root / "noise", noise), "--eval_clip", "none")
+    both = np.stack([pictures, noise], axis=1).reshape(-1, SIDE, SIDE, 3)  # sample 0 is perfect, sample 1 noise
+    run(root, "--images", write_set(root / "both", both, samples=2), "--eval_clip", "none")
+    for name in ("pixcorr", "ssim"):
+        expected = (1 + metrics_in(root / "noise")[name]["value"]) / 2
+        assert metrics_in(root / "both")[name]["value"] == pytest.approx(expected)
+
+
+def test_one_image_and_absent_scores_give_reasons_not_numbers(root, clip, capsys):
+    folder = write_set(root / "one", stimuli_of(root)[IDS[:1]])
+    (folder / "config.json").unlink()
+    run(root, "--images", folder, "--eval_clip", clip)
+    found = metrics_in(folder)
+    assert found["clip_two_way"]["value"] is None and "two images" in found["clip_two_way"]["missing"]
+    assert "config.json" in found["brain_to_image_top1"]["missing"]
+    assert "missing: needs at least two images" in capsys.readouterr().out
+
+
+def test_retrieval_follows_the_images_config_not_the_flags(root):
+    folder = images_of(root)
+    config = json.loads((folder / "config.json").read_text())
+    utils.save_json(folder / "config.json", {**config, "control": "shuffle"})
+    run(root, "--images", folder, "--eval_clip", "none")
+    assert "_shuffle/retrieval.npy not found" in metrics_in(folder)["brain_to_image_top1"]["missing"]
+
+
+def test_folder_of_flags(root):
+    args = evaluate.get_parser().parse_args(["--root", str(root)])
+    paths = utils.Paths.from_args(args)
+    assert evaluate.images_folder(args, paths) == images_of(root)  # the only one there is
+    write_set(images_of(root).parent.parent / "100/0.2", stimuli_of(root)[IDS])
+    with pytest.raises(utils.UserError, match="--guidance_scale.*100, 300000"):
+        evaluate.images_folder(args, paths)
+    for words, expected in (("--guidance_scale 3e5", "cp_4096_v1/300000/0.2"), ("--guidance_scale 0", "cp_4096_v1/0/0"),
+                            ("--guidance_scale 9 --control noise --guidance_strength 1", "cp_4096_v1_noise/9/1")):
+        args = evaluate.get_parser().parse_args(["--root", str(root), *words.split()])
+        assert evaluate.images_folder(args, paths) == paths.root / "outputs_all/subj01" / expected
+
+
+@pytest.mark.parametrize("damage, words, message", [
+    (lambda f: (f / "index.csv").unlink(), (), "index.csv"),
+    (lambda f: (f / "index.csv").write_text("row,file\n0,00000.png\n"), (), "image_id"),
+    (lambda f: (f / "index.csv").write_text("image_id,file\n99,00000.png\n"), (), "99"),
+    (lambda f: (f / "00002.png").unlink(), (), "00002.png"),
+    (lambda f: (f / "00002.png").write_bytes((f / "00002.png").read_bytes()[:300]), (), "00002.png"),
+    (lambda f: None, ("--eval_clip", "no/such/clip"), "--eval_clip no/such/clip"),
+    (lambda f: None, ("--images", "nowhere"), "nowhere/index.csv"),
+    (lambda f: None, ("--compare", "x=nowhere"), "nowhere/index.csv"),
+    (lambda f: None, ("--sheet_images", "0"), "--sheet_images 0"),
+])
+def test_what_is_refused(root, capsys, damage, words, message):
+    damage(images_of(root))
+    argv = ["--root", str(root), "--images", str(images_of(root)), "--eval_clip", "none", *words]
+    assert utils.run_cli(evaluate.main, argv) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and message in error[0]
+
+
+def test_sheet_shows_each_image_over_its_reconstruction():
+    colours = [(200, 10 * i, 50) for i in range(5)]
+    solid = [np.full((8, 8, 3), colour, np.uint8) for colour in colours]
+    rows = {"seen": solid, "reconstructed": [255 - picture for picture in solid], "shuffled": [None, *solid[1:]]}
+    sheet = np.asarray(gallery.contact_sheet(rows, list("abcde"), "title", columns=3)).reshape(-1, 3)
+    shape = np.asarray(gallery.contact_sheet(rows, list("abcde"), "title", columns=3)).shape
+    places = {}
+    for i, colour in enumerate(colours):
+        seen = np.flatnonzero((sheet == colour).all(1))
+        made = np.flatnonzero((sheet == 255 - np.array(colour)).all(1))
+        assert len(seen) == gallery.TILE**2 * (1 if i == 0 else 2) and len(made) == gallery.TILE**2
+        places[i] = divmod(seen[0], shape[1])
+        row, column = divmod(made[0], shape[1])
+        assert column == places[i][1] and row - places[i][0] == gallery.TILE + gallery.GAP
+    assert places[3][1] == places[0][1] and places[3][0] > places[0][0]  # the fourth starts the second band
+
+
+def test_sheet_takes_images_at_even_distances_and_compared_sets_by_id(root, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(evaluate, "contact_sheet",
+                        lambda rows, names, *_: seen.update(rows=rows, names=names) or Image.new("RGB", (1, 1)))
+    other = write_set(root / "other", stimuli_of(root)[IDS[:5]])
+    run(root, "--subj", 1, "--eval_clip", "none", "--sheet_images", 3, "--compare", f"perfect={other}")
+    assert seen["names"] == ["3", "7", "20"] and list(seen["rows"]) == ["seen", "reconstructed", "perfect"]
+    np.testing.assert_array_equal(seen["rows"]["perfect"][1], stimuli_of(root)[7])
+    assert seen["rows"]["perfect"][2] is None
+
+
+def test_summary_judges_each_set_against_its_scenes(root, monkeypatch, clip, capsys):
+    attributes = [{"background": i} for i in range(24)]
+    utils.save_json(root / "demo_attributes.json", attributes)
+    stimuli = torch.from_numpy(stimuli_of(root)).permute(0, 3, 1, 2) / 255
+
+    def judged(images, truths, _):  # right where the picture is exactly the scene's
+        right = [bool((image == stimuli[t["background"]]).all()) for image, t in zip(images, truths, strict=True)]
+        return dict.fromkeys(("background", "object", "colour", "place"), np.mean(right))
+
+    monkeypatch.setattr(summarise, "judge_images", judged)
+    truths = stimuli_of(root)[IDS]
+    folders = {"real": write_set(root / "real", truths), "unguided": images_of(root),
+               "shuffled": write_set(root / "shuffled", np.roll(truths, 1, axis=0))}
+    for k, folder in enumerate([*folders.values(), root / "truth"]):
+        names = ("clip_two_way", "pixcorr", "ssim")
+        utils.save_json(folder / "metrics.json", {name: {"value": k + i / 10} for i, name in enumerate(names)})
+    utils.save_json(root / "seconds.json", {"data": 12.0, "train": 60.0})
+    words = [word for name, folder in folders.items() for word in (f"--{name}", str(folder))]
+    argv = ["--root", str(root), *words, "--ground_truth", str(root / "truth"), "--clip", str(clip),
+            "--seconds", str(root / "seconds.json")]
+    summarise.main(argv)
+    summary = json.loads((root / "summary.json").read_text())
+    assert list(summary) == ["real", "shuffled", "unguided", "ground_truth", "seconds"]
+    assert list(summary["real"]) == ["background", "object", "colour", "place", "clip_two_way", "pixcorr", "ssim"]
+    assert [summary[name]["object"] for name in ("real", "shuffled", "unguided", "ground_truth")] == [1, 0, 0, 1]
+    assert summary["ground_truth"]["ssim"] == 3.2 and summary["seconds"] == {"data": 12.0, "train": 60.0}
+    out = capsys.readouterr().out
+    assert "12.5%" in out and "8.3%" in out and "33.3%" in out and "contact_sheet.png" in out
+
+    (root / "seconds").mkdir()
+    (root / "seconds/data").write_text("12\n")
+    assert summarise.read_seconds(root / "seconds") == {"data": 12.0}
+    utils.save_json(root / "truth/metrics.json", {"pixcorr": {"value": 1.0}})
+    assert utils.run_cli(summarise.main, argv) == 2
+    assert "clip_two_way" in capsys.readouterr().err

@@ -1,0 +1,141 @@
+"""The metrics against numpy, scipy and scikit-image called pair by pair, and against naive loops."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.spatial.distance import correlation
+from scipy.stats import pearsonr
+from skimage.color import rgb2gray
+from skimage.metrics import structural_similarity
+
+import metrics
+
+
+@pytest.fixture
+def pairs():
+    """Six true images and noisy reconstructions, (6, 3, 48, 48) in [0, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    truths = torch.nn.functional.interpolate(torch.rand(6, 3, 6, 6, generator=generator), size=48, mode="bicubic")
+    truths = truths.clamp(0, 1)
+    return truths, (truths + 0.2 * torch.randn(truths.shape, generator=generator)).clamp(0, 1)
+
+
+@pytest.fixture
+def features():
+    rng = np.random.default_rng(1)
+    reals = rng.normal(size=(9, 5))
+    return reals, reals + 1.2 * rng.normal(size=(9, 5))
+
+
+def enlarged(image):
+    """(3, H, W) -> (425, 425, 3) by PIL's bilinear, which equals the protocol's when enlarging."""
+    planes = [Image.fromarray(plane.numpy()).resize((425, 425), Image.Resampling.BILINEAR) for plane in image]
+    return np.stack(planes, axis=2)
+
+
+def test_pixcorr_is_pearson_of_the_enlarged_pixels(pairs):
+    expected = [pearsonr(enlarged(a).ravel(), enlarged(b).ravel())[0] for a, b in zip(*pairs, strict=True)]
+    np.testing.assert_allclose(metrics.pixcorr(*pairs), expected, atol=1e-5)
+    assert 0.5 < np.mean(expected) < 0.99
+
+
+def test_ssim_is_scikit_images_on_gray(pairs):
+    expected = [structural_similarity(rgb2gray(enlarged(b)), rgb2gray(enlarged(a)), gaussian_weights=True, sigma=1.5,
+                                      use_sample_covariance=False, data_range=1.0) for a, b in zip(*pairs, strict=True)]
+    np.testing.assert_allclose(metrics.ssim(*pairs), expected, atol=1e-4)
+
+
+def test_resize_shrinks_without_antialiasing():
+    stripes = torch.zeros(1, 1, 1, 16)
+    stripes[..., ::4] = 1  # at a quarter of the width, bilinear looks at pixels 1 and 2 of each four: no stripe left
+    assert metrics.resize(stripes.expand(1, 3, 16, 16), 4).max() == 0
+
+
+def test_a_flat_image_is_uncorrelated_not_nan(pairs):
+    truths, images = pairs[0], pairs[1].clone()
+    images[2] = 0.3
+    values = metrics.pixcorr(truths, images)
+    assert values[2] == 0 and np.isfinite(values).all()
+
+
+def test_correlation_distance_is_scipys(features):
+    expected = [correlation(a, b) for a, b in zip(*features, strict=True)]
+    np.testing.assert_allclose(metrics.correlation_distance(*features), expected)
+
+
+def test_two_way_is_the_protocols_formula_and_a_naive_loop(features):
+    reals, preds = features
+    n = len(reals)
+    r = np.corrcoef(reals, preds)[:n, n:]  # FIELD section 2, word for word
+    success = r < np.diag(r)
+    found = metrics.two_way(reals, preds)
+    assert list(found) == ["rec_to_gt", "gt_to_rec"]
+    assert found["rec_to_gt"] == pytest.approx(success.sum(axis=0).mean() / (n - 1))
+    for name, query, gallery in (("rec_to_gt", preds, reals), ("gt_to_rec", reals, preds)):
+        wins = [pearsonr(query[i], gallery[i])[0] > pearsonr(query[i], gallery[j])[0]
+                for i in range(n) for j in range(n) if i != j]
+        assert found[name] == pytest.approx(np.mean(wins))
+    assert found["rec_to_gt"] != found["gt_to_rec"]  # else the test could not tell one from the other
+
+
+def test_two_way_of_perfect_random_and_identical_sets():
+    rng = np.random.default_rng(2)
+    reals = rng.normal(size=(200, 30))
+    assert metrics.two_way(reals, reals) == {"rec_to_gt": 1.0, "gt_to_rec": 1.0}
+    assert metrics.two_way(reals, rng.normal(size=(200, 30)))["rec_to_gt"] == pytest.approx(0.5, abs=0.05)
+    same = np.repeat(rng.normal(size=(1, 30)), 200, axis=0)  # every reconstruction the same: exactly chance
+    assert metrics.two_way(reals, same)["rec_to_gt"] == pytest.approx(0.5)
+
+
+def test_ranks_are_positions_in_the_sorted_candidates(features):
+    reals, preds = features
+    rank = []
+    for i, pred in enumerate(preds):
+        order = sorted(range(len(reals)), key=lambda j: -pearsonr(pred, reals[j])[0])
+        rank.append(order.index(i) + 1)
+    found = metrics.ranks(reals, preds)
+    assert found == {"median_rank": np.median(rank), "top1": np.mean(np.array(rank) == 1),
+                     "top5": np.mean(np.array(rank) <= 5)}
+    assert 0 < found["top1"] < 1
+
+
+def test_retrieval_is_named_by_query_and_gallery():
+    # brain 0 is nearest to image 0 and so is brain 1; image 1 is nearest to brain 1: directions differ
+    image = np.array([[1.0, 0.0], [0.0, 1.0]])
+    brain = np.array([[1.0, 0.0], [0.8, 0.6]])
+    assert metrics.retrieval(brain, image) == {"brain_to_image_top1": 0.5, "image_to_brain_top1": 1.0}
+
+
+def test_retrieval_draws_galleries(features):
+    rng = np.random.default_rng(3)
+    image = rng.normal(size=(60, 2, 4))
+    brain = 3 * (image + 0.8 * rng.normal(size=image.shape))  # the length of an embedding must not matter
+    unit = [x.reshape(60, -1) / np.linalg.norm(x.reshape(60, -1), axis=1, keepdims=True) for x in (brain, image)]
+    rates = []
+    for _ in range(3000):
+        chosen = rng.choice(60, 20, replace=False)
+        similarity = unit[0][chosen] @ unit[1][chosen].T
+        rates.append((similarity.argmax(1) == np.arange(20)).mean())
+    found = metrics.retrieval(brain, image, gallery=20, draws=300)
+    assert found["brain_to_image_top1"] == pytest.approx(np.mean(rates), abs=0.02)
+    assert found == metrics.retrieval(brain, image, gallery=20, draws=300)
+    hits, drawn = metrics.retrieval_counts(brain, image, gallery=20, draws=7)
+    assert drawn.sum() == 7 * 20 and all((hit <= drawn).all() for hit in hits.values())
+
+
+def test_bootstrap_of_a_mean_is_its_standard_error():
+    values = np.random.default_rng(4).normal(size=400)
+    low, high = metrics.bootstrap_ci(lambda index: values[index].mean(), 400, draws=5000)
+    error = values.std() / np.sqrt(400)
+    assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.008)
+
+
+def test_bootstrap_of_pairs_never_sets_an_image_against_itself(features):
+    table = metrics.identification(metrics.correlations(*features))["rec_to_gt"]
+    statistic = metrics.pair_mean_of(table)
+    assert statistic(np.arange(9)) == pytest.approx(metrics.pair_mean(table))
+    index = np.array([0, 0, 1, 3, 3, 3, 4, 7, 8])
+    naive = [table[i, j] for a, i in enumerate(index) for b, j in enumerate(index) if i != j]
+    assert statistic(index) == pytest.approx(np.mean(naive))
+    assert metrics.bootstrap_ci(metrics.pair_mean_of(~np.eye(9, dtype=bool)), 9) == (1.0, 1.0)

@@ -1,0 +1,251 @@
+"""mini-NSD: formats as in FIELD section 1, ids that agree across files, determinism, and noise ceilings as wanted."""
+
+import csv
+import hashlib
+import io
+import json
+import tarfile
+
+import h5py
+import numpy as np
+import pytest
+from scipy.io import loadmat
+
+import make_mini_nsd
+from make_mini_nsd import EXPLAINABLE, N_SUBJECTS, ROI_SHARES, WORLDS, subject_name
+from scenes import ATTRIBUTES, render, sample_scene
+
+WORLD = WORLDS["small"]
+DATA, EXPERIMENT, STIMULI = "MindEyeV2/mindeyev2", "nsddata/experiments/nsd", "nsddata_stimuli/stimuli/nsd"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    make_mini_nsd.main(["--root", str(folder), "--size", "small"])
+    return folder
+
+
+def read_hdf5(path, key):
+    with h5py.File(path) as file:
+        return file[key][:]
+
+
+def read_tar(path):
+    """{sample key: {member: array}}."""
+    samples = {}
+    with tarfile.open(path) as shard:
+        for info in shard:
+            key, member, extension = info.name.split(".")
+            assert extension == "npy" and info.mtime == 0
+            array = np.load(io.BytesIO(shard.extractfile(info).read()))
+            samples.setdefault(key, {})[member] = array
+    return samples
+
+
+def tables(root, s):
+    """(train, test) behaviour of a subject, (trials, 17) each."""
+    folder = root / DATA / "wds" / subject_name(s)
+    shards = [folder / f"train/{i}.tar" for i in range(WORLD.sessions[s])]
+    assert len(list((folder / "train").iterdir())) == len(shards)
+    stacked = [np.concatenate([sample["behav"] for path in paths for sample in read_tar(path).values()])
+               for paths in (shards, [folder / "new_test/0.tar"])]
+    return stacked[0], stacked[1]
+
+
+def digests(folder):
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_full_world_is_a_tenth_of_nsd():
+    full = WORLDS["full"]
+    assert full.n_images == 7300 and full.n_shared == 100 and full.session_trials == 75
+    assert full.n_voxels == [1572, 1427, 1522, 1315, 1303, 1790, 1268, 1438]
+    design = make_mini_nsd.make_design(full, np.random.default_rng(0))
+    distinct = [len(np.unique(design.trial_images(s))) for s in range(N_SUBJECTS)]
+    assert np.allclose(distinct, [1000, 1000, 941, 921, 1000, 941, 1000, 921], atol=15)  # NSD's, a tenth
+
+
+@pytest.mark.parametrize("s", range(N_SUBJECTS))
+def test_betas_are_contiguous_and_zscored_per_session(root, s):
+    path = root / DATA / f"betas_all_{subject_name(s)}_fp32_renorm.hdf5"
+    n_trials = WORLD.sessions[s] * WORLD.session_trials
+    with h5py.File(path) as file:
+        betas = file["betas"]
+        assert betas.dtype == np.float32 and betas.shape == (n_trials, WORLD.n_voxels[s])
+        assert betas.chunks is None and betas.compression is None
+        assert betas.id.get_offset() + betas.size * 4 <= path.stat().st_size
+        sessions = betas[:].reshape(WORLD.sessions[s], WORLD.session_trials, -1)
+    assert np.allclose(sessions.mean(1), 0, atol=1e-5) and np.allclose(sessions.std(1), 1, atol=1e-5)
+
+
+def test_masks_are_disjoint_and_cover_everything(root):
+    for s, n in enumerate(WORLD.n_voxels):
+        masks = {name: read_hdf5(root / DATA / "brain_region_masks.hdf5", f"{subject_name(s)}/{name}")
+                 for name in ("nsd_general", *ROI_SHARES)}
+        assert all(mask.dtype == bool and mask.shape == (n,) and mask.any() for mask in masks.values())
+        assert masks.pop("nsd_general").all()
+        assert (sum(mask.astype(int) for mask in masks.values()) == 1).all()
+
+
+def test_tars_have_the_fields_of_nsd(root):
+    samples = read_tar(root / DATA / "wds/subj01/train/0.tar")
+    shapes = {"behav": (1, 17), "past_behav": (15, 17), "future_behav": (15, 17), "olds_behav": (3, 17)}
+    for key, sample in samples.items():
+        assert len(key) == len("sample") + 9 and key.startswith("sample")
+        assert {name: array.shape for name, array in sample.items()} == shapes
+        assert all(array.dtype == np.float64 for array in sample.values())
+    everything, test = (np.concatenate(tables(root, 0)), tables(root, 0)[1])
+    by_row = everything[np.argsort(everything[:, 5])]
+    assert len(test) == 3 * WORLD.n_shared
+    for sample in samples.values():
+        row = int(sample["behav"][0, 5])
+        olds = [line for line in by_row[:row] if line[0] == sample["behav"][0, 0]]
+        assert np.array_equal(sample["olds_behav"][: len(olds)], np.reshape(olds, (-1, 17)))
+        assert (sample["olds_behav"][len(olds) :] == -1).all() and sample["behav"][0, 7] == bool(olds)
+        for k in range(15):
+            past = by_row[row - 1 - k] if row - 1 - k >= 0 else -1
+            assert (sample["past_behav"][k] == past).all()
+            assert (sample["future_behav"][k] == by_row[row + 1 + k]).all()
+
+
+def test_the_shards_can_be_read_with_webdataset(root):
+    webdataset = pytest.importorskip("webdataset")
+    path = root / DATA / "wds/subj02/new_test/0.tar"
+    dataset = webdataset.WebDataset(str(path), shardshuffle=False).decode().to_tuple("behav.npy")
+    rows = [int(behav[0, 5]) for (behav,) in dataset]
+    assert rows == sorted(rows) and len(rows) == 3 * WORLD.n_shared
+
+
+def test_ids_agree_across_all_files(root):
+    """0-based in csv, index file and tars; 1-based in the .mat and in the csv's repeat columns."""
+    mat = loadmat(root / EXPERIMENT / "nsd_expdesign.mat")
+    ordering, subjectim = mat["masterordering"], mat["subjectim"]
+    n_images = WORLD.n_shared + WORLD.n_own
+    assert ordering.shape == (1, 3 * n_images) and subjectim.shape == (N_SUBJECTS, n_images)
+    assert (np.bincount(ordering[0])[1:] == 3).all() and ordering.min() == 1
+    assert np.array_equal(np.unique(subjectim), np.arange(1, WORLD.n_images + 1))
+    assert mat["stimpattern"].sum() == 3 * n_images
+    assert (mat["stimpattern"].sum(axis=(1, 2)) == WORLD.session_trials).all()
+
+    shared = np.load(root / DATA / "shared1000.npy")
+    assert shared.dtype == bool and shared.shape == (WORLD.n_images,)
+    assert np.array_equal(mat["sharedix"][0] - 1, np.flatnonzero(shared))
+    assert all(np.array_equal(row[: WORLD.n_shared], mat["sharedix"][0]) for row in subjectim)
+    with open(root / EXPERIMENT / "nsd_stim_info_merged.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [int(line["nsdId"]) for line in table] == [int(line[""]) for line in table] == list(range(WORLD.n_images))
+    assert [line["shared1000"] == "True" for line in table] == shared.tolist()
+
+    for s in range(N_SUBJECTS):
+        indices = read_hdf5(root / DATA / "COCO_73k_subj_indices.hdf5", subject_name(s))
+        n_trials = WORLD.sessions[s] * WORLD.session_trials
+        assert indices.shape == (n_trials,)
+        assert np.array_equal(indices, [subjectim[s, ordering[0, t] - 1] - 1 for t in range(n_trials)])
+        train, test = tables(root, s)
+        behav = np.concatenate([train, test])
+        row = behav[:, 5].astype(int)
+        assert np.array_equal(np.sort(row), np.arange(n_trials))
+        assert np.array_equal(behav[:, 0], indices[row])
+        assert np.array_equal(row, (behav[:, 2] - 1) * WORLD.session_trials + behav[:, 4])
+        assert (behav[:, 1] == s + 1).all() and np.array_equal(behav[:, 16], shared[indices[row]])
+        assert (train[:, 16] == 0).all() and (test[:, 16] == 1).all()
+        for image_id in (0, int(indices[0]), int(indices[-1])):
+            line = table[image_id]
+            repeats = sorted(int(line[f"subject{s + 1}_rep{r}"]) for r in range(3))
+            shown = [t + 1 for t, k in enumerate(ordering[0]) if subjectim[s, k - 1] == image_id + 1]
+            assert repeats == (shown or [0, 0, 0]) and int(line[f"subject{s + 1}"]) == bool(shown)
+
+
+def test_pictures_captions_and_attributes_belong_together(root):
+    images = read_hdf5(root / STIMULI / "nsd_stimuli.hdf5", "imgBrick")
+    assert images.shape == (WORLD.n_images, 64, 64, 3) and images.dtype == np.uint8
+    rng = np.random.default_rng([0, 0])
+    scenes = [sample_scene(rng) for _ in range(WORLD.n_images)]
+    captions = json.loads((root / STIMULI / "annotations/nsd_captions.json").read_text())
+    attributes = json.loads((root / "demo_attributes.json").read_text())
+    with open(root / EXPERIMENT / "nsd_stim_info_merged.csv", newline="") as file:
+        coco_ids = {int(line["nsdId"]): line["cocoId"] for line in csv.DictReader(file)}
+    for image_id in range(0, WORLD.n_images, 30):
+        assert np.array_equal(images[image_id], render(scenes[image_id], 64))
+        assert attributes[image_id] == scenes[image_id].attributes and set(attributes[image_id]) == set(ATTRIBUTES)
+        texts = captions[coco_ids[image_id]]
+        assert len(texts) == 5 and all(attributes[image_id]["object"] in text for text in texts)
+    assert len(captions) == len(attributes) == WORLD.n_images
+
+
+def test_the_same_seed_gives_the_same_bytes(root, tmp_path):
+    make_mini_nsd.main(["--root", str(tmp_path / "same"), "--size", "small"])
+    assert digests(tmp_path / "same") == digests(root)
+    make_mini_nsd.main(["--root", str(tmp_path / "other"), "--size", "small", "--seed", "1"])
+    assert digests(tmp_path / "other")[f"{STIMULI}/nsd_stimuli.hdf5"] != digests(root)[f"{STIMULI}/nsd_stimuli.hdf5"]
+
+
+def test_a_world_that_is_there_is_kept(root, tmp_path, capsys):
+    arguments = ["--root", str(tmp_path), "--size", "small"]
+    make_mini_nsd.main(arguments)
+    attributes = tmp_path / "demo_attributes.json"
+    attributes.write_text("touched")
+    make_mini_nsd.main(arguments)
+    assert attributes.read_text() == "touched" and "already here" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        make_mini_nsd.main([*arguments, "--seed", "5"])
+    assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
+    make_mini_nsd.main([*arguments, "--overwrite"])
+    assert digests(tmp_path) == digests(root)
+
+
+def test_noise_ceiling_equals_a_naive_loop():
+    rng = np.random.default_rng(0)
+    image_ids = rng.permutation(np.repeat(np.arange(20), rng.integers(1, 4, 20)))
+    betas = rng.standard_normal((len(image_ids), 3)).astype(np.float32) + image_ids[:, None] / 10
+    for v, found in enumerate(make_mini_nsd.noise_ceiling(betas, image_ids)):
+        groups = [betas[image_ids == i, v].astype(float) for i in range(20)]
+        squares = sum(((group - group.mean()) ** 2).sum() for group in groups)
+        noise = squares / sum(len(group) - 1 for group in groups)
+        assert found == pytest.approx(1 - noise / betas[:, v].astype(float).var(), abs=1e-6)
+
+
+def test_betas_explain_as_much_as_nsds():
+    """Enough trials that the estimate is sharp: the wanted mean per region, and a wide spread over its voxels."""
+    rng = np.random.default_rng(0)
+    n_images, n_voxels = 1000, 900
+    image_ids = rng.permutation(np.repeat(np.arange(n_images), 3))
+    rois = make_mini_nsd.draw_rois(n_voxels, rng)
+    explained = make_mini_nsd.explainable_variance(rois, rng)
+    signal = rng.standard_normal((n_images, n_voxels))[image_ids]
+    found = make_mini_nsd.noise_ceiling(make_mini_nsd.add_noise(signal, explained, 75, rng), image_ids)
+    assert np.corrcoef(found, explained)[0, 1] > 0.97
+    for roi, wanted in EXPLAINABLE.items():
+        assert found[rois[roi]].mean() == pytest.approx(wanted, abs=0.015)
+        assert np.percentile(found[rois[roi]], 10) < 0.04 and found[rois[roi]].max() > 0.35
+
+
+def test_small_worlds_ceilings_are_near(root):
+    found = {roi: [] for roi in EXPLAINABLE}
+    for s in range(N_SUBJECTS):
+        betas = read_hdf5(root / DATA / f"betas_all_{subject_name(s)}_fp32_renorm.hdf5", "betas")
+        ids = read_hdf5(root / DATA / "COCO_73k_subj_indices.hdf5", subject_name(s))
+        explained = make_mini_nsd.noise_ceiling(betas, ids)
+        for roi in found:
+            found[roi].append(explained[read_hdf5(root / DATA / "brain_region_masks.hdf5", f"{subject_name(s)}/{roi}")])
+    for roi, wanted in EXPLAINABLE.items():
+        assert np.concatenate(found[roi]).mean() == pytest.approx(wanted, abs=0.05)
+
+
+def test_energy_finds_orientation_and_wavelength():
+    x, y = np.meshgrid(np.arange(64), np.arange(64))
+    for k in range(make_mini_nsd.N_ORIENTATIONS):
+        angle = k * np.pi / make_mini_nsd.N_ORIENTATIONS
+        for w, wavelength in enumerate(make_mini_nsd.WAVELENGTHS):
+            for phase in (0, 1):
+                grating = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / wavelength + phase)
+                energy = make_mini_nsd.oriented_energy(grating[None].astype(np.float32))[0, 8:24, 8:24].mean((0, 1))
+                assert np.unravel_index(energy.argmax(), energy.shape) == (w, k)
+
+
+def test_ridge_reads_a_world(root):
+    accuracies = make_mini_nsd.ridge_accuracies(root)
+    assert set(accuracies) == set(ATTRIBUTES)
+    assert accuracies["background"] > 1.5 / len(ATTRIBUTES["background"])  # 78 voxels, 25 images: above chance

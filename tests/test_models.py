@@ -1,0 +1,250 @@
+"""The networks: naive references, sizes that do not divide, and a prior that learns a toy world in seconds."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import utils
+from models import (
+    BrainModel,
+    BrainNetwork,
+    DiffusionPrior,
+    PriorAttention,
+    VoxelEncoder,
+    build_model,
+    load_trunk,
+    rotary_table,
+    rotate,
+)
+
+
+def tiny_model(n_voxels=None, **changes):
+    sizes = {"hidden_dim": 8, "tokens": 3, "width": 6, "n_blocks": 2, "prior_depth": 2} | changes
+    return BrainModel(n_voxels or {"subj01": 5, "subj02": 4}, **sizes)
+
+
+def test_voxel_encoder_follows_the_batch_not_the_model():
+    encoder = VoxelEncoder({"subj02": 4, "subj05": 6}, 8)
+    batch = {"subj05": torch.randn(2, 6), "subj02": torch.randn(3, 4)}  # the other order
+    hidden = encoder(batch)
+    weights = {s: encoder.state_dict()[f"linears.{i}.weight"] for i, s in enumerate(["subj02", "subj05"])}
+    biases = {s: encoder.state_dict()[f"linears.{i}.bias"] for i, s in enumerate(["subj02", "subj05"])}
+    rows = [weights[s] @ row + biases[s] for s in ("subj05", "subj02") for row in batch[s]]
+    torch.testing.assert_close(hidden, torch.stack(rows))
+    with pytest.raises(KeyError, match="subj07.*subj02, subj05"):
+        encoder({"subj07": torch.randn(1, 4)})
+
+
+def test_backbone_blocks_reach_the_output():
+    """Guards against MindEye2's mixer, whose output over one position is its input plus a constant."""
+    network = BrainNetwork(hidden_dim=8, tokens=3, width=6, n_blocks=2, dropout=0.5).eval()
+    x = torch.randn(4, 8)
+    backbone, contrast = network(x)
+    assert backbone.shape == contrast.shape == (4, 3, 6)
+    network.blocks[0][4].weight.data.mul_(5)
+    change = network(x)[0] - backbone
+    assert (change - change[0]).abs().max() > 0.1  # not the same for every sample
+
+
+def test_rotary_scores_depend_on_the_distance_only():
+    table = rotary_table(length=9, dim=4)
+    q, k = torch.randn(2, 1, 7)  # one query and one key, put at every position; three channels stay unturned
+    scores = rotate(q.expand(9, 7), table) @ rotate(k.expand(9, 7), table).T
+    for i in range(9):
+        for j in range(9):
+            expected = scores[i - j, 0] if i >= j else scores[0, j - i]
+            torch.testing.assert_close(scores[i, j], expected)
+    assert scores[3, 0] != pytest.approx(float(scores[0, 0]), abs=1e-4)
+
+
+def test_prior_attention_against_naive():
+    heads, d, length = 3, 4, 5
+    attention = PriorAttention(width=6, heads=heads, dim_head=d)
+    x, bias = torch.randn(2, length, 6), torch.randn(heads, length, length + 1)
+    still = torch.stack([torch.ones(length, 1), torch.zeros(length, 1)])  # cos 1, sin 0: no rotation
+    normed = F.layer_norm(x, (6,))
+    out = torch.zeros(2, length, heads * d)
+    for b in range(2):
+        keys_values = torch.cat([attention.null_kv.flatten()[None], normed[b] @ attention.to_kv.weight.T])
+        for h in range(heads):
+            q = normed[b] @ attention.to_q.weight[h * d : (h + 1) * d].T
+            for i in range(length):
+                cosines = torch.stack([torch.cosine_similarity(q[i], key, 0) for key in keys_values[:, :d]])
+                weights = (16 * cosines + bias[h, i]).softmax(0)
+                out[b, i, h * d : (h + 1) * d] = weights @ keys_values[:, d:]
+    torch.testing.assert_close(attention(x, bias, still), attention.to_out(out), atol=1e-5, rtol=1e-4)
+
+
+def test_prior_sees_both_ways():
+    """Every clean token depends on every brain token and every noisy token, and on the time."""
+    net = DiffusionPrior(tokens=3, width=8, depth=1).net
+    noisy, brain, t = torch.randn(1, 3, 8), torch.randn(1, 3, 8), torch.tensor([50])
+    for x in (noisy, brain):
+        x.requires_grad_()
+        for token in range(3):
+            (gradient,) = torch.autograd.grad(net(noisy, t, brain)[0, token].pow(3).sum(), x)
+            assert torch.all(gradient.abs().sum(-1) > 0)
+    assert not torch.allclose(net(noisy, t, brain), net(noisy, t + 30, brain), atol=1e-4)
+
+
+def test_prior_drops_conditions_per_sample():
+    net = DiffusionPrior(tokens=3, width=8, depth=1).net
+    noisy, brain, other = torch.randn(3, 2, 3, 8)
+    t, keep = torch.tensor([10, 10]), torch.tensor([True, False])
+    kept, dropped = (net(noisy, t, brain, keep) - net(noisy, t, other, keep)).abs().amax(dim=(1, 2))
+    assert kept > 1e-3 and dropped == 0
+    kept, dropped = (net(noisy, t, brain, None, keep) - net(other, t, brain, None, keep)).abs().amax(dim=(1, 2))
+    assert kept > 1e-3 and dropped == 0
+
+
+def test_prior_schedule_is_the_cosine():
+    """abar_t = cos^2((t/T + .008) / 1.008 * pi/2), relative to t = 0 (Nichol & Dhariwal, eq. 17)."""
+    schedule = DiffusionPrior(tokens=2, width=4, depth=1).schedule
+    for i in (0, 20, 50, 90):
+        at = [math.cos((t / 100 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in (0, i + 1)]
+        assert float(schedule.alphas_cumprod[i]) == pytest.approx(at[1] / at[0], rel=1e-4)
+    schedule.set_timesteps(20)
+    assert schedule.timesteps.tolist() == list(range(99, 0, -5))
+
+
+class Oracle(torch.nn.Module):
+    """Stands for the prior's network: knows the clean tokens, and keeps the noisy ones it was shown."""
+
+    def __init__(self, clean):
+        super().__init__()
+        self.clean, self.seen = clean, []
+
+    def forward(self, noisy, t, brain, keep_brain=None, keep_noisy=None):
+        self.seen.append((noisy, t, keep_brain, keep_noisy))
+        return self.clean
+
+
+def test_prior_loss_noises_the_scaled_target():
+    prior = DiffusionPrior(tokens=4, width=6, depth=1, target_scale=2.0)
+    target = torch.randn(4000, 4, 6) * 0.5
+    prior.net = Oracle(2.0 * target + 0.1)
+    loss, prediction = prior.loss(torch.zeros_like(target), target, torch.Generator().manual_seed(0))
+    assert float(loss) == pytest.approx(0.01, rel=1e-4)  # in the scaled space
+    torch.testing.assert_close(prediction, target + 0.05)
+    noisy, t, keep_brain, keep_noisy = prior.net.seen[0]
+    assert t.min() == 0 and t.max() == 99
+    abar = prior.schedule.alphas_cumprod[t][:, None, None]
+    noise = (noisy - abar.sqrt() * 2 * target) / (1 - abar).sqrt()
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    for keep in (keep_brain, keep_noisy):
+        assert abs(keep.float().mean() - 0.8) < 0.03
+    assert not torch.equal(keep_brain, keep_noisy)
+    prior.eval().loss(torch.zeros_like(target), target)
+    assert prior.net.seen[1][2:] == (None, None)
+
+
+def test_prior_sample_follows_ddim():
+    """Against DDIM written out, with a prediction that depends on x_t."""
+    prior = DiffusionPrior(tokens=2, width=4, depth=1, target_scale=4.0).eval()
+    brain = torch.randn(3, 2, 4)
+    noise = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(1))
+    actual = prior.sample(brain, steps=10, generator=torch.Generator().manual_seed(1))
+    x, abar = noise, prior.schedule.alphas_cumprod
+    with torch.no_grad():
+        for t in range(99, 0, -10):
+            x0 = prior.net(x, torch.full((3,), t), brain)
+            eps = (x - abar[t].sqrt() * x0) / (1 - abar[t]).sqrt()
+            after = abar[t - 10] if t >= 10 else torch.tensor(1.0)
+            x = after.sqrt() * x0 + (1 - after).sqrt() * eps
+    torch.testing.assert_close(actual, x / 4.0, atol=1e-5, rtol=1e-4)
+
+
+def test_prior_sample_is_independent_of_the_batch():
+    prior = DiffusionPrior(tokens=3, width=8, depth=2).eval()
+    brain = torch.randn(4, 3, 8)
+
+    def draw(rows):
+        return prior.sample(brain[rows], steps=5, generator=[torch.Generator().manual_seed(r) for r in rows])
+
+    torch.testing.assert_close(draw([2, 0]), draw([0, 1, 2, 3])[[2, 0]], atol=1e-5, rtol=1e-4)
+
+
+def test_prior_recovers_a_toy_world():
+    """Six brain states, each with two equally likely targets, clean + side and clean - side.
+
+    The best regression answers clean, with error mean(side^2); a prior comes nearer to one of the two, each about as
+    often. Trained for seconds, so the bounds are loose; a longer training brings the error to a tenth.
+    """
+    torch.manual_seed(0)
+    prior = DiffusionPrior(tokens=2, width=16, depth=2, cond_drop_prob=0.0)
+    states, clean = torch.randn(2, 6, 2, 16)
+    side = torch.randn(2, 16)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=350)
+    for _ in range(350):
+        state = torch.randint(6, (64,))
+        sign = torch.randint(2, (64, 1, 1)) * 2.0 - 1
+        loss, _ = prior.loss(states[state], clean[state] + sign * side)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    state = torch.randint(6, (200,))
+    drawn = prior.eval().sample(states[state])
+    errors = torch.stack([(drawn - clean[state] - sign * side).square().mean(dim=(1, 2)) for sign in (1, -1)])
+    assert errors.amin(0).mean() < 0.4 * side.square().mean()
+    assert 0.3 < (errors[0] < errors[1]).float().mean() < 0.7
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(17, 64), (20, 96), (1, 30), (5, 768)])
+def test_sizes_that_do_not_divide(tokens, width):
+    model = tiny_model(tokens=tokens, width=width, prior_depth=1)
+    assert len(model.prior.net.offset_bias) == max(1, width // 52)
+    voxels = {"subj02": torch.randn(2, 4), "subj01": torch.randn(1, 5)}
+    backbone, contrast, loss = model(voxels, torch.randn(3, tokens, width))
+    assert backbone.shape == contrast.shape == (3, tokens, width) and loss.ndim == 0
+    assert model.prior.sample(backbone, steps=2).shape == (3, tokens, width)
+
+
+def test_forward_with_and_without_target():
+    model = tiny_model().eval()
+    voxels, target = {"subj01": torch.randn(2, 5)}, torch.randn(2, 3, 6)
+    backbone, contrast = model(voxels)
+    with_target = model(voxels, target, torch.Generator().manual_seed(0))
+    assert torch.equal(with_target[0], backbone) and torch.equal(with_target[1], contrast)
+    assert torch.equal(with_target[2], model.prior.loss(backbone, target, torch.Generator().manual_seed(0))[0])
+
+
+def test_rebuilt_from_model_args():
+    model = tiny_model(dropout=0.3, target_scale=2.5)
+    rebuilt = build_model(json.loads(json.dumps(model.model_args)))
+    assert rebuilt.model_args == model.model_args
+    assert rebuilt.prior.target_scale == 2.5 and rebuilt.backbone.blocks[0][3].p == 0.3
+    rebuilt.load_state_dict(model.state_dict())
+    voxels = {"subj01": torch.randn(2, 5)}
+    assert torch.equal(rebuilt.eval()(voxels)[1], model.eval()(voxels)[1])
+
+
+def test_load_trunk_copies_all_but_the_voxel_encoders():
+    source, model = tiny_model({"subj02": 4, "subj03": 9}), tiny_model({"subj01": 5})
+    head = {key: value.clone() for key, value in model.voxelenc.state_dict().items()}
+    copied = load_trunk(model, source.state_dict())
+    assert set(copied) == {key for key in model.state_dict() if not key.startswith("voxelenc.")}
+    assert all(torch.equal(model.state_dict()[key], source.state_dict()[key]) for key in copied)
+    assert all(torch.equal(model.voxelenc.state_dict()[key], value) for key, value in head.items())
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown", "shape"])
+def test_load_trunk_is_strict(damage):
+    model = tiny_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = tiny_model().state_dict()
+    key = "prior.net.position"
+    if damage == "missing":
+        del state[key]
+    elif damage == "unknown":
+        key = "blurry.weight"
+        state[key] = torch.zeros(1)
+    else:
+        state[key] = torch.zeros(2, 6)
+    with pytest.raises(utils.UserError, match=key):
+        load_trunk(model, state)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())

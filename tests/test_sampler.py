@@ -1,0 +1,278 @@
+"""The guided sampler against diffusers' own pipelines, finite differences and a loop written from the equations."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from tiny_sd import LATENT, TOKENS, WIDTH, write_tiny_clip, write_tiny_sd
+from transformers import CLIPVisionModel
+
+import utils
+from models import ClipFeatures
+from sampler import MAX_SHIFT, ClipFeatureLoss, load_pipeline, norm_rule
+
+IDS, SEED, STEPS = [7, 70_000, 12], 5, 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_sd(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    pipe = load_pipeline(folder, torch.device("cpu"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def double_pipe(pipe):
+    """The same networks in float64, where finite differences are exact to many digits."""
+    yield pipe.to(torch.float64)
+    pipe.to(torch.float32)
+
+
+@pytest.fixture
+def condition():
+    return torch.randn(len(IDS), TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def z():
+    return torch.randn(len(IDS), 4, LATENT, LATENT, generator=torch.Generator().manual_seed(1))
+
+
+def redness(image):
+    """A guidance term whose gradient differs from pixel to pixel."""
+    ramp = torch.linspace(-1, 1, image[0].numel(), dtype=image.dtype).view(image.shape[1:])
+    return (image * ramp).square().mean((1, 2, 3)) + image[:, 0].mean((1, 2))
+
+
+def slope_of_brightness(image):
+    """A linear term: straight-through clamping does not change its gradient, so finite differences apply."""
+    return (image * torch.linspace(-1, 1, image[0].numel(), dtype=image.dtype).view(image.shape[1:])).mean((1, 2, 3))
+
+
+def diffusers_pipeline(kind, folder):
+    pipe = kind.from_pretrained(folder, safety_checker=None)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def counted(monkeypatch, network, method):
+    """A list that grows by the batch size at each call of network.method."""
+    calls, real = [], getattr(network, method)
+    monkeypatch.setattr(network, method, lambda x, *rest, **named: calls.append(len(x)) or real(x, *rest, **named))
+    return calls
+
+
+# --- without guidance -------------------------------------------------------------------------------------------
+
+
+def test_unguided_is_stable_diffusion_with_ddim(pipe, folder, condition):
+    ours = pipe(condition, IDS, seed=SEED, num_inference_steps=STEPS)
+    reference = diffusers_pipeline(StableDiffusionPipeline, folder)
+    theirs = reference(prompt_embeds=condition, negative_prompt=[""] * len(IDS), latents=pipe.start_noise(IDS, 0, SEED),
+                       num_inference_steps=STEPS, guidance_scale=7.5, eta=0.0, output_type="pt").images
+    assert ours.shape == (len(IDS), 3, 2 * LATENT, 2 * LATENT) and ours.std() > 0.05
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("strength", [0.75, 0.3, 1.0])
+def test_with_z_is_image_to_image(pipe, folder, condition, z, strength):
+    """Start timestep and noise level of the same scheduler entry, as diffusers has it."""
+    ours = pipe(condition, IDS, seed=SEED, z=z, strength=strength, num_inference_steps=STEPS)
+    reference = diffusers_pipeline(StableDiffusionImg2ImgPipeline, folder)
+    generators = [torch.Generator().manual_seed(utils.derive_seed(SEED, image_id, 0)) for image_id in IDS]
+    theirs = reference(prompt_embeds=condition, negative_prompt=[""] * len(IDS), image=z, strength=strength,
+                       generator=generators, num_inference_steps=STEPS, guidance_scale=7.5, output_type="pt").images
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_strength_zero_decodes_z(pipe, condition, z):
+    ours = pipe(condition, IDS, z=z, strength=0.0, num_inference_steps=STEPS)
+    with torch.no_grad():
+        decoded = pipe.vae.decode(z / pipe.vae.config.scaling_factor).sample
+    torch.testing.assert_close(ours, ((decoded + 1) / 2).clamp(0, 1))
+
+
+def test_networks_are_frozen_and_in_eval_mode(pipe):
+    for network in (pipe.unet, pipe.vae, pipe.text_encoder):
+        assert not network.training and not any(p.requires_grad for p in network.parameters())
+
+
+def test_noise_depends_on_seed_id_and_sample_only(pipe):
+    noise = pipe.start_noise(IDS, 0, SEED)
+    assert torch.equal(pipe.start_noise(IDS[::-1], 0, SEED).flip(0), noise)
+    assert torch.equal(pipe.start_noise(IDS, [0, 1, 2], SEED)[0], noise[0])
+    others = [pipe.start_noise(IDS, 1, SEED), pipe.start_noise(IDS, 0, SEED + 1), noise.roll(1, 0)]
+    assert all(not torch.allclose(noise[i], other[i]) for other in others for i in range(len(IDS)))
+
+
+# --- guidance ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule, scale", [("raw", 300.0), ("norm", 0.3)])
+def test_result_does_not_depend_on_the_batch(pipe, condition, rule, scale):
+    settings = dict(seed=SEED, num_inference_steps=STEPS, terms=[redness], guidance_scale=scale, rule=rule,
+                    guidance_strength=0.5)
+    together = pipe(condition, IDS, **settings)
+    for i in range(len(IDS)):
+        alone = pipe(condition[i:i + 1], IDS[i:i + 1], **settings)
+        torch.testing.assert_close(alone[0], together[i], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("x0", ["cond", "cfg"])
+@pytest.mark.parametrize("grad", ["xt", "x0"])
+def test_gradient_agrees_with_finite_differences(double_pipe, condition, z, grad, x0):
+    pipe, x, condition = double_pipe, z.double(), condition.double()
+    context = torch.cat([pipe.empty_condition().expand_as(condition), condition])
+    t, w = torch.tensor(401), 3.0
+    abar = pipe.scheduler.alphas_cumprod[401].double()
+
+    def noises(x):
+        doubled = torch.cat([x, x])
+        eps_empty, eps_cond = pipe.unet(doubled, t, encoder_hidden_states=context).sample.chunk(2)
+        return eps_cond, eps_empty + w * (eps_cond - eps_empty)
+
+    with torch.no_grad():
+        constant = noises(x)
+
+        def loss(x):
+            eps_cond, eps = noises(x) if grad == "xt" else constant
+            clean = (x - (1 - abar).sqrt() * (eps_cond if x0 == "cond" else eps)) / abar.sqrt()
+            return slope_of_brightness((pipe.vae.decode(clean / pipe.vae.config.scaling_factor).sample + 1) / 2)
+
+        eps, gradient = pipe.guidance_gradient(x, t, context, w, [slope_of_brightness], grad, x0)
+        torch.testing.assert_close(eps, constant[1])
+        for seed in range(3):
+            direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(seed))
+            h = 1e-4
+            slope = (loss(x + h * direction) - loss(x - h * direction)) / (2 * h)
+            torch.testing.assert_close((gradient * direction).sum((1, 2, 3)), slope, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("grad", ["xt", "x0"])
+def test_raw_rule_is_the_papers_loop(double_pipe, condition, grad):
+    """DDIM with eps' = eps + sigma * scale * gradient, sample by sample, written from the equations."""
+    pipe, scale, w, strength = double_pipe, 1000.0, 5.0, 0.5
+    settings = dict(seed=SEED, num_inference_steps=STEPS, cfg_scale=w, guidance_strength=strength, grad=grad)
+    ours = pipe(condition, IDS, terms=[redness], guidance_scale=scale, **settings)
+    assert (ours - pipe(condition, IDS, **settings)).abs().max() > 0.1  # there is something to compare
+    abars = pipe.scheduler.alphas_cumprod
+    spacing = 1000 // STEPS
+    empty = pipe.empty_condition()
+    for i, image_id in enumerate(IDS):
+        generator = torch.Generator().manual_seed(utils.derive_seed(SEED, image_id, 0))
+        x = torch.randn(1, 4, LATENT, LATENT, generator=generator)
+        for step in range(STEPS):
+            t = (STEPS - 1 - step) * spacing + 1
+            abar, abar_next = abars[t], abars[t - spacing] if t > spacing else abars[0]
+            sigma = (1 - abar) ** 0.5
+            x = x.detach().requires_grad_()
+            eps_u = pipe.unet(x.double(), t, encoder_hidden_states=empty).sample
+            eps_c = pipe.unet(x.double(), t, encoder_hidden_states=condition[i:i + 1].double()).sample
+            eps = eps_u + w * (eps_c - eps_u)
+            if step < strength * STEPS:
+                seen = (x - sigma * (eps_c if grad == "xt" else eps_c.detach())) / abar**0.5
+                image = (pipe.vae.decode(seen.double() / pipe.vae.config.scaling_factor).sample + 1) / 2
+                pixels = image.detach().clamp(0, 1).requires_grad_()  # the clamp is straight-through
+                pull = torch.autograd.grad(redness(pixels).sum(), pixels)[0]
+                eps = eps + sigma * scale * torch.autograd.grad(image, x, pull)[0]
+            clean = (x - sigma * eps) / abar**0.5
+            x = abar_next**0.5 * clean + (1 - abar_next) ** 0.5 * eps
+        decoded = pipe.vae.decode(x.detach().double() / pipe.vae.config.scaling_factor).sample
+        torch.testing.assert_close(ours[i], ((decoded[0] + 1) / 2).clamp(0, 1).float(), atol=5e-4, rtol=0)
+
+
+def test_clamp_passes_gradient_of_pixels_outside(pipe, z, monkeypatch):
+    last = pipe.vae.decoder.conv_out
+    monkeypatch.setattr(last.weight, "data", 5 * last.weight.data)
+    latents = z.requires_grad_()
+    image = pipe.decode(latents)
+    outside = (image == 0) | (image == 1)
+    assert outside.float().mean() > 0.05 and image.min() >= 0 and image.max() <= 1
+    gradient = torch.autograd.grad((image * outside).sum(), latents)[0]
+    unclamped = (pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample + 1) / 2
+    expected = torch.autograd.grad((unclamped * outside).sum(), latents)[0]
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("settings", [dict(guidance_scale=0.0), dict(guidance_strength=0.0), dict(terms=())])
+def test_no_guidance_costs_nothing(pipe, condition, settings, monkeypatch):
+    decodes, passes = counted(monkeypatch, pipe.vae, "decode"), counted(monkeypatch, pipe.unet, "forward")
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a: pytest.fail("a gradient was computed"))
+    guided = pipe(condition, IDS, seed=SEED, num_inference_steps=STEPS, **{"terms": [redness], **settings})
+    assert (len(decodes), len(passes)) == (1, STEPS)
+    assert torch.equal(guided, pipe(condition, IDS, seed=SEED, num_inference_steps=STEPS))
+
+
+def test_one_pass_serves_both_guidances(pipe, condition, monkeypatch):
+    decodes, passes = counted(monkeypatch, pipe.vae, "decode"), counted(monkeypatch, pipe.unet, "forward")
+    pipe(condition, IDS, num_inference_steps=10, terms=[redness, redness], guidance_strength=0.3, guidance_scale=1.0)
+    assert passes == [2 * len(IDS)] * 10 and len(decodes) == 3 + 1
+
+
+def test_norm_rule_shifts_x0_by_a_share_of_sigma():
+    generator = torch.Generator().manual_seed(0)
+    x, eps, gradient = (torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=generator) for _ in range(3))
+    abar = torch.tensor(0.3, dtype=torch.float64)
+    sigma = (1 - abar).sqrt()
+    for scale, share in ((0.2, 0.2), (5.0, MAX_SHIFT)):
+        for size in (1e-6, 1.0, torch.tensor([1e3, 1e-3], dtype=torch.float64).view(2, 1, 1, 1)):
+            steered = norm_rule(eps, size * gradient, abar, scale)
+            shift = ((x - sigma * steered) - (x - sigma * eps)) / abar.sqrt()  # of x0
+            torch.testing.assert_close(shift.square().mean((1, 2, 3)).sqrt(), (share * sigma).expand(2))
+            cosine = torch.cosine_similarity(shift.flatten(1), -gradient.flatten(1))
+            torch.testing.assert_close(cosine, torch.ones(2, dtype=torch.float64))
+    assert torch.equal(norm_rule(eps, torch.zeros_like(eps), abar, 0.3), eps)
+
+
+@pytest.mark.parametrize("rule, scale", [("raw", 100.0), ("norm", 0.2)])
+def test_guidance_lowers_its_loss(pipe, condition, rule, scale):
+    settings = dict(seed=SEED, num_inference_steps=STEPS, cfg_scale=1.0)
+    guided = pipe(condition, IDS, terms=[redness], guidance_scale=scale, guidance_strength=1.0, rule=rule, **settings)
+    assert (redness(guided) < redness(pipe(condition, IDS, **settings))).all()
+
+
+def test_bf16_networks_sample_and_guide(folder, condition):
+    pipe = load_pipeline(folder, torch.device("cpu"), torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe(condition, IDS, num_inference_steps=4, terms=[redness], guidance_strength=0.5, guidance_scale=10.0)
+    assert image.dtype == torch.float32 and torch.isfinite(image).all()
+
+
+# --- the CLIP term ----------------------------------------------------------------------------------------------
+
+
+def test_clip_loss_is_the_papers_formula(tmp_path):
+    clip = ClipFeatures(CLIPVisionModel.from_pretrained(write_tiny_clip(tmp_path, blocks=3)), layers=(2, 4, 6))
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(2, 3, 16, 16, generator=generator)
+    targets = {k: k * torch.randn(2, 5, 12, generator=generator) for k in (2, 4, 6)}
+    loss = ClipFeatureLoss(clip, targets)(image)
+    for i in range(2):
+        features = {k: value[0].numpy() for k, value in clip(image[i:i + 1]).items()}
+        inverse = {k: 1 / np.sqrt((targets[k][i].numpy() ** 2).sum()) for k in targets}
+        emphasis = {2: 1.5, 4: 1.2, 6: 1.0}
+        expected = sum(inverse[k] / sum(inverse.values()) * emphasis[k] *
+                       ((features[k] - targets[k][i].numpy()) ** 2).mean() for k in targets)
+        assert loss[i].item() == pytest.approx(expected, rel=1e-5)
+
+
+# --- what users can get wrong -----------------------------------------------------------------------------------
+
+
+def test_wrong_shapes_and_models_are_user_errors(pipe, condition, z, tmp_path):
+    with pytest.raises(utils.UserError, match="scores of c"):
+        pipe(condition[:, :-1], IDS)
+    with pytest.raises(utils.UserError, match="--z"):
+        pipe(condition, IDS, z=z[:, :3])
+    with pytest.raises(utils.UserError, match="--sd_model"):
+        load_pipeline(tmp_path, torch.device("cpu"))
+    clip = ClipFeatures(CLIPVisionModel.from_pretrained(write_tiny_clip(tmp_path)), layers=(2,))
+    with pytest.raises(utils.UserError, match="g_2.*--clip_model"):
+        ClipFeatureLoss(clip, {2: torch.ones(3, 4, 12)})(torch.rand(3, 3, 16, 16))
