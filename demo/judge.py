@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from scenes import ATTRIBUTES, PLACE_PHRASES
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from scenes import ATTRIBUTES, PLACE_PHRASES
 
 PROMPTS = ("a {colour} {object} {place} {background}", "a picture of a {colour} {object} {background} {place}")
 PREPOSITIONS = {"beach": "on a", "field": "in a", "snow": "in the", "city": "in a", "room": "in a", "night": "at",
-                "sea": "on the", "desert": "in a"}  # fmt: skip
+                "sea": "on the", "desert": "in a"}
 _CLASSIFIERS = {}
 
 
@@ -26,7 +27,7 @@ def judge_images(images, truths, clip_folder):
     """
     found = read_attributes(images, clip_folder)
     return {name: sum(found[name][i] == truth[name] for i, truth in enumerate(truths)) / len(truths)
-            for name in ATTRIBUTES}  # fmt: skip
+            for name in ATTRIBUTES}
 
 
 @torch.no_grad()
@@ -37,10 +38,10 @@ def read_attributes(images, clip_folder):
     if images.shape[-1] != size:
         images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
     features = [model.get_image_features(pixel_values=(batch - mean) / std).pooler_output
-                for batch in images.split(100)]  # fmt: skip
+                for batch in images.split(100)]
     features = F.normalize(torch.cat(features), dim=-1)
     return {name: [ATTRIBUTES[name][k] for k in (features @ weight.T).argmax(1)]
-            for name, weight in classifiers.items()}  # fmt: skip
+            for name, weight in classifiers.items()}
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def _load(folder):
         name: F.normalize(torch.stack([
             embeddings[[combination[k] == value for combination in combinations]].mean(0) for value in values]), dim=-1)
         for k, (name, values) in enumerate(ATTRIBUTES.items())
-    }  # fmt: skip
+    }
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
     _CLASSIFIERS[folder] = model, mean, std, classifiers
     return _CLASSIFIERS[folder]

@@ -18,7 +18,7 @@ COLOURS = {
     "red": (214, 34, 38), "orange": (248, 130, 20), "yellow": (250, 220, 40), "green": (34, 160, 60),
     "blue": (36, 82, 214), "purple": (132, 46, 168), "pink": (250, 140, 190), "brown": (120, 72, 36),
     "black": (24, 24, 28), "white": (248, 248, 248),
-}  # fmt: skip
+}
 PLACES = {"left": 0.24, "middle": 0.5, "right": 0.76}  # horizontal centre, fraction of the width
 ATTRIBUTES = {"background": BACKGROUNDS, "object": KINDS, "colour": tuple(COLOURS), "place": tuple(PLACES)}
 
@@ -27,7 +27,7 @@ BACKGROUND_PHRASES = {
     "snow": ("in the snow", "on a snowy day"), "city": ("in a city", "on a city street"),
     "room": ("in a room", "inside a room"), "night": ("at night", "under a night sky"),
     "sea": ("on the sea", "on the open sea"), "desert": ("in a desert", "in the dry desert"),
-}  # fmt: skip
+}
 PLACE_PHRASES = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
 TEMPLATES = (
     "a {colour} {kind} {place} {background}",
@@ -64,7 +64,7 @@ class Scene:
     @property
     def attributes(self):
         return {"background": self.background, "object": self.main.kind, "colour": self.main.colour,
-                "place": self.main.place}  # fmt: skip
+                "place": self.main.place}
 
 
 def sample_scene(rng, second_probability=0.25):
@@ -87,7 +87,7 @@ def caption(scene, rng):
     """One English caption of a scene, its wording drawn from `rng`."""
     text = str(rng.choice(TEMPLATES)).format(
         colour=scene.main.colour, kind=scene.main.kind, place=PLACE_PHRASES[scene.main.place],
-        background=str(rng.choice(BACKGROUND_PHRASES[scene.background])))  # fmt: skip
+        background=str(rng.choice(BACKGROUND_PHRASES[scene.background])))
     if scene.second is not None and rng.random() < 0.4:
         text += SECOND_OBJECT.format(colour=scene.second.colour, kind=scene.second.kind)
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
@@ -142,7 +142,7 @@ def _field(draw, side, rng):
     horizon = rng.uniform(0.4, 0.48)
     hill = rng.uniform(0.2, 0.8)
     draw.ellipse([(hill - 0.5) * side, (horizon - 0.14) * side, (hill + 0.5) * side, (horizon + 0.3) * side],
-                 fill=_jitter(rng, (70, 140, 60)))  # fmt: skip
+                 fill=_jitter(rng, (70, 140, 60)))
     _rect(draw, side, (0, horizon, 1, 1), _jitter(rng, (100, 180, 70)))
 
 
@@ -194,7 +194,7 @@ def _sea(draw, side, rng):
     for y in np.arange(horizon + 0.08, 1, 0.13):
         for x in np.arange(rng.uniform(-0.2, 0), 1, 0.25):
             draw.arc([x * side, y * side, (x + 0.16) * side, (y + 0.07) * side], 180, 360,
-                     fill=(170, 210, 236), width=max(1, side // 64))  # fmt: skip
+                     fill=(170, 210, 236), width=max(1, side // 64))
 
 
 def _desert(draw, side, rng):
@@ -208,7 +208,7 @@ def _desert(draw, side, rng):
 
 
 _BACKGROUND_PAINTERS = {"beach": _beach, "field": _field, "snow": _snow, "city": _city, "room": _room,
-                        "night": _night, "sea": _sea, "desert": _desert}  # fmt: skip
+                        "night": _night, "sea": _sea, "desert": _desert}
 
 
 # --- objects: drawn in a box of side 1 around (0, 0), y downwards ------------------------------------------------
@@ -236,7 +236,7 @@ def _paint_thing(draw, side, thing):
 
     pen = {"polygon": polygon, "ellipse": ellipse, "line": line, "body": body,
            "rect": lambda x0, y0, x1, y1, fill=body: polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], fill),
-           "arc": partial(_arc, draw, at, outline, width)}  # fmt: skip
+           "arc": partial(_arc, draw, at, outline, width)}
     _THING_PAINTERS[thing.kind](**pen)
 
 
@@ -284,7 +284,7 @@ def _ball(ellipse, line, **_):
     ellipse(-0.38, -0.38, 0.38, 0.38)
     for shift in (-0.13, 0.13):
         line([(shift - 0.2 * (1 - (2 * t) ** 2) * np.sign(-shift) * 0.4, t * 0.68) for t in np.linspace(-0.5, 0.5, 9)],
-             (230, 230, 230), 1.8)  # fmt: skip
+             (230, 230, 230), 1.8)
 
 
 def _bird(polygon, ellipse, body, **_):
@@ -348,4 +348,4 @@ def _pizza(polygon, ellipse, **_):
 
 _THING_PAINTERS = {"car": _car, "house": _house, "tree": _tree, "boat": _boat, "ball": _ball, "bird": _bird,
                    "cat": _cat, "flower": _flower, "train": _train, "balloon": _balloon, "umbrella": _umbrella,
-                   "pizza": _pizza}  # fmt: skip
+                   "pizza": _pizza}

@@ -21,11 +21,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from judge import judge_images
-from scenes import ATTRIBUTES, caption, captions, render, sample_scene, vocabulary
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from judge import judge_images
+from scenes import ATTRIBUTES, caption, captions, render, sample_scene, vocabulary
 
 HERE = Path(__file__).resolve().parent
 SIZE = 64  # image side, pixels
@@ -37,7 +39,7 @@ TRAIN_SEED, HELD_OUT_SEED = 1_000_001, 1_000_002  # mini-NSD draws from other se
 
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)  # fmt: skip
+                                     allow_abbrev=False)
     parser.add_argument("--stage", default="all", choices=["all", "clip", "vae", "unet", "judge"])
     parser.add_argument("--steps", type=int, help="optimizer steps of the stage (default: the stage's own)")
     parser.add_argument("--n_scenes", type=int, default=80_000, help="distinct training scenes")
@@ -89,7 +91,7 @@ def build_tokenizer(folder):
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens + special)}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
     tokenizer = CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"),
-                              model_max_length=TOKENS, pad_token="<|endoftext|>")  # fmt: skip
+                              model_max_length=TOKENS, pad_token="<|endoftext|>")
     for word in vocabulary():
         assert len(tokenizer(word).input_ids) == 3, f"{word} is not one token: {tokenizer.tokenize(word)}"
     return tokenizer
@@ -167,7 +169,7 @@ def train_clip(args):
         text_config=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
                          vocab_size=len(tokenizer), max_position_embeddings=TOKENS, bos_token_id=eos - 1,
                          eos_token_id=eos, pad_token_id=eos),
-    )  # fmt: skip
+    )
     model = CLIPModel(config)
     processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
@@ -223,7 +225,7 @@ def train_vae(args):
         down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
         block_out_channels=[24, 48, 64], layers_per_block=1, norm_num_groups=8, sample_size=SIZE,
         mid_block_add_attention=False,
-    ).to(memory_format=torch.channels_last)  # fmt: skip
+    ).to(memory_format=torch.channels_last)
     _, images = draw_scenes(min(args.n_scenes, 40_000), TRAIN_SEED)
 
     def loss_of_step(step, generator):
@@ -284,13 +286,13 @@ def train_unet(args):
         empty = text_encoder(tokenize(tokenizer, [""])).last_hidden_state
     # beta_end above Stable Diffusion's 0.012: on a 16 x 16 latent its last step still shows the picture's mean colour
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.02, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1)  # fmt: skip
+                              set_alpha_to_one=False, steps_offset=1)
     unet = UNet2DConditionModel(
         sample_size=latents.shape[-1], block_out_channels=[64, 96, 112], layers_per_block=1, norm_num_groups=16,
         down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
         up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
         cross_attention_dim=embeddings.shape[-1], attention_head_dim=4,
-    ).to(memory_format=torch.channels_last)  # fmt: skip
+    ).to(memory_format=torch.channels_last)
     print(f"UNet: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters")
     abar = scheduler.alphas_cumprod
 
@@ -315,7 +317,7 @@ def train_unet(args):
     StableDiffusionPipeline(
         vae=vae.half(), text_encoder=text_encoder.half(), tokenizer=tokenizer, unet=unet.half(), scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(sd)  # fmt: skip
+    ).save_pretrained(sd)
 
 
 # --- the acceptance test ------------------------------------------------------------------------------------------
@@ -334,7 +336,7 @@ def write_report(args, n=200):
     prompts = [caption(scene, rng) for scene in scenes]
     samples = np.concatenate([
         pipe(prompts[i:i + 50], height=SIZE, width=SIZE, num_inference_steps=50, guidance_scale=7.5,
-             generator=torch.Generator().manual_seed(i), output_type="np").images for i in range(0, n, 50)])  # fmt: skip
+             generator=torch.Generator().manual_seed(i), output_type="np").images for i in range(0, n, 50)])
     truths = [scene.attributes for scene in scenes]
     real = judge_images(truth, truths, args.outdir / "clip")
     drawn = judge_images(torch.from_numpy(samples).permute(0, 3, 1, 2).float(), truths, args.outdir / "clip")
@@ -351,11 +353,9 @@ def write_report(args, n=200):
         *(f"| {name} | {real[name]:.1%} | {drawn[name]:.1%} | {wanted[name]:.0%} |" for name in wanted), "",
         "`sd/`: the Stable-Diffusion-shaped pipeline (VAE 64x64x3 -> 16x16x4, UNet, text encoder, DDIM).",
         "`clip/`: vision tower (12 blocks, 17 tokens x 96) and text tower (4 blocks, 20 tokens x 64).",
-    ]  # fmt: skip
+    ]
     (args.outdir / "README.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    from PIL import Image
-
     grid = np.concatenate([truth.permute(0, 2, 3, 1).numpy()[:32], samples[:32]])
     grid = grid.reshape(4, 16, SIZE, SIZE, 3).transpose(0, 2, 1, 3, 4).reshape(4 * SIZE, 16 * SIZE, 3)
     Image.fromarray((grid * 255).round().astype(np.uint8)).save(args.workdir / "samples.png")

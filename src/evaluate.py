@@ -111,8 +111,7 @@ def images_folder(args, paths):
         return paths.root.joinpath(args.images)  # an absolute path stays as it is
     method = f"{args.method}_{args.control}" if args.control else args.method
     if args.guidance_scale is not None:
-        guided = args.guidance_scale and args.guidance_strength  # an unguided set lies in 0/0
-        return paths.images(args.subj, method, *((args.guidance_scale, args.guidance_strength) if guided else (0, 0)))
+        return paths.images(args.subj, method, args.guidance_scale, args.guidance_strength)
     sets = paths.images(args.subj, method, 0, 0).parent.parent
     found = sorted(sets.glob(f"*/{args.guidance_strength:g}/index.csv"))
     if len(found) != 1:

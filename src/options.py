@@ -18,6 +18,10 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--dry_run", action=argparse.BooleanOptionalAction, default=False,
                           help="print the resolved options and stop")
 
+    def error(self, message):
+        """One line and exit 2, without argparse's page of usage."""
+        self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
+
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
         words = [word if not word.startswith("--") else _underscored(word) for word in words]

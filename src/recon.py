@@ -8,7 +8,7 @@ Writes  outputs_all/subj0X/<method>/<guidance_scale>/<guidance_strength>/%05d.pn
 
 An interrupted run continues. The noise of an image depends on --seed, its id and the sample's number only, so a subset
 (--limit, --ids) or another batch size draws the same pictures. A null control (--control) gets the folder
-<method>_<control>; without --feats the folder's guidance_scale is 0.
+<method>_<control>; what is not guided lies in <method>/0/0.
 
 --guidance_rule raw adds guidance_scale (default 300000) times the gradient, as NeuralDiffuser does. With norm,
 guidance_scale is lambda (default 0.3): the share of the noise level by which a step moves its predicted image against

@@ -30,7 +30,9 @@ def run_cli(main, argv=None):
     try:
         main(argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # from a DataLoader worker the message arrives wrapped in the worker's traceback; its last line is ours
+        message = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
+        print(f"error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
@@ -81,6 +83,9 @@ class Paths:
         return folder / f"Linear-{feat[2:]}" if feat.startswith("g_") else folder
 
     def images(self, subj, method, guidance_scale, guidance_strength):
+        """Folder of a set of reconstructions; what is not guided lies in 0/0."""
+        if not guidance_scale * guidance_strength:
+            guidance_scale = guidance_strength = 0
         return self.root / "outputs_all" / subj / method / f"{guidance_scale:g}" / f"{guidance_strength:g}"
 
 

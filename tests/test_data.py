@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.io
-import tiny_nsd
 import torch
 from torch.utils.data import DataLoader
 
 import data
+import tiny_nsd
 from utils import UserError
 
 

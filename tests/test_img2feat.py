@@ -3,8 +3,6 @@
 import h5py
 import numpy as np
 import pytest
-import tiny_nsd
-import tiny_sd
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
@@ -14,6 +12,8 @@ from transformers import CLIPTextModel, CLIPVisionModel
 import data
 import img2feat
 import models
+import tiny_nsd
+import tiny_sd
 import utils
 
 FEATS = ["c", "z", "g_2", "g_4"]

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_sd import LATENT, TOKENS, WIDTH, write_tiny_clip, write_tiny_sd
 
 import recon
 import utils
+from tiny_sd import LATENT, TOKENS, WIDTH, write_tiny_clip, write_tiny_sd
 
 N = 5
 IDS = np.array([3, 10, 11, 500, 72_999])

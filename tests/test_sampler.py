@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from tiny_sd import LATENT, TOKENS, WIDTH, write_tiny_clip, write_tiny_sd
 from transformers import CLIPVisionModel
 
 import utils
 from models import ClipFeatures
 from sampler import MAX_SHIFT, ClipFeatureLoss, load_pipeline, norm_rule
+from tiny_sd import LATENT, TOKENS, WIDTH, write_tiny_clip, write_tiny_sd
 
 IDS, SEED, STEPS = [7, 70_000, 12], 5, 8
 
