@@ -42,7 +42,7 @@ def get_parser():
                                      allow_abbrev=False)
     parser.add_argument("--stage", default="all", choices=["all", "clip", "vae", "unet", "judge"])
     parser.add_argument("--steps", type=int, help="optimizer steps of the stage (default: the stage's own)")
-    parser.add_argument("--n_scenes", type=int, default=80_000, help="distinct training scenes")
+    parser.add_argument("--n_scenes", type=int, default=60_000, help="distinct training scenes")
     parser.add_argument("--workdir", type=Path, default=HERE / "tiny_work", help="caches and checkpoints")
     parser.add_argument("--outdir", type=Path, default=HERE / "models", help="where the finished models go")
     parser.add_argument("--seed", type=int, default=0)
@@ -165,10 +165,10 @@ def train_clip(args):
     config = CLIPConfig(
         projection_dim=64,
         vision_config=dict(hidden_size=96, intermediate_size=384, num_hidden_layers=12, num_attention_heads=6,
-                           image_size=SIZE, patch_size=16),
+                           image_size=SIZE, patch_size=16, projection_dim=64),
         text_config=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
                          vocab_size=len(tokenizer), max_position_embeddings=TOKENS, bos_token_id=eos - 1,
-                         eos_token_id=eos, pad_token_id=eos),
+                         eos_token_id=eos, pad_token_id=eos, projection_dim=64),
     )
     model = CLIPModel(config)
     processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE)
@@ -197,7 +197,7 @@ def train_clip(args):
         logits = out.logits_per_text.float()
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    model.load_state_dict(optimise("clip", model, loss_of_step, args, args.steps or 3600, 1e-3))
+    model.load_state_dict(optimise("clip", model, loss_of_step, args, args.steps or 2884, 1e-3))
     model.half().save_pretrained(args.outdir / "clip")
     tokenizer.save_pretrained(args.outdir / "clip")
     processor.save_pretrained(args.outdir / "clip")
@@ -313,7 +313,7 @@ def train_unet(args):
         snr = abar[t] / (1 - abar[t])
         return (((prediction - noise) ** 2).mean((1, 2, 3)) * (5 / snr).clamp(max=1)).mean()
 
-    unet.load_state_dict(optimise("unet", unet, loss_of_step, args, args.steps or 5000, 8e-4, ema_decay=0.999))
+    unet.load_state_dict(optimise("unet", unet, loss_of_step, args, args.steps or 4400, 8e-4, ema_decay=0.999))
     StableDiffusionPipeline(
         vae=vae.half(), text_encoder=text_encoder.half(), tokenizer=tokenizer, unet=unet.half(), scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,

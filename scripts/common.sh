@@ -12,10 +12,11 @@ read -ra LAUNCH <<<"${LAUNCH:-}"
 [[ -n ${PYTHON:-} ]] || { [[ -x $REPO/.venv/bin/python ]] && PYTHON=$REPO/.venv/bin/python || PYTHON=python3; }
 [[ ${#LAUNCH[@]} -gt 0 ]] || LAUNCH=("$PYTHON")
 
-TRACKING=()
-[[ ${WANDB_LOG:-0} == 1 ]] && TRACKING+=(--wandb_log)
-DRY=()
-[[ ${DRY_RUN:-0} == 1 ]] && DRY+=(--dry_run)
+# Flags of every stage, and of the stages that can log to W&B. (Never empty: bash 3 takes an empty array for unset.)
+FLAGS=(--root "$ROOT")
+[[ ${DRY_RUN:-0} != 1 ]] || FLAGS+=(--dry_run)
+LOGGED=("${FLAGS[@]}")
+[[ ${WANDB_LOG:-0} != 1 ]] || LOGGED+=(--wandb_log)
 
 # The g layers among FEATS (they share a process), and whether FEATS holds a feature.
 G_FEATS=()

@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
 # The whole pipeline on the demo world, on a CPU, without any download but the Python packages: bash scripts/demo.sh
-# Everything it makes lies under demo/. Run again, it reuses what exists; `rm -rf demo/*_* demo/nsddata demo/MindEyeV2` starts over.
+# Everything it makes lies under demo/. Run again, it reuses what exists; `git clean -fdX demo` starts over.
 repo=$(cd "$(dirname "$0")/.." && pwd)
 bash "$repo/scripts/setup.sh"
+unset FEATS STAGES LAUNCH WANDB_LOG DRY_RUN
 ROOT=$repo/demo
+export SUBJ=1
 source "$repo/scripts/common.sh"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
+# Sizes and schedules for a small world; what is not named here has the paper's default.
 SD=$ROOT/models/sd CLIP=$ROOT/models/clip
-HIDDEN=(--hidden_dim 256)
-SCALE=0.2
-IMAGES=("${HIDDEN[@]}" --sd_model "$SD" --clip_model "$CLIP" --guidance_rule norm --guidance_scale "$SCALE"
-    --batch_size 50)
-METRICS=("${HIDDEN[@]}" --eval_clip "$CLIP")
+hidden=(--hidden_dim 384)
+network=("${hidden[@]}" --n_blocks 2 --prior_depth 2 --batch_size 140 --num_workers 0)
+scale=0.5 strength=0.5
+images=("${hidden[@]}" --sd_model "$SD" --clip_model "$CLIP" --batch_size 50 --num_inference_steps 25 --cfg_scale 5
+    --guidance_rule norm --guidance_grad x0 --guidance_strength "$strength")
+scripts=$REPO/scripts
 
 # Run one stage and keep its seconds; a stage that found its results made keeps the time of making them.
 mkdir -p "$ROOT/seconds"
@@ -23,35 +27,33 @@ stage() {
     local seconds=$((SECONDS - start))
     [[ -e $file && $(<"$file") -ge $seconds ]] || echo "$seconds" >"$file"
 }
-script() { local name=$1; shift; bash "$REPO/scripts/$name.sh" "$@"; }
 
 stage mini_nsd run "$PYTHON" "$ROOT/make_mini_nsd.py" --root "$ROOT"
-stage features script features --sd_model "$SD" --clip_model "$CLIP"
+stage features bash "$scripts/features.sh" --sd_model "$SD" --clip_model "$CLIP"
 
-small=("${HIDDEN[@]}" --n_blocks 2 --prior_depth 2 --batch_size 140 --max_lr 1e-3 --num_workers 0)
 g_feats="g_2 g_4 g_6 g_8 g_10 g_12"
-FEATS=c STAGES=pretrain stage pretrain_c script train "${small[@]}" --num_epochs 4
-FEATS=c STAGES=finetune stage finetune_c script train "${small[@]}" --num_epochs 8
-FEATS=$g_feats STAGES=pretrain stage pretrain_g script train "${small[@]}" --num_epochs 2
-FEATS=$g_feats STAGES=finetune stage finetune_g script train "${small[@]}" --num_epochs 4
+train() { env FEATS="$1" STAGES="$2" bash "$scripts/train.sh" "${network[@]}" "${@:3}"; }
+stage pretrain_c train c pretrain --num_epochs 6 --max_lr 1.5e-3
+stage finetune_c train c finetune --num_epochs 10 --max_lr 1e-3
+stage pretrain_g train "$g_feats" pretrain --num_epochs 1 --max_lr 1.5e-3
+stage finetune_g train "$g_feats" finetune --num_epochs 5 --max_lr 1e-3
 
-stage score script score "${HIDDEN[@]}"
-stage score_shuffled script score "${HIDDEN[@]}" --control shuffle
+# One step of the prior: the mean of what the voxels allow, which so small a UNet draws better than a sample of it.
+stage score bash "$scripts/score.sh" "${hidden[@]}" --prior_steps 1
+stage score_shuffled bash "$scripts/score.sh" "${hidden[@]}" --prior_steps 1 --control shuffle
 
-stage recon script recon "${IMAGES[@]}"
-stage recon_unguided script recon "${IMAGES[@]}" --guidance_scale 0
-stage recon_shuffled script recon "${IMAGES[@]}" --control shuffle
+stage recon bash "$scripts/recon.sh" "${images[@]}" --guidance_scale "$scale"
+stage recon_unguided bash "$scripts/recon.sh" "${images[@]}" --guidance_scale 0
+stage recon_shuffled bash "$scripts/recon.sh" "${images[@]}" --guidance_scale "$scale" --control shuffle
 
-IMAGES_DIR=$ROOT/outputs_all/subj01
-REAL=$IMAGES_DIR/cp_4096_v1/$SCALE/0.2
-UNGUIDED=$IMAGES_DIR/cp_4096_v1/0/0
-SHUFFLED=$IMAGES_DIR/cp_4096_v1_shuffle/$SCALE/0.2
-evaluate() {
-    script evaluate "${METRICS[@]}" --images "$UNGUIDED"
-    script evaluate "${METRICS[@]}" --images "$SHUFFLED"
-    script evaluate "${METRICS[@]}" --images "$REAL" --ground_truth
-    script evaluate "${METRICS[@]}" --images "$REAL" --compare "unguided=$UNGUIDED" "shuffled fMRI=$SHUFFLED"
-}
-stage evaluate evaluate
-run "$PYTHON" "$ROOT/summarise.py" --root "$ROOT" --clip "$CLIP" --real "$REAL" --unguided "$UNGUIDED" \
-    --shuffled "$SHUFFLED" --ground_truth "$REAL/ground_truth" --seconds "$ROOT/seconds"
+sets=$ROOT/outputs_all/subj01
+real=$sets/cp_4096_v1/$scale/$strength
+shuffled=$sets/cp_4096_v1_shuffle/$scale/$strength
+unguided=$sets/cp_4096_v1/0/0
+evaluate() { bash "$scripts/evaluate.sh" "${hidden[@]}" --eval_clip "$CLIP" --images "$@"; }
+stage evaluate evaluate "$real" --compare "unguided=$unguided" "shuffled fMRI=$shuffled"
+stage evaluate_shuffled evaluate "$shuffled"
+stage evaluate_unguided evaluate "$unguided"
+stage evaluate_ground_truth evaluate "$real" --ground_truth
+run "$PYTHON" "$ROOT/summarise.py" --root "$ROOT" --clip "$CLIP" --real "$real" --unguided "$unguided" \
+    --shuffled "$shuffled" --ground_truth "$real/ground_truth" --seconds "$ROOT/seconds"

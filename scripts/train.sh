@@ -10,7 +10,7 @@ for stage in "${STAGES[@]}"; do
         finetune) flags=(--multisubject_ckpt auto) ;;
         *) echo "error: STAGES: $stage is not a stage; wanted pretrain or finetune" >&2; exit 2 ;;
     esac
-    flags+=(--subj "$SUBJ" --resume "${TRACKING[@]}" "${DRY[@]}")
+    flags+=(--subj "$SUBJ" --resume "${LOGGED[@]}")
     if wants c; then run "${LAUNCH[@]}" "$REPO/src/train_c.py" "${flags[@]}" "$@"; fi
     if [[ ${#G_FEATS[@]} -gt 0 ]]; then
         run "${LAUNCH[@]}" "$REPO/src/train_g.py" --feat "${G_FEATS[@]}" "${flags[@]}" "$@"

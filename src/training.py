@@ -264,9 +264,8 @@ def get_score_parser(doc):
     options.add_run(parser)
     options.add_compute(parser)
     options.add_control(parser)
-    parser.add_argument("--prior_steps", type=options.whole, default=20, metavar="N", help="DDIM steps of the prior")
-    parser.add_argument("--prior_samples", type=options.whole, default=1, metavar="N",
-                        help="draws of the prior that are averaged: 1 is MindEye2's, more come closer to the mean")
+    parser.add_argument("--prior_steps", type=options.whole, default=20, metavar="N",
+                        help="DDIM steps of the prior: 20 draws a sample, 1 predicts the mean")
     parser.add_argument("--batch_size", type=options.whole, default=100, metavar="IMAGES")
     parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False)
     return parser
@@ -276,8 +275,7 @@ def get_score_parser(doc):
 def score(args, feat):
     """Predict `feat` of the test images of --subj with its fine-tuned run, and save the scores.
 
-    Writes nsdgeneral.npy (N, T, D), the mean of the prior's samples, and retrieval.npy (N, T, D), the
-    contrastive tokens.
+    Writes nsdgeneral.npy (N, T, D), the prior's sample, and retrieval.npy (N, T, D), the contrastive tokens.
     """
     paths = utils.Paths.from_args(args)
     device = utils.pick_device(args.device)
@@ -287,8 +285,7 @@ def score(args, feat):
     if state["config"]["feat"] != feat:
         raise utils.UserError(f"{checkpoint}: was trained for {state['config']['feat']}, wanted {feat}; train {feat}")
     config = {"run": name, "feat": feat, "subj": args.subj, "checkpoint_sha256": utils.file_hash(checkpoint),
-              "control": args.control, "prior_steps": args.prior_steps,
-              "prior_samples": args.prior_samples, "seed": args.seed}
+              "control": args.control, "prior_steps": args.prior_steps, "seed": args.seed}
     folder = paths.scores(args.subj, name, feat, args.control)
     if (folder / "config.json").exists() and not args.overwrite and utils.load_json(folder / "config.json") == config:
         print(f"{folder}: scored before with this checkpoint, kept")
@@ -305,12 +302,10 @@ def score(args, feat):
     for start in tqdm(starts, desc=f"score {name}", unit="batch"):
         voxels = torch.from_numpy(test.betas[start:start + args.batch_size]).to(device)
         backbone, contrast = model({args.subj: voxels})
-        draws = 0
-        for k in range(args.prior_samples):  # noise from (seed, image id, draw): the batch size does not matter
-            seeds = [utils.derive_seed(args.seed, i, k) for i in test.image_ids[start:start + args.batch_size]]
-            generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-            draws = draws + model.prior.sample(backbone, args.prior_steps, generators)
-        predictions.append((draws / args.prior_samples).cpu())
+        # noise from (seed, image id), so that the batch size does not matter
+        seeds = [utils.derive_seed(args.seed, image_id) for image_id in test.image_ids[start:start + args.batch_size]]
+        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        predictions.append(model.prior.sample(backbone, args.prior_steps, generators).cpu())
         tokens.append(contrast.cpu())
     arrays = {"nsdgeneral": torch.cat(predictions).numpy(), "retrieval": torch.cat(tokens).numpy()}
     utils.save_scores(folder, test.image_ids, arrays, config)
