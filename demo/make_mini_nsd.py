@@ -6,7 +6,7 @@ colour and curvature, higher visual object kind and scene category) and are as n
 came out are measured from the written betas' repeats and printed.
 
     python demo/make_mini_nsd.py                                  # the demo's world, into demo/
-    python demo/make_mini_nsd.py --root /tmp/world --size small   # 240 images, seconds: for the tests
+    python demo/make_mini_nsd.py --root DIR --size small   # 240 images, seconds: for the tests
     python demo/make_mini_nsd.py --check                          # and what a ridge regression reads out of subject 1
 """
 

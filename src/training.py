@@ -118,6 +118,7 @@ def open_run(args, feat):
     n_voxels = {subj: betas[subj].shape[1] for subj in subjects}
     print(f"{name}: {sum(map(len, train.values()))} training and {sum(map(len, val.values()))} validation trials of "
           f"{', '.join(subjects)}; target {feat} {target.row_shape}")
+    utils.seed_everything(utils.derive_seed(args.seed, 0))  # the script draws its network's weights next
     scale = 1 / float(target_std(target, train, args.seed))
     return Run(name, feat, paths.run(name), config, *loaders, n_voxels, target.row_shape, scale, pretrained, args)
 
@@ -155,7 +156,6 @@ def fit(run, model, objective):
     """
     args = run.args
     device = utils.pick_device(args.device)
-    utils.seed_everything(utils.derive_seed(args.seed, 0))
     if run.pretrained is not None:
         copied = load_trunk(model, utils.load_checkpoint(run.pretrained)["model"])
         print(f"{run.name}: {len(copied)} tensors copied from {run.pretrained.parent.name} "

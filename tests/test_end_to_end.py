@@ -85,7 +85,7 @@ def test_train_again_reuses_the_run(root):
 @pytest.mark.parametrize(
     ("name", "flags", "knobs", "words"),
     [
-        ("train", ["--hidden_dim", 48], {"ROOT": "/nowhere"}, ["--root", "no such folder"]),
+        ("train", ["--hidden_dim", 48], {"ROOT": "nowhere"}, ["--root", "no such folder"]),
         ("train", [], {"SUBJ": "9"}, ["'9' is not a subject"]),
         ("train", ["--feat", "g_3"], {"FEATS": "g_2"}, ["'g_3' is not"]),
         ("train", ["--hidden_dim", 48], {"STAGES": "finetune", "FEATS": "c"}, ["multisubject_subj01_ext1_c_48_mlp"]),

@@ -180,7 +180,7 @@ def test_scores_of_other_ids_are_refused(root, models, capsys):
     (("--sd_model", "nowhere_to_be_found/"), "--sd_model nowhere_to_be_found/"),
     (("--subj", 2), "scores not found"),
     (("--z", "missing.npy"), "missing.npy"),
-    (("--root", "/nowhere"), "--root /nowhere"),
+    (("--root", "nowhere"), "--root nowhere"),
 ])
 def test_mistakes_give_one_line_and_exit_2(root, models, flags, message, capsys):
     assert run(root, models, *flags) == 2

@@ -1,0 +1,107 @@
+"""Paths, names, files that are whole or absent, seeds, and the rules of the command line."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import options
+import utils
+
+
+@pytest.mark.parametrize(("arguments", "name"), [  # DESIGN section 3, letter by letter
+    (("pretrain", "subj01", "c", 1024), "multisubject_subj01_ext1_c_1024_mlp"),
+    (("pretrain", "subj01", "g_2", 1024), "multisubject_subj01_ext1_g_2_1024"),
+    (("finetune", "subj01", "z", 1024, 40), "pretrained_subj01_40sess_ext1_z_1024"),
+    (("finetune", "subj05", "c", 512, 1), "pretrained_subj05_1sess_ext1_c_512_mlp"),
+])
+def test_run_names(arguments, name):
+    assert utils.run_name(*arguments) == name
+
+
+def test_paths_on_disk(tmp_path):
+    paths = utils.Paths(tmp_path, tmp_path / "MindEyeV2/mindeyev2")
+    assert paths.scores("subj01", "run", "g_12") == tmp_path / "scores_all/subj01/run/Linear-12"
+    assert paths.scores("subj01", "run", "c", "shuffle") == tmp_path / "scores_all/subj01/run_shuffle"
+    assert paths.images("subj01", "cp_4096_v1", 3e5, 0.2) == tmp_path / "outputs_all/subj01/cp_4096_v1/300000/0.2"
+    assert paths.images("subj01", "cp_4096_v1", 0.0, 0.2) == tmp_path / "outputs_all/subj01/cp_4096_v1/0/0"
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "value.json"
+    utils.save_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        utils.save_json(path, {"a": object()})
+    with pytest.raises(OSError, match="disk"), utils.atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise OSError("disk full")
+    assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_checkpoints_round_trip_and_refuse_what_they_are_not(tmp_path):
+    path = tmp_path / "last.pth"
+    utils.save_checkpoint(path, {"model": {"w": torch.arange(3)}, "epoch": 2})
+    assert utils.load_checkpoint(path)["model"]["w"].tolist() == [0, 1, 2]
+    torch.save({"model": {}}, path)
+    with pytest.raises(utils.UserError, match="format None"):
+        utils.load_checkpoint(path)
+    path.write_bytes(b"no zip")
+    with pytest.raises(utils.UserError, match="not a readable checkpoint"):
+        utils.load_checkpoint(path)
+    with pytest.raises(utils.UserError, match="not found"):
+        utils.load_checkpoint(tmp_path / "none.pth")
+
+
+def test_scores_must_match_their_ids(tmp_path):
+    utils.save_scores(tmp_path, [2, 5, 9], {"nsdgeneral": np.ones((3, 2, 2))}, {})
+    ids, scores = utils.load_scores(tmp_path)
+    assert ids.tolist() == [2, 5, 9] and scores.shape == (3, 2, 2) and scores.dtype == np.float32
+    for wrong in ([2, 9, 5], [2, 5], [2, 5, 5]):
+        utils.save_npy(tmp_path / "image_ids.npy", np.array(wrong))
+        with pytest.raises(utils.UserError, match="ascending"):
+            utils.load_scores(tmp_path)
+
+
+def test_derived_seeds_differ_and_repeat():
+    seeds = {utils.derive_seed(seed, image, sample) for seed in range(3) for image in range(50) for sample in range(3)}
+    assert len(seeds) == 450 and utils.derive_seed(1, 2, 3) == utils.derive_seed(1, 2, 3)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_run_cli_prints_one_line(capsys):
+    def fail(argv):
+        raise utils.UserError("Caught UserError in DataLoader worker process 0.\nTraceback ...\nutils.UserError: row 3")
+
+    assert utils.run_cli(fail, []) == 2
+    assert capsys.readouterr().err == "error: row 3\n"
+    assert utils.run_cli(lambda argv: None, []) == 0
+
+
+def test_flags(capsys):
+    parser = options.Parser("doc")
+    options.add_subject(parser)
+    parser.add_argument("--guidance_scale", type=float)
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction)
+    args = parser.parse_args(["--subject", "subj02", "--guidance-scale=3e5", "--no-resume"])
+    assert (args.subj, args.guidance_scale, args.resume) == ("subj02", 3e5, False)
+    assert parser.parse_args(["--subj", "7"]).subj == "subj07"
+    for wrong in (["--guidance", "1"], ["--subj", "9"], ["--subj", "x"], ["--nothing"]):
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args(wrong)
+        assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_dry_run_prints_and_stops(capsys):
+    parser = options.Parser("doc")
+    options.add_run(parser)
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--dry_run", "--hidden_dim", "2e3"])
+    assert stop.value.code == 0 and json.loads(capsys.readouterr().out)["hidden_dim"] == 2000
+
+
+@pytest.mark.parametrize("text", ["g_3", "g_0", "g_", "d", "g_x", ""])
+def test_wrong_features(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        options.feature(text)
