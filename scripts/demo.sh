@@ -12,10 +12,10 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Sizes and schedules for a small world; what is not named here has the paper's default.
 SD=$ROOT/models/sd CLIP=$ROOT/models/clip
 hidden=(--hidden_dim 384)
-network=("${hidden[@]}" --n_blocks 2 --prior_depth 2 --batch_size 140 --num_workers 0)
-scale=0.5 strength=0.5
+network=("${hidden[@]}" --n_blocks 2 --prior_depth 2 --batch_size 70 --num_workers 0)
+scale=0.2 strength=0.8
 images=("${hidden[@]}" --sd_model "$SD" --clip_model "$CLIP" --batch_size 50 --num_inference_steps 25 --cfg_scale 5
-    --guidance_rule norm --guidance_grad x0 --guidance_strength "$strength")
+    --guidance_rule norm --guidance_strength "$strength")
 scripts=$REPO/scripts
 
 # Run one stage and keep its seconds; a stage that found its results made keeps the time of making them.
@@ -33,10 +33,10 @@ stage features bash "$scripts/features.sh" --sd_model "$SD" --clip_model "$CLIP"
 
 g_feats="g_2 g_4 g_6 g_8 g_10 g_12"
 train() { env FEATS="$1" STAGES="$2" bash "$scripts/train.sh" "${network[@]}" "${@:3}"; }
-stage pretrain_c train c pretrain --num_epochs 6 --max_lr 1.5e-3
+stage pretrain_c train c pretrain --num_epochs 5 --max_lr 1.5e-3
 stage finetune_c train c finetune --num_epochs 10 --max_lr 1e-3
-stage pretrain_g train "$g_feats" pretrain --num_epochs 1 --max_lr 1.5e-3
-stage finetune_g train "$g_feats" finetune --num_epochs 5 --max_lr 1e-3
+stage pretrain_g train "$g_feats" pretrain --num_epochs 2 --max_lr 1.5e-3
+stage finetune_g train "$g_feats" finetune --num_epochs 6 --max_lr 1e-3
 
 # One step of the prior: the mean of what the voxels allow, which so small a UNet draws better than a sample of it.
 stage score bash "$scripts/score.sh" "${hidden[@]}" --prior_steps 1

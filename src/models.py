@@ -253,27 +253,26 @@ class DiffusionPrior(nn.Module):
     Trained to predict x0 from x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise on a cosine schedule of `timesteps`.
     """
 
-    def __init__(self, tokens, width, depth=6, dim_head=52, timesteps=100, cond_drop_prob=0.2, target_scale=1.0):
-        """target_scale: what targets are multiplied by inside, so that they have about the noise's unit variance.
-
-        MindEye2's is 1 (it took out DALL-E 2's sqrt(D), which is meant for unit-norm embeddings).
-        """
+    def __init__(self, tokens, width, depth=6, dim_head=52, timesteps=100, cond_drop_prob=0.2):
         super().__init__()
         self.net = PriorNetwork(tokens, width, depth, dim_head)
         self.cond_drop_prob = cond_drop_prob
-        self.target_scale = target_scale
+        # differs from MindEye2: targets are standardised, so that the noise (variance one) and the loss see what tells
+        # images apart and not what all images share, which in CLIP's layers is most of the variance
+        self.register_buffer("target_mean", torch.zeros(tokens, width))
+        self.register_buffer("target_std", torch.ones(()))
         self.schedule = DDIMScheduler(
             num_train_timesteps=timesteps, beta_schedule="squaredcos_cap_v2", prediction_type="sample",
             clip_sample=False, timestep_spacing="trailing",
         )
 
     def loss(self, brain, target, generator=None):
-        """Return the mean squared error of x0 in the scaled space, and the x0 prediction (B, T, D) in the target's.
+        """Return the mean squared error of x0 in the standardised space, and the x0 prediction (B, T, D) in the target's.
 
         brain, target: (B, T, D). Timestep and noise are drawn per sample, from `generator` (None: the global one).
         In training mode brain tokens and noisy tokens are each replaced by learned ones with cond_drop_prob.
         """
-        x0 = target * self.target_scale
+        x0 = (target - self.target_mean) / self.target_std
         n, steps = len(x0), self.schedule.config.num_train_timesteps
         source = brain.device if generator is None else generator.device
         t = torch.randint(steps, (n,), generator=generator, device=source).to(x0.device, non_blocking=True)
@@ -284,7 +283,7 @@ class DiffusionPrior(nn.Module):
             draws = torch.rand(2, n, generator=generator, device=source).to(x0.device, non_blocking=True)
             keep_brain, keep_noisy = draws >= self.cond_drop_prob
         prediction = self.net(noisy, t, brain, keep_brain, keep_noisy)
-        return F.mse_loss(prediction.float(), x0.float()), prediction / self.target_scale
+        return F.mse_loss(prediction.float(), x0.float()), prediction * self.target_std + self.target_mean
 
     @torch.no_grad()
     def sample(self, brain, steps=20, generator=None):
@@ -297,7 +296,12 @@ class DiffusionPrior(nn.Module):
         for t in self.schedule.timesteps.tolist():
             prediction = self.net(x, torch.full((len(x),), t, device=x.device), brain)
             x = self.schedule.step(prediction.to(x.dtype), t, x).prev_sample
-        return x / self.target_scale
+        return x * self.target_std + self.target_mean
+
+    def standardise(self, mean, std):
+        """Set the statistics of the training targets: mean (T, D), and one std of what is left after it."""
+        self.target_mean.copy_(torch.as_tensor(mean))
+        self.target_std.copy_(torch.as_tensor(std))
 
 
 # --- the whole model ----------------------------------------------------------------------------------------------
@@ -307,16 +311,16 @@ class BrainModel(nn.Module):
     """Voxel encoder, backbone and prior of one feature (c or a g_k)."""
 
     def __init__(
-        self, n_voxels, hidden_dim, tokens, width, n_blocks=4, dropout=0.15, prior_depth=6, target_scale=1.0
+        self, n_voxels, hidden_dim, tokens, width, n_blocks=4, dropout=0.15, prior_depth=6
     ):
         super().__init__()
         self.sizes = {
             "hidden_dim": hidden_dim, "tokens": tokens, "width": width, "n_blocks": n_blocks, "dropout": dropout,
-            "prior_depth": prior_depth, "target_scale": target_scale,
+            "prior_depth": prior_depth,
         }
         self.voxelenc = VoxelEncoder(n_voxels, hidden_dim)
         self.backbone = BrainNetwork(hidden_dim, tokens, width, n_blocks, dropout)
-        self.prior = DiffusionPrior(tokens, width, prior_depth, target_scale=target_scale)
+        self.prior = DiffusionPrior(tokens, width, prior_depth)
 
     @property
     def model_args(self):

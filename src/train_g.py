@@ -34,8 +34,8 @@ def main(argv=None):
         if run is None:
             continue
         tokens, width = run.target_shape
-        model = BrainModel(run.n_voxels, args.hidden_dim, tokens, width, args.n_blocks, args.dropout, args.prior_depth,
-                           run.target_scale)
+        model = BrainModel(run.n_voxels, args.hidden_dim, tokens, width, args.n_blocks, args.dropout, args.prior_depth)
+        model.prior.standardise(*run.target_statistics)
         objective = BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct)
         training.fit(run, model, objective)
 

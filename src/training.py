@@ -73,7 +73,7 @@ class Run:
     val: data.EpochBatches
     n_voxels: dict  # subject -> voxel count
     target_shape: tuple  # of one target row, e.g. (T, D)
-    target_scale: float  # 1 / standard deviation of the training images' targets
+    target_statistics: tuple  # mean (T, D) and standard deviation of the training images' targets
     pretrained: object  # checkpoint file of the pretraining run, or None
     args: argparse.Namespace
 
@@ -119,15 +119,17 @@ def open_run(args, feat):
     print(f"{name}: {sum(map(len, train.values()))} training and {sum(map(len, val.values()))} validation trials of "
           f"{', '.join(subjects)}; target {feat} {target.row_shape}")
     utils.seed_everything(utils.derive_seed(args.seed, 0))  # the script draws its network's weights next
-    scale = 1 / float(target_std(target, train, args.seed))
-    return Run(name, feat, paths.run(name), config, *loaders, n_voxels, target.row_shape, scale, pretrained, args)
+    statistics = target_statistics(target, train, args.seed)
+    return Run(name, feat, paths.run(name), config, *loaders, n_voxels, target.row_shape, statistics, pretrained, args)
 
 
-def target_std(target, tables, seed, n=512):
-    """Standard deviation of `n` training images' targets: the prior's noise is drawn for a variance of one."""
+def target_statistics(target, tables, seed, n=2000):
+    """Mean over (at most `n`) training images' targets, and the standard deviation of what is left: (T, D), scalar."""
     images = np.unique(np.concatenate([table["image_id"] for table in tables.values()]))
     chosen = np.random.default_rng(seed).choice(images, min(n, len(images)), replace=False)
-    return target[np.sort(chosen)].astype(np.float32).std()
+    rows = target[np.sort(chosen)].astype(np.float32)
+    mean = rows.mean(axis=0)
+    return mean, (rows - mean).std()
 
 
 def finished(folder, config, args):

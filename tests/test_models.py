@@ -122,17 +122,20 @@ class Oracle(torch.nn.Module):
         return self.clean
 
 
-def test_prior_loss_noises_the_scaled_target():
-    prior = DiffusionPrior(tokens=4, width=6, depth=1, target_scale=2.0)
-    target = torch.randn(4000, 4, 6) * 0.5
-    prior.net = Oracle(2.0 * target + 0.1)
+def test_prior_loss_noises_the_standardised_target():
+    prior = DiffusionPrior(tokens=4, width=6, depth=1)
+    mean = 3 * torch.randn(4, 6)
+    prior.standardise(mean, 0.5)
+    standard = torch.randn(4000, 4, 6)
+    target = mean + 0.5 * standard
+    prior.net = Oracle(standard + 0.1)
     loss, prediction = prior.loss(torch.zeros_like(target), target, torch.Generator().manual_seed(0))
-    assert float(loss) == pytest.approx(0.01, rel=1e-4)  # in the scaled space
+    assert float(loss) == pytest.approx(0.01, rel=1e-3)  # in the standardised space
     torch.testing.assert_close(prediction, target + 0.05)
     noisy, t, keep_brain, keep_noisy = prior.net.seen[0]
     assert t.min() == 0 and t.max() == 99
     abar = prior.schedule.alphas_cumprod[t][:, None, None]
-    noise = (noisy - abar.sqrt() * 2 * target) / (1 - abar).sqrt()
+    noise = (noisy - abar.sqrt() * standard) / (1 - abar).sqrt()
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
     for keep in (keep_brain, keep_noisy):
         assert abs(keep.float().mean() - 0.8) < 0.03
@@ -143,7 +146,9 @@ def test_prior_loss_noises_the_scaled_target():
 
 def test_prior_sample_follows_ddim():
     """Against DDIM written out, with a prediction that depends on x_t."""
-    prior = DiffusionPrior(tokens=2, width=4, depth=1, target_scale=4.0).eval()
+    prior = DiffusionPrior(tokens=2, width=4, depth=1).eval()
+    mean = torch.randn(2, 4)
+    prior.standardise(mean, 0.25)
     brain = torch.randn(3, 2, 4)
     noise = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(1))
     actual = prior.sample(brain, steps=10, generator=torch.Generator().manual_seed(1))
@@ -154,7 +159,7 @@ def test_prior_sample_follows_ddim():
             eps = (x - abar[t].sqrt() * x0) / (1 - abar[t]).sqrt()
             after = abar[t - 10] if t >= 10 else torch.tensor(1.0)
             x = after.sqrt() * x0 + (1 - after).sqrt() * eps
-    torch.testing.assert_close(actual, x / 4.0, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(actual, x / 4.0 + mean, atol=1e-5, rtol=1e-4)
 
 
 def test_prior_sample_is_independent_of_the_batch():
@@ -214,10 +219,10 @@ def test_forward_with_and_without_target():
 
 
 def test_rebuilt_from_model_args():
-    model = tiny_model(dropout=0.3, target_scale=2.5)
+    model = tiny_model(dropout=0.3)
     rebuilt = build_model(json.loads(json.dumps(model.model_args)))
     assert rebuilt.model_args == model.model_args
-    assert rebuilt.prior.target_scale == 2.5 and rebuilt.backbone.blocks[0][3].p == 0.3
+    assert rebuilt.backbone.blocks[0][3].p == 0.3
     rebuilt.load_state_dict(model.state_dict())
     voxels = {"subj01": torch.randn(2, 5)}
     assert torch.equal(rebuilt.eval()(voxels)[1], model.eval()(voxels)[1])
