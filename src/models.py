@@ -267,7 +267,7 @@ class DiffusionPrior(nn.Module):
         )
 
     def loss(self, brain, target, generator=None):
-        """Return the mean squared error of x0 in the standardised space, and the x0 prediction (B, T, D) in the target's.
+        """Return the mean squared error of x0, standardised, and the x0 prediction (B, T, D) in the target's own units.
 
         brain, target: (B, T, D). Timestep and noise are drawn per sample, from `generator` (None: the global one).
         In training mode brain tokens and noisy tokens are each replaced by learned ones with cond_drop_prob.
