@@ -201,6 +201,8 @@ def file_name(row, sample):
 def config_of(args, hashes):
     """Everything that decides what the pictures look like, and the commit for the record."""
     decisive = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
+    if not args.feats:  # what is not guided does not depend on how it would have been
+        decisive = {name: value for name, value in decisive.items() if not name.startswith("guidance_")}
     return {**decisive, "score_hashes": hashes, "commit": utils.git_commit()}
 
 

@@ -101,6 +101,12 @@ def test_without_guidance_no_g_and_no_clip_are_needed(root, models, flags):
     assert list(pictures(unguided_folder(root))) == ["00000.png"]
 
 
+def test_an_unguided_set_does_not_depend_on_guidance_flags(root, models):
+    assert run(root, models, "--guidance_scale", 0, "--limit", 1) == 0
+    assert run(root, models, "--guidance_scale", 0, "--guidance_rule", "norm", "--guidance_strength", 0.5) == 0
+    assert len(pictures(unguided_folder(root))) == N
+
+
 def test_interrupted_run_continues(root, models, capsys):
     run(root, models)
     folder = folder_of(root)
