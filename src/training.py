@@ -137,13 +137,14 @@ def finished(folder, config, args):
     checkpoint = folder / "last.pth"
     if args.overwrite or not checkpoint.exists():
         return False
-    found = utils.load_checkpoint(checkpoint, hint="use --overwrite")["config"]
+    state = utils.load_checkpoint(checkpoint, hint="use --overwrite")
+    found = state["config"]
     differing = [f"{key} {found.get(key)} -> {config.get(key)}" for key in sorted(found.keys() | config.keys())
                  if found.get(key) != config.get(key)]
     if differing:
         raise utils.UserError(f"{folder}: holds a run with another configuration ({'; '.join(differing)}); "
                               "give the same flags, or --overwrite to train it again")
-    done = utils.load_checkpoint(checkpoint)["epoch"] >= args.num_epochs
+    done = state["epoch"] >= args.num_epochs
     if not done and not args.resume:
         raise utils.UserError(f"{folder}: holds an unfinished run; --resume continues it, --overwrite starts again")
     return done
