@@ -1,12 +1,12 @@
 # Sourced by every script here: strict mode, the Python to use, and the knobs (environment variables with defaults).
-#   SUBJ=1  ROOT=<repository>  FEATS="c g_2 ..."  STAGES="pretrain finetune"  LAUNCH=""  WANDB_LOG=0  DRY_RUN=0
+#   SUBJ=1  ROOT=<repository>  FEATS="c z g_2 ..."  STAGES="pretrain finetune"  LAUNCH=""  WANDB_LOG=0  DRY_RUN=0
 # shellcheck shell=bash disable=SC2034
 set -euo pipefail
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export ROOT=${ROOT:-$REPO}
 SUBJ=${SUBJ:-1}
-read -ra FEATS <<<"${FEATS:-c g_2 g_4 g_6 g_8 g_10 g_12}"
+read -ra FEATS <<<"${FEATS:-c z g_2 g_4 g_6 g_8 g_10 g_12}"
 read -ra STAGES <<<"${STAGES:-pretrain finetune}"
 read -ra LAUNCH <<<"${LAUNCH:-}"
 [[ -n ${PYTHON:-} ]] || { [[ -x $REPO/.venv/bin/python ]] && PYTHON=$REPO/.venv/bin/python || PYTHON=python3; }

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Predict FEATS of SUBJ's test images from fMRI: bash scripts/score.sh [flags of score_c.py and score_g.py]
+# Predict FEATS of SUBJ's test images from fMRI: bash scripts/score.sh [flags of score_c.py]
 source "$(dirname "$0")/common.sh"
 
-if wants c; then run "$PYTHON" "$REPO/src/score_c.py" --subj "$SUBJ" "${FLAGS[@]}" "$@"; fi
+for feat in c z; do
+    if wants "$feat"; then run "$PYTHON" "$REPO/src/score_$feat.py" --subj "$SUBJ" "${FLAGS[@]}" "$@"; fi
+done
 if [[ ${#G_FEATS[@]} -gt 0 ]]; then
     run "$PYTHON" "$REPO/src/score_g.py" --feat "${G_FEATS[@]}" --subj "$SUBJ" "${FLAGS[@]}" "$@"
 fi

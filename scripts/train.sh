@@ -11,7 +11,9 @@ for stage in "${STAGES[@]}"; do
         *) echo "error: STAGES: $stage is not a stage; wanted pretrain or finetune" >&2; exit 2 ;;
     esac
     flags+=(--subj "$SUBJ" --resume "${LOGGED[@]}")
-    if wants c; then run "${LAUNCH[@]}" "$REPO/src/train_c.py" "${flags[@]}" "$@"; fi
+    for feat in c z; do
+        if wants "$feat"; then run "${LAUNCH[@]}" "$REPO/src/train_$feat.py" "${flags[@]}" "$@"; fi
+    done
     if [[ ${#G_FEATS[@]} -gt 0 ]]; then
         run "${LAUNCH[@]}" "$REPO/src/train_g.py" --feat "${G_FEATS[@]}" "${flags[@]}" "$@"
     fi

@@ -299,13 +299,16 @@ class EpochBatches(torch.utils.data.Dataset):
 
     Item i is a whole batch, so use it with DataLoader(batch_size=None, shuffle=False):
         voxels     {subject: (b_s, V_s) float32}
-        image_ids  (B,) int64, subject by subject in the order of `voxels`
-        targets    {name: (B, *row_shape) float32}
+        targets    {name: (B, *row_shape) float32}, subject by subject in the order of `voxels`
+        image_ids  (B,) int64, likewise
+        sizes      {subject: b_s}
+    When `size` processes train together, voxels and targets are only those of the joint batch's rows rank, rank + size,
+    ...; image_ids and sizes are those of all.
     The subject with most trials gives batch_size // n_subjects to a batch (some batches get one less); those of a
     subject with fewer are spread evenly. Batches are drawn from (seed, epoch) alone.
     """
 
-    def __init__(self, tables, betas, targets, batch_size, seed, epoch=0):
+    def __init__(self, tables, betas, targets, batch_size, seed, rank=0, size=1):
         """tables: {subject: trials}, betas: {subject: Rows}, targets: {name: Rows by image id}."""
         share = batch_size // len(tables)
         if share < 1:
@@ -313,13 +316,16 @@ class EpochBatches(torch.utils.data.Dataset):
         for subj, table in tables.items():
             if table.empty:
                 raise utils.UserError(f"{subj}: no trials to train on; check --num_sessions and the wds folder")
+        if share * len(tables) < size:
+            raise utils.UserError(f"--batch_size {batch_size}: fewer trials than the {size} processes; raise it")
+        self.rank, self.size = rank, size
         self.betas, self.targets, self.seed = betas, targets, seed
         self.image_ids = {subj: table["image_id"].to_numpy() for subj, table in tables.items()}
         self.rows = {subj: table["row"].to_numpy() for subj, table in tables.items()}
         # an image that is repeated more often than that needs a batch for each of its trials
         repeats = np.unique(np.concatenate(list(self.image_ids.values())), return_counts=True)[1].max()
         self.n_batches = max(-(-max(map(len, tables.values())) // share), int(repeats))
-        self._epoch = torch.tensor(epoch).share_memory_()  # seen by persistent DataLoader workers too
+        self._epoch = torch.tensor(0).share_memory_()  # seen by persistent DataLoader workers too
         self._planned, self._plan = None, None
 
     def set_epoch(self, epoch):
@@ -343,14 +349,25 @@ class EpochBatches(torch.utils.data.Dataset):
         if not 0 <= index < self.n_batches:
             raise IndexError(index)
         chosen = {subj: batches[index] for subj, batches in self.plan().items()}
-        voxels = {subj: read_betas(self.betas[subj], self.rows[subj][trials]) for subj, trials in chosen.items()}
         image_ids = np.concatenate([self.image_ids[subj][trials] for subj, trials in chosen.items()])
-        targets = {name: rows[image_ids].astype(np.float32, copy=False) for name, rows in self.targets.items()}
+        parts = self._own_parts(chosen)
+        mine = {subj: trials[part] for (subj, trials), part in zip(chosen.items(), parts, strict=True)}
+        voxels = {subj: read_betas(self.betas[subj], self.rows[subj][trials]) for subj, trials in mine.items()}
+        own_ids = image_ids[self.rank::self.size]
+        targets = {name: rows[own_ids].astype(np.float32, copy=False) for name, rows in self.targets.items()}
         return {
             "voxels": {subj: torch.from_numpy(array) for subj, array in voxels.items()},
-            "image_ids": torch.from_numpy(image_ids),
             "targets": {name: torch.from_numpy(array) for name, array in targets.items()},
+            "image_ids": torch.from_numpy(image_ids),
+            "sizes": {subj: len(trials) for subj, trials in chosen.items()},
         }
+
+    def _own_parts(self, chosen):
+        """The slice of each subject's trials that is this process's (distributed.Team says which rows are whose)."""
+        offset = 0
+        for trials in chosen.values():
+            yield slice((self.rank - offset) % self.size, None, self.size)
+            offset += len(trials)
 
 
 def _deal(image_ids, n_batches, used, rng):
@@ -379,7 +396,7 @@ def _deal(image_ids, n_batches, used, rng):
 
 
 class TestSet(NamedTuple):
-    """The test images of a subject and its responses to them."""
+    """Images and a subject's responses to them, averaged over repeats."""
 
     __test__ = False  # not a pytest class
 
@@ -394,13 +411,21 @@ def load_test_set(paths, subj, control=None, seed=0):
     "shuffle": every response is one to another image, trials permuted; "noise": normal noise with each voxel's mean and
     standard deviation over the test trials; "mean": the mean response for every image.
     """
-    trials = load_trials(paths, subj, "test").sort_values(["image_id", "row"])
-    betas = read_betas(open_betas(paths, subj), trials["row"].to_numpy())  # (trials, V), grouped by image
+    return average_repeats(open_betas(paths, subj), load_trials(paths, subj, "test"), control, seed)
+
+
+def average_repeats(betas, trials, control=None, seed=0):
+    """Average the responses (Rows `betas`) to each image of a table of trials; returns a TestSet.
+
+    control: as load_test_set.
+    """
+    trials = trials.sort_values(["image_id", "row"])
+    responses = read_betas(betas, trials["row"].to_numpy())  # (trials, V), grouped by image
     image_ids, first, n_repeats = np.unique(trials["image_id"].to_numpy(), return_index=True, return_counts=True)
     if control is not None:
         owner = np.repeat(np.arange(len(image_ids)), n_repeats)
-        betas = _null_responses(betas, owner, control, np.random.default_rng(seed))
-    means = np.add.reduceat(betas, first, axis=0) / n_repeats[:, None].astype(np.float32)
+        responses = _null_responses(responses, owner, control, np.random.default_rng(seed))
+    means = np.add.reduceat(responses, first, axis=0) / n_repeats[:, None].astype(np.float32)
     return TestSet(image_ids, means, n_repeats)
 
 

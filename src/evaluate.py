@@ -31,7 +31,8 @@ from gallery import contact_sheet
 
 SIDE = 256  # protocol: both images of a pair are first brought to this side, in pixels
 LOWER_IS_BETTER = ("clip_median_rank", "effnet_distance", "swav_distance")
-RUN_FLAGS = ("subj", "hidden_dim", "num_sessions", "control")  # what names the scores behind the images
+# what names the scores behind the images
+RUN_FLAGS = ("subj", "hidden_dim", "num_sessions", "tag", "run", "head", "control")
 
 
 class ImageSet(NamedTuple):
@@ -256,8 +257,7 @@ def retrieval(images, args, paths):
     if why:
         return {}, dict.fromkeys(names, why)
     feat, subj = args.retrieval_feat, run["subj"]
-    name = utils.run_name("finetune", subj, feat, run["hidden_dim"], run["num_sessions"])
-    folder = paths.scores(subj, name, feat, run["control"])
+    folder = paths.scores(subj, utils.scores_name(run, feat), feat)
     for file in (folder / "retrieval.npy", paths.feature(feat)):
         if not file.exists():
             return {}, dict.fromkeys(names, f"{file} not found")

@@ -1,4 +1,4 @@
-"""MixCo, the contrastive losses, and the objective that c and g share.
+"""MixCo, the contrastive losses, and the objectives: one that c and g share, one of z.
 
 Shapes: B batch (all subjects together), b one subject's part of it, V voxels, T tokens, D width, F = T * D.
 """
@@ -7,6 +7,9 @@ import math
 
 import torch
 import torch.nn.functional as F
+from pytorch_msssim import ssim
+
+from distributed import ALONE
 
 MIXCO_BETA = 0.15  # mixing coefficients are Beta(.15, .15): most near 0 or 1
 MIXCO_SHARE = 0.5  # of the samples are mixed
@@ -101,43 +104,111 @@ def pct_correct(similarity):
     return (similarity.argmax(1) == labels).float().mean()
 
 
+def draw_prior(target, generator=None):
+    """The random numbers one training step of the prior needs: time (B,) in [0, 1), noise (B, ...), drop (B, 2).
+
+    Drawn apart from the network, for the joint batch, so that they do not depend on how many processes share it.
+    """
+    device = target.device if generator is None else generator.device
+    draws = (torch.rand(len(target), generator=generator, device=device),
+             torch.randn(target.shape, generator=generator, device=device),
+             torch.rand(len(target), 2, generator=generator, device=device))
+    return tuple(draw.to(target.device, non_blocking=True) for draw in draws)
+
+
+def mix_rows(rows, perm, betas, select):
+    """Mix the rows (B, ...) of a target as `mixco` mixed the voxels; unselected rows have beta 1."""
+    weight = betas.view(-1, *[1] * (rows.ndim - 1)).to(rows.dtype)
+    return weight * rows + (1 - weight) * rows[perm]
+
+
+def contrast_loss(preds, target, progress, mixup_pct, mix=None):
+    """The contrast of a training phase: MixCo-NCE where trials were mixed, else SoftCLIP (DESIGN section 6).
+
+    preds, target (B, ...); mix: (perm, betas, select) of `mixco`, or None. Returns the loss and detached logs:
+    loss_clip, fwd_pct_correct (query brain, gallery the batch's images) and bwd_pct_correct (the reverse).
+    """
+    if mix is not None:
+        loss = mixco_nce(preds, target, NCE_TEMPERATURE, *mix)
+    else:
+        loss = soft_clip_loss(preds, target, soft_temperature(progress, mixup_pct))
+    similarity = similarities(preds.detach(), target)
+    return loss, {"loss_clip": loss.detach(), "fwd_pct_correct": pct_correct(similarity),
+                  "bwd_pct_correct": pct_correct(similarity.T)}
+
+
 class BrainObjective:
     """What c and g minimise: clip_scale * contrast + prior_scale * prior (DESIGN section 6).
 
-    Contrast is MixCo-NCE for the first mixup_pct of the training, then SoftCLIP.
+    Trials are mixed for the first mixup_pct of the training. `judge` names the validation value that picks best.pth: it
+    must mean the same in every epoch, so no temperature that changes.
     """
 
-    def __init__(self, clip_scale=1.0, prior_scale=30.0, mixup_pct=0.33):
-        self.clip_scale = clip_scale
-        self.prior_scale = prior_scale
-        self.mixup_pct = mixup_pct
+    judge = "loss_prior"
 
-    def __call__(self, model, batch, progress, generator=None):
-        """Return (loss, logs) of one batch.
+    def __init__(self, clip_scale=1.0, prior_scale=30.0, mixup_pct=0.33):
+        self.clip_scale, self.prior_scale, self.mixup_pct = clip_scale, prior_scale, mixup_pct
+
+    def __call__(self, model, batch, progress, generator=None, team=ALONE):
+        """Return (loss, logs) of one joint batch; the model runs on this process's rows of it.
 
         batch: {"voxels": {subject: (b, V)}, "target": (B, T, D)}, rows in the same order; progress: epoch / epochs.
-        A model in eval mode is not given mixed trials. logs are detached scalars on the device: loss_clip and
-        loss_prior before scaling, fwd_pct_correct (query brain, gallery the batch's images), bwd_pct_correct (reverse).
+        A model in eval mode is not given mixed trials. logs are detached scalars on the device: those of
+        `contrast_loss` and loss_prior, both before scaling.
         """
         voxels, target = batch["voxels"], batch["target"]
-        mixing = model.training and progress < self.mixup_pct
-        prior_target = target
-        if mixing:
-            voxels, perm, betas, select = mixco(voxels, generator)
+        mix, prior_target = None, target
+        if model.training and progress < self.mixup_pct:
+            voxels, *mix = mixco(voxels, generator)
             # differs from MindEye2: the prior's target is mixed as the voxels are; there it stays unmixed, so that a
             # quarter of the trials are mostly another image's
-            weight = betas[:, None, None].to(target.dtype)
-            prior_target = weight * target + (1 - weight) * target[perm]
-        _, contrast, loss_prior = model(voxels, prior_target, generator)
-        if mixing:
-            loss_clip = mixco_nce(contrast, target, NCE_TEMPERATURE, perm, betas, select)
-        else:
-            loss_clip = soft_clip_loss(contrast, target, soft_temperature(progress, self.mixup_pct))
-        similarity = similarities(contrast.detach(), target)
-        logs = {
-            "loss_clip": loss_clip.detach(),
-            "loss_prior": loss_prior.detach(),
-            "fwd_pct_correct": pct_correct(similarity),
-            "bwd_pct_correct": pct_correct(similarity.T),
-        }
+            prior_target = mix_rows(target, *mix)
+        draws = [team.take(draw) for draw in draw_prior(target, generator)]
+        _, contrast, prior = model(team.take_voxels(voxels), team.take(prior_target), draws)
+        contrast, prior = team.join(contrast.float(), len(target)), team.join(prior, len(target))  # (B, T, D), (B,)
+        loss_clip, logs = contrast_loss(contrast, target, progress, self.mixup_pct, mix)
+        loss_prior = prior.mean()
+        logs["loss_prior"] = loss_prior.detach()
         return self.clip_scale * loss_clip + self.prior_scale * loss_prior, logs
+
+
+class LatentObjective:
+    """What z minimises: L1 on latents + clip_scale * contrast of an auxiliary map with CLIP's patch tokens.
+
+    MindEye1's low-level branch; there the contrast is with another network's features, here with g_12.
+    """
+
+    judge = "loss_l1"
+
+    def __init__(self, clip_scale=0.1, mixup_pct=0.33):
+        self.clip_scale, self.mixup_pct = clip_scale, mixup_pct
+
+    def __call__(self, model, batch, progress, generator=None, team=ALONE):
+        """Return (loss, logs) of one joint batch, as BrainObjective does.
+
+        batch: {"voxels": {subject: (b, V)}, "target": latents (B, C, h, w), "tokens": g_12 (B, 1 + P, D)}. Validation
+        logs `ssim` of the latents too.
+        """
+        voxels, target = batch["voxels"], batch["target"]
+        patches = batch["tokens"][:, 1:]  # (B, P, D), without the class token, which has no place in the picture
+        mix, mixed_target = None, target
+        if model.training and progress < self.mixup_pct:
+            voxels, *mix = mixco(voxels, generator)
+            mixed_target = mix_rows(target, *mix)
+        latents, contrast = model(team.take_voxels(voxels))
+        latents, contrast = (team.join(rows.float(), len(target)) for rows in (latents, contrast))
+        loss_l1 = F.l1_loss(latents, mixed_target)
+        loss_clip, logs = contrast_loss(contrast, patches, progress, self.mixup_pct, mix)
+        logs["loss_l1"] = loss_l1.detach()
+        if not model.training:
+            logs["ssim"] = latent_ssim(latents.detach(), target)
+        return loss_l1 + self.clip_scale * loss_clip, logs
+
+
+def latent_ssim(latents, target):
+    """Mean SSIM of latents (B, C, h, w) taken as images, the range of values being six of the target's deviations."""
+    window = min(7, *(size - 1 + size % 2 for size in target.shape[-2:]))  # odd, and not wider than the latent
+    return ssim(latents, target, data_range=float(6 * target.std()), win_size=window)
+
+
+OBJECTIVES = {"brain": BrainObjective, "latent": LatentObjective}  # by the kind of network (models.build_model)

@@ -1,11 +1,17 @@
 """Every network of the pipeline.
 
-Shapes: B batch, V voxels, H hidden, T tokens, D width, L sequence length of the prior (2T + 1).
+Shapes: B batch, V voxels, H hidden, T tokens, D width, L sequence length of the prior (2T + 1); latents (C, h, w).
+
+Every whole model has `model_args` (JSON, from which `build_model` makes it again) and `predict(voxels, ...)`, which
+returns its scores by file name: nsdgeneral (the feature) and, for c and g, retrieval.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
+from diffusers.models.autoencoders.vae import Decoder
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from transformers import CLIPVisionModel
@@ -84,6 +90,7 @@ class VoxelEncoder(nn.Module):
     def __init__(self, n_voxels, hidden_dim):
         """n_voxels: {subject: V}; the order of the dict is the order of `linears`."""
         super().__init__()
+        self.n_voxels = dict(n_voxels)
         self.subjects = list(n_voxels)
         self.linears = nn.ModuleList(nn.Linear(v, hidden_dim) for v in n_voxels.values())
 
@@ -266,24 +273,22 @@ class DiffusionPrior(nn.Module):
             clip_sample=False, timestep_spacing="trailing",
         )
 
-    def loss(self, brain, target, generator=None):
-        """Return the mean squared error of x0, standardised, and the x0 prediction (B, T, D) in the target's own units.
+    def loss(self, brain, target, draws):
+        """Return each sample's mean squared error of x0, standardised, (B,), and the prediction in the target's units.
 
-        brain, target: (B, T, D). Timestep and noise are drawn per sample, from `generator` (None: the global one).
+        brain, target: (B, T, D); draws: time (B,) in [0, 1), noise (B, T, D), drop (B, 2), as losses.draw_prior makes.
         In training mode brain tokens and noisy tokens are each replaced by learned ones with cond_drop_prob.
         """
+        time, noise, drop = draws
         x0 = (target - self.target_mean) / self.target_std
-        n, steps = len(x0), self.schedule.config.num_train_timesteps
-        source = brain.device if generator is None else generator.device
-        t = torch.randint(steps, (n,), generator=generator, device=source).to(x0.device, non_blocking=True)
-        noise = randn_tensor(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-        noisy = self.schedule.add_noise(x0, noise, t)
+        t = (time * self.schedule.config.num_train_timesteps).long()
+        noisy = self.schedule.add_noise(x0, noise.to(x0.dtype), t)
         keep_brain = keep_noisy = None
         if self.training:
-            draws = torch.rand(2, n, generator=generator, device=source).to(x0.device, non_blocking=True)
-            keep_brain, keep_noisy = draws >= self.cond_drop_prob
+            keep_brain, keep_noisy = (drop >= self.cond_drop_prob).unbind(1)
         prediction = self.net(noisy, t, brain, keep_brain, keep_noisy)
-        return F.mse_loss(prediction.float(), x0.float()), prediction * self.target_std + self.target_mean
+        error = (prediction.float() - x0.float()).square().flatten(1).mean(1)
+        return error, prediction * self.target_std + self.target_mean
 
     @torch.no_grad()
     def sample(self, brain, steps=20, generator=None):
@@ -304,7 +309,50 @@ class DiffusionPrior(nn.Module):
         self.target_std.copy_(torch.as_tensor(std))
 
 
-# --- the whole model ----------------------------------------------------------------------------------------------
+# --- from voxels to latents (z) -----------------------------------------------------------------------------------
+
+
+class LatentDecoder(nn.Module):
+    """MindEye1's low-level branch: residual MLP, a small map, and the decoder of a VAE that enlarges it four times.
+
+    differs from MindEye1: the map is also contrasted with CLIP's patch tokens (there with another network's features).
+    """
+
+    CHANNELS = 64  # of the map
+
+    def __init__(self, hidden_dim, latent_shape, tokens, width, n_blocks=4, dropout=0.15):
+        """latent_shape (C, h, w); tokens, width: of the CLIP layer, 1 + grid * grid tokens.
+
+        Raises UserError for a latent whose sides do not divide by four.
+        """
+        super().__init__()
+        channels, height, side = latent_shape
+        if height % 4 or side % 4:
+            raise utils.UserError(f"feature z: latents of {height} x {side}, wanted sides that divide by 4; extract z "
+                                  "from images whose sides divide by 32")
+        self.map_shape = (self.CHANNELS, height // 4, side // 4)
+        self.grid = round((tokens - 1) ** 0.5)
+        self.blocks = nn.ModuleList(mixer_block(hidden_dim, dropout) for _ in range(n_blocks))
+        self.to_map = nn.Linear(hidden_dim, self.CHANNELS * (height // 4) * (side // 4))
+        self.norm = nn.GroupNorm(1, self.CHANNELS)
+        self.upsample = Decoder(
+            in_channels=self.CHANNELS, out_channels=channels, up_block_types=["UpDecoderBlock2D"] * 3,
+            block_out_channels=[64, 128, 256], layers_per_block=1,
+        )
+        self.to_tokens = nn.Sequential(
+            nn.Conv2d(self.CHANNELS, width, 1), nn.GroupNorm(1, width), nn.GELU(), nn.Conv2d(width, width, 1)
+        )
+
+    def forward(self, x):
+        """(B, H) -> latents (B, C, h, w), contrast tokens (B, grid * grid, D)."""
+        for block in self.blocks:
+            x = x + block(x)
+        small = self.norm(self.to_map(x).unflatten(-1, self.map_shape))  # (B, 64, h/4, w/4)
+        tokens = self.to_tokens(F.adaptive_avg_pool2d(small, self.grid))  # (B, D, grid, grid)
+        return self.upsample(small), tokens.flatten(2).transpose(1, 2)
+
+
+# --- the whole models ---------------------------------------------------------------------------------------------
 
 
 class BrainModel(nn.Module):
@@ -324,29 +372,100 @@ class BrainModel(nn.Module):
 
     @property
     def model_args(self):
-        """JSON dict from which `build_model` makes the same network."""
-        heads = zip(self.voxelenc.subjects, self.voxelenc.linears, strict=True)
-        return {"n_voxels": {subject: head.in_features for subject, head in heads}, **self.sizes}
+        return {"kind": "brain", "n_voxels": self.voxelenc.n_voxels, **self.sizes}
 
-    def forward(self, voxels, target=None, generator=None):
+    def standardise(self, mean, std):
+        self.prior.standardise(mean, std)
+
+    def forward(self, voxels, target=None, draws=None):
         """{subject: (b, V)} -> backbone (B, T, D), contrast (B, T, D).
 
-        With a target (B, T, D) also the prior's loss, as a third value: inside forward, so that a distributed wrapper
-        sees every parameter that gets a gradient.
+        With a target (B, T, D) also the prior's loss of each sample (B,), as a third value: inside forward, so that a
+        distributed wrapper sees every parameter that gets a gradient.
         """
         backbone, contrast = self.backbone(self.voxelenc(voxels))
         if target is None:
             return backbone, contrast
-        return backbone, contrast, self.prior.loss(backbone, target, generator)[0]
+        return backbone, contrast, self.prior.loss(backbone, target, draws)[0]
+
+    @torch.no_grad()
+    def predict(self, voxels, prior_steps=20, generators=None):
+        """Scores (B, T, D): nsdgeneral, a sample of the prior (its mean with one step), and retrieval, the contrast."""
+        backbone, contrast = self(voxels)
+        return {"nsdgeneral": self.prior.sample(backbone, prior_steps, generators), "retrieval": contrast}
+
+
+class LatentModel(nn.Module):
+    """Voxel encoder and latent decoder (z)."""
+
+    def __init__(self, n_voxels, hidden_dim, latent_shape, tokens, width, n_blocks=4, dropout=0.15):
+        super().__init__()
+        self.sizes = {
+            "hidden_dim": hidden_dim, "latent_shape": list(latent_shape), "tokens": tokens, "width": width,
+            "n_blocks": n_blocks, "dropout": dropout,
+        }
+        self.voxelenc = VoxelEncoder(n_voxels, hidden_dim)
+        self.decoder = LatentDecoder(hidden_dim, latent_shape, tokens, width, n_blocks, dropout)
+        # the network predicts how an image differs from the mean one
+        self.register_buffer("target_mean", torch.zeros(*latent_shape))
+        self.register_buffer("target_std", torch.ones(()))
+
+    @property
+    def model_args(self):
+        return {"kind": "latent", "n_voxels": self.voxelenc.n_voxels, **self.sizes}
+
+    def standardise(self, mean, std):
+        """Set the statistics of the training targets: mean (C, h, w), and one std of what is left after it."""
+        self.target_mean.copy_(torch.as_tensor(mean))
+        self.target_std.copy_(torch.as_tensor(std))
+
+    def forward(self, voxels):
+        """{subject: (b, V)} -> latents (B, C, h, w), contrast tokens (B, P, D)."""
+        latents, tokens = self.decoder(self.voxelenc(voxels))
+        return latents * self.target_std + self.target_mean, tokens
+
+    @torch.no_grad()
+    def predict(self, voxels, prior_steps=None, generators=None):
+        """Scores (B, C, h, w): nsdgeneral, latents that carry the VAE's scaling factor. There is nothing to draw."""
+        return {"nsdgeneral": self(voxels)[0]}
+
+
+class RidgeModel(nn.Module):
+    """The linear baseline: one ridge regression per target value (training.fit_ridge), of one subject."""
+
+    def __init__(self, n_voxels, target_shape):
+        super().__init__()
+        self.target_shape = tuple(target_shape)
+        ((self.subject, voxels),) = n_voxels.items()
+        self.linear = nn.Linear(voxels, math.prod(target_shape))
+
+    @property
+    def model_args(self):
+        return {"kind": "ridge", "n_voxels": {self.subject: self.linear.in_features},
+                "target_shape": list(self.target_shape)}
+
+    def forward(self, voxels):
+        """{subject: (B, V)} -> (B, *target_shape)."""
+        return self.linear(voxels[self.subject]).unflatten(-1, self.target_shape)
+
+    @torch.no_grad()
+    def predict(self, voxels, prior_steps=None, generators=None):
+        """Scores (B, *target_shape): the prediction is what is retrieved, too."""
+        prediction = self(voxels)
+        return {"nsdgeneral": prediction, "retrieval": prediction}
+
+
+MODELS = {"brain": BrainModel, "latent": LatentModel, "ridge": RidgeModel}
 
 
 def build_model(model_args):
     """Rebuild the network of a checkpoint from its `model_args`; weights are random until loaded."""
-    return BrainModel(**model_args)
+    sizes = dict(model_args)
+    return MODELS[sizes.pop("kind")](**sizes)
 
 
 def load_trunk(model, state_dict):
-    """Copy all weights but the voxel encoders' (`voxelenc.*`) into `model`; return the copied keys.
+    """Copy all weights but the voxel encoders' (`voxelenc.*`) into `model`; return the copied keys, sorted.
 
     Raises UserError, before anything is copied, unless both have the same keys of the same shapes.
     """
@@ -362,4 +481,4 @@ def load_trunk(model, state_dict):
             f"({', '.join(wrong[:4])}, ...); give a run of the same feature with the same --hidden_dim"
         )
     model.load_state_dict(found, strict=False)
-    return list(found)
+    return sorted(found)

@@ -87,15 +87,52 @@ def add_subject(parser):
 
 
 def add_run(parser):
-    """Flags that, with the subject, name a fine-tuned run."""
+    """Flags that, with the subject and the feature, name a run."""
     parser.add_argument("--hidden_dim", type=whole, default=1024, metavar="UNITS", help="width of the shared space")
     parser.add_argument("--num_sessions", type=whole, default=40, metavar="SESSIONS",
                         help="training sessions of --subj")
+    parser.add_argument("--tag", type=tag, default="", metavar="NAME",
+                        help="appended to the run's name, so that variants lie side by side")
+
+
+def add_scored_run(parser):
+    """Flags that, with those of add_run, say which run predicts and through whose voxel encoder."""
+    parser.add_argument("--run", type=run, default="finetune", metavar="STAGE[:SUBJ]",
+                        help="finetune, pretrain, scratch or ridge: that run of --subj, or of another subject "
+                             "(pretrain:1 = pretrained on all but subject 1)")
+    parser.add_argument("--head", type=head, metavar="own|adapt|1..8",
+                        help="voxel encoder: --subj's own in that run; a new one, fitted to --subj's training trials "
+                             "with the rest frozen; or another subject's (default: own where there is one, else adapt)")
+
+
+def tag(text):
+    """Part of a file name."""
+    if not all(letter.isalnum() or letter in "-_.=" for letter in text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not part of a file name; wanted letters, digits, - _ . =")
+    return text
+
+
+def run(text):
+    """'finetune', 'pretrain:1', ... -> with the subject written subj01."""
+    stage, colon, subj = text.partition(":")
+    if stage not in ("finetune", "pretrain", "scratch", "ridge"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a run; wanted finetune, pretrain, scratch or ridge, "
+                                         "alone or with a subject, as in pretrain:1")
+    return stage + (f":{subject(subj)}" if colon else "")
+
+
+def head(text):
+    return text if text in ("own", "adapt") else subject(text)
 
 
 def add_compute(parser):
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--seed", type=whole, default=42, metavar="N")
+
+
+def add_precision(parser):
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
+                        help="of matrix products; auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16")
 
 
 def add_tracking(parser):

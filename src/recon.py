@@ -46,6 +46,7 @@ def get_parser():
     options.add_paths(parser)
     options.add_subject(parser)
     options.add_run(parser)
+    options.add_scored_run(parser)
     options.add_control(parser)
     parser.add_argument("--feats", type=layer_or_none, nargs="*", default=options.VISION_LAYERS, metavar="g_K",
                         help="CLIP layers that guide; none = no guidance")
@@ -88,6 +89,7 @@ def layer_or_none(text):
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
+    utils.check_tracking(args.wandb_log)
     paths = utils.Paths.from_args(args)
     device = utils.pick_device(args.device)
     resolve(args, device)
@@ -165,8 +167,7 @@ def output_folder(paths, args):
 def read_scores(paths, args):
     """The decoded features, {feat: (N, ...)}, the ids (N,) they share, and a hash of each score file."""
     def folder_of(feat):
-        run = utils.run_name("finetune", args.subj, feat, args.hidden_dim, args.num_sessions)
-        return paths.scores(args.subj, run, feat, args.control)
+        return paths.scores(args.subj, utils.scores_name(vars(args), feat), feat)
 
     files = {feat: folder_of(feat) / "nsdgeneral.npy" for feat in ("c", *args.feats)}
     if args.z != "none":

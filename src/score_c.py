@@ -11,16 +11,16 @@ Reads train_logs/<run>/last.pth, betas and wds/*/new_test; writes scores_all/sub
 
 import sys
 
-import training
+import scoring
 import utils
 
 
 def get_parser():
-    return training.get_score_parser(__doc__)
+    return scoring.get_parser(__doc__)
 
 
 def main(argv=None):
-    training.score(get_parser().parse_args(argv), "c")
+    scoring.score(get_parser().parse_args(argv), "c")
 
 
 if __name__ == "__main__":

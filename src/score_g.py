@@ -12,12 +12,12 @@ Reads train_logs/<run>/last.pth, betas and wds/*/new_test; writes scores_all/sub
 import sys
 
 import options
-import training
+import scoring
 import utils
 
 
 def get_parser():
-    parser = training.get_score_parser(__doc__)
+    parser = scoring.get_parser(__doc__)
     parser.add_argument("--feat", type=options.vision_layer, nargs="+", default=options.VISION_LAYERS, metavar="g_K",
                         help="layers, one after another")
     return parser
@@ -26,7 +26,7 @@ def get_parser():
 def main(argv=None):
     args = get_parser().parse_args(argv)
     for feat in args.feat:
-        training.score(args, feat)
+        scoring.score(args, feat)
 
 
 if __name__ == "__main__":

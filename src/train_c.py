@@ -7,6 +7,7 @@ voxels (B, V) -> VoxelEncoder, one per subject -> (B, H) -> mixer backbone -> to
     python src/train_c.py --subj 1 --multi_subject                        # pretrain on subjects 2-8
     python src/train_c.py --subj 1 --multisubject_ckpt auto               # fine-tune on subject 1
     python src/train_c.py --subj 1 --multisubject_ckpt auto --num_sessions 1 --wandb_log
+    python src/train_c.py --subj 1 --model ridge                          # the linear baseline
 
 Reads betas, wds/*/train and c_all.hdf5; writes train_logs/<run>/.
 """
@@ -20,7 +21,7 @@ from models import BrainModel
 
 
 def get_parser():
-    return training.get_parser(__doc__)
+    return training.get_brain_parser(__doc__)
 
 
 def main(argv=None):
@@ -28,11 +29,12 @@ def main(argv=None):
     run = training.open_run(args, "c")
     if run is None:
         return
-    tokens, width = run.target_shape
+    if args.model == "ridge":
+        return training.fit_ridge(run)
+    tokens, width = run.shapes["target"]
     model = BrainModel(run.n_voxels, args.hidden_dim, tokens, width, args.n_blocks, args.dropout, args.prior_depth)
-    model.prior.standardise(*run.target_statistics)
-    objective = BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct)
-    training.fit(run, model, objective)
+    model.standardise(*run.target_statistics)
+    training.fit(run, model, BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from models import BrainModel
 
 
 def get_parser():
-    parser = training.get_parser(__doc__)
+    parser = training.get_brain_parser(__doc__)
     parser.add_argument("--feat", type=options.vision_layer, nargs="+", default=options.VISION_LAYERS, metavar="g_K",
                         help="layers, one after another")
     return parser
@@ -33,11 +33,13 @@ def main(argv=None):
         run = training.open_run(args, feat)
         if run is None:
             continue
-        tokens, width = run.target_shape
+        if args.model == "ridge":
+            training.fit_ridge(run)
+            continue
+        tokens, width = run.shapes["target"]
         model = BrainModel(run.n_voxels, args.hidden_dim, tokens, width, args.n_blocks, args.dropout, args.prior_depth)
-        model.prior.standardise(*run.target_statistics)
-        objective = BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct)
-        training.fit(run, model, objective)
+        model.standardise(*run.target_statistics)
+        training.fit(run, model, BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct))
 
 
 if __name__ == "__main__":

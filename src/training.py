@@ -1,7 +1,7 @@
-"""The one training loop, what a run is made of, and the way back from a run to scores.
+"""The one training loop, and what a run is made of.
 
 A train script opens a run (`open_run`: which trials, which targets, which folder), builds its network and objective,
-and hands the three to `fit`. A score script calls `score`.
+and hands the three to `fit`. `fit_ridge` is the linear baseline on the same run.
 """
 
 import argparse
@@ -19,16 +19,23 @@ from tqdm import tqdm
 import data
 import options
 import utils
-from models import build_model, load_trunk
+from distributed import Team
+from losses import pct_correct, similarities
+from models import RidgeModel, load_trunk
+
+RIDGE_ALPHAS = np.logspace(-1, 7, 17)  # each target picks its own; betas are z-scored, so these suit any subject
+RIDGE_COLUMNS = 2048  # targets solved at once: bounds the memory
+STEPS_BETWEEN_VOTES = 20  # how often several processes ask each other whether to stop
 
 
 def get_parser(doc):
-    """The flags that train_c.py and train_g.py share; defaults are MindEye2's."""
+    """The flags that the train scripts share; defaults are MindEye2's."""
     parser = options.Parser(doc)
     options.add_paths(parser)
     options.add_subject(parser)
     options.add_run(parser)
     options.add_compute(parser)
+    options.add_precision(parser)
     options.add_tracking(parser)
     stage = parser.add_argument_group("stage")
     stage.add_argument("--multi_subject", action=argparse.BooleanOptionalAction, default=False,
@@ -36,15 +43,17 @@ def get_parser(doc):
     stage.add_argument("--multisubject_ckpt", metavar="RUN",
                        help="fine-tune from this pretraining run: a name, or `auto` for that of --subj and the feature")
     network = parser.add_argument_group("network")
-    network.add_argument("--n_blocks", type=options.whole, default=4, metavar="N", help="mixer blocks of the backbone")
+    network.add_argument("--model", choices=["network", "ridge"], default="network",
+                         help="ridge: the linear baseline, fitted at once to --subj's repeat-averaged responses")
+    network.add_argument("--n_blocks", type=options.whole, default=4, metavar="N", help="residual MLP blocks")
     network.add_argument("--dropout", type=float, default=0.15, metavar="P")
-    network.add_argument("--prior_depth", type=options.whole, default=6, metavar="N", help="layers of the prior")
+    network.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                         help="torch.compile the network: slow to start, faster on a GPU")
     optimum = parser.add_argument_group("optimisation")
-    optimum.add_argument("--batch_size", type=options.whole, default=42, metavar="TRIALS", help="over all subjects")
+    optimum.add_argument("--batch_size", type=options.whole, default=42, metavar="TRIALS",
+                         help="over all subjects and all processes")
     optimum.add_argument("--num_epochs", type=options.whole, default=30, metavar="N")
     optimum.add_argument("--max_lr", type=float, default=3e-4, metavar="LR", help="peak of the one-cycle schedule")
-    optimum.add_argument("--clip_scale", type=float, default=1.0, metavar="W", help="weight of the contrast")
-    optimum.add_argument("--prior_scale", type=float, default=30.0, metavar="W", help="weight of the prior's MSE")
     optimum.add_argument("--mixup_pct", type=float, default=0.33, metavar="FRACTION", help="of the epochs, with MixCo")
     optimum.add_argument("--val_fraction", type=float, default=0.05, metavar="FRACTION", help="of the training images")
     keeping = parser.add_argument_group("keeping")
@@ -56,44 +65,64 @@ def get_parser(doc):
     return parser
 
 
+def get_brain_parser(doc):
+    """The flags of c and g: contrast and diffusion prior."""
+    parser = get_parser(doc)
+    parser.add_argument("--prior_depth", type=options.whole, default=6, metavar="N", help="layers of the prior")
+    parser.add_argument("--clip_scale", type=float, default=1.0, metavar="W", help="weight of the contrast")
+    parser.add_argument("--prior_scale", type=float, default=30.0, metavar="W", help="weight of the prior's MSE")
+    return parser
+
+
 # what may differ between a run and its continuation: how it is run, not what it computes
-NOT_SCIENCE = {"root", "data_path", "device", "resume", "overwrite", "num_workers", "ckpt_every", "wandb_log",
-               "wandb_project", "dry_run", "feat"}
+NOT_SCIENCE = {"root", "data_path", "device", "precision", "compile", "resume", "overwrite", "num_workers",
+               "ckpt_every", "wandb_log", "wandb_project", "dry_run", "feat", "tag"}
 
 
 @dataclass
 class Run:
-    """One training: where it is kept, what it reads, how it is configured."""
+    """One training: where it is kept, what it reads, how it is configured, who trains."""
 
     name: str
     feat: str
     folder: object
     config: dict
+    args: argparse.Namespace
+    team: Team
+    tables: dict  # "train" and "val": {subject: trials}
     train: data.EpochBatches
     val: data.EpochBatches
     n_voxels: dict  # subject -> voxel count
-    target_shape: tuple  # of one target row, e.g. (T, D)
+    shapes: dict  # of one row of each target: {"target": (T, D)}
     target_statistics: tuple  # mean (T, D) and standard deviation of the training images' targets
     pretrained: object  # checkpoint file of the pretraining run, or None
-    args: argparse.Namespace
 
 
-def open_run(args, feat):
+def open_run(args, feat, **further):
     """Read what a run needs, before any work: trials, betas, targets, and the state of its folder.
 
-    feat: 'c' or 'g_k'. Returns a Run, or None when the folder already holds this run, finished.
-    Validation images are `--val_fraction` of the distinct training images; the test trials are never opened here.
+    feat: 'c', 'z' or 'g_k'. further: names of other targets a batch shall hold, as tokens="g_12". Returns a Run, or
+    None when the folder already holds this run, finished. Validation images are `--val_fraction` of the distinct
+    training images; the test trials are never opened here.
     """
-    paths = utils.Paths.from_args(args)
-    stage = "pretrain" if args.multi_subject else "finetune" if args.multisubject_ckpt else "scratch"
+    utils.check_tracking(args.wandb_log)
+    for name in ("num_epochs", "ckpt_every", "batch_size"):
+        if getattr(args, name) < 1:
+            raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
     if args.multi_subject and args.multisubject_ckpt:
         raise utils.UserError("--multi_subject and --multisubject_ckpt: pretraining and fine-tuning are two runs; "
                               "give one of the two")
-    name = utils.run_name(stage, args.subj, feat, args.hidden_dim, args.num_sessions)
+    if args.model == "ridge" and (args.multi_subject or args.multisubject_ckpt):
+        raise utils.UserError("--model ridge: has no pretraining; leave out --multi_subject and --multisubject_ckpt")
+    paths = utils.Paths.from_args(args)
+    stage = "pretrain" if args.multi_subject else "finetune" if args.multisubject_ckpt else "scratch"
+    stage = "ridge" if args.model == "ridge" else stage
+    name = utils.run_name(stage, args.subj, feat, args.hidden_dim, args.num_sessions, args.tag)
     config = {key: value for key, value in vars(args).items() if key not in NOT_SCIENCE}
     config |= {"feat": feat, "stage": stage, "run": name}
+    team = Team.assemble(args.device, args.precision)
     if finished(paths.run(name), config, args):
-        print(f"{name}: finished before, kept (--overwrite trains it again)")
+        team.print(f"{name}: finished before, kept (--overwrite trains it again)")
         return None
 
     pretrained = None
@@ -107,20 +136,29 @@ def open_run(args, feat):
     subjects = [s for s in data.subjects(paths) if s != args.subj] if args.multi_subject else [args.subj]
     if not subjects:
         raise utils.UserError(f"{paths.data_path}: no subject but {args.subj} has betas; --multi_subject needs others")
+    num_sessions = None if args.multi_subject else args.num_sessions
+    return gather_run(args, paths, feat, name, config, team, subjects, num_sessions, pretrained, further)
+
+
+def gather_run(args, paths, feat, name, config, team, subjects, num_sessions, pretrained, further):
+    """The Run of these subjects' trials; see open_run."""
     betas = {subj: data.open_betas(paths, subj) for subj in subjects}
-    target = data.open_feature(paths, feat)
-    train, val = {}, {}
+    targets = {key: data.open_feature(paths, other) for key, other in {"target": feat, **further}.items()}
+    tables = {"train": {}, "val": {}}
     for subj in subjects:
-        trials = data.load_trials(paths, subj, "train", None if args.multi_subject else args.num_sessions)
-        train[subj], val[subj] = data.split_by_image(trials, args.val_fraction, args.seed)
-    loaders = [data.EpochBatches(tables, betas, {"target": target}, args.batch_size, args.seed)
-               for tables in (train, val)]
+        trials = data.load_trials(paths, subj, "train", num_sessions)
+        tables["train"][subj], tables["val"][subj] = data.split_by_image(trials, args.val_fraction, args.seed)
+    loaders = [data.EpochBatches(part, betas, targets, args.batch_size, args.seed, team.rank, team.size)
+               for part in tables.values()]
     n_voxels = {subj: betas[subj].shape[1] for subj in subjects}
-    print(f"{name}: {sum(map(len, train.values()))} training and {sum(map(len, val.values()))} validation trials of "
-          f"{', '.join(subjects)}; target {feat} {target.row_shape}")
+    shapes = {key: rows.row_shape for key, rows in targets.items()}
+    n_train, n_val = (sum(map(len, part.values())) for part in tables.values())
+    team.print(f"{name}: {n_train} training and {n_val} validation trials of {', '.join(subjects)}; "
+               f"target {feat} {shapes['target']}")
     utils.seed_everything(utils.derive_seed(args.seed, 0))  # the script draws its network's weights next
-    statistics = target_statistics(target, train, args.seed)
-    return Run(name, feat, paths.run(name), config, *loaders, n_voxels, target.row_shape, statistics, pretrained, args)
+    statistics = target_statistics(targets["target"], tables["train"], args.seed)
+    return Run(name, feat, paths.run(name), config, args, team, tables, *loaders, n_voxels, shapes, statistics,
+               pretrained)
 
 
 def target_statistics(target, tables, seed, n=2000):
@@ -143,110 +181,230 @@ def finished(folder, config, args):
                  if found.get(key) != config.get(key)]
     if differing:
         raise utils.UserError(f"{folder}: holds a run with another configuration ({'; '.join(differing)}); "
-                              "give the same flags, or --overwrite to train it again")
+                              "give the same flags, another --tag, or --overwrite to train it again")
     done = state["epoch"] >= args.num_epochs
     if not done and not args.resume:
         raise utils.UserError(f"{folder}: holds an unfinished run; --resume continues it, --overwrite starts again")
     return done
 
 
+# --- the loop -----------------------------------------------------------------------------------------------------
+
+
 def fit(run, model, objective):
-    """Train `model` on `run`, one epoch after the other, and leave last.pth, metrics.jsonl and config.json behind.
+    """Train `model` on `run`, one epoch after the other; leave last.pth, best.pth, metrics.jsonl, config.json behind.
 
-    objective(model, batch, progress) -> (scalar loss, {name: scalar tensor}); `batch` holds "voxels" {subject: (b, V)},
-    "target" (B, ...) and "image_ids" (B,) on the device, progress = epoch / epochs in [0, 1).
-    Every epoch starts from the seed (seed, epoch), so a resumed run repeats an uninterrupted one.
+    objective(model, batch, progress, generator, team) -> (scalar loss, {name: scalar tensor}); `batch` holds "voxels"
+    {subject: (b, V)}, "target" (B, ...) and "image_ids" (B,) on the device, progress = epoch / epochs in [0, 1).
+    objective.judge names the validation value whose minimum is best.pth.
+
+    Every step draws from (seed, epoch, step) alone, so a run that is resumed, after an epoch or in the middle of one,
+    repeats an uninterrupted one. SIGTERM and Ctrl-C end it after the current step, saved; raises utils.Interrupted.
     """
-    args = run.args
-    device = utils.pick_device(args.device)
+    args, team = run.args, run.team
     if run.pretrained is not None:
-        copied = load_trunk(model, utils.load_checkpoint(run.pretrained)["model"])
-        print(f"{run.name}: {len(copied)} tensors copied from {run.pretrained.parent.name} "
-              f"({', '.join(sorted({key.split('.')[0] for key in copied}))}); the voxel encoder starts anew")
-    model.to(device)
-    optimizer = torch.optim.AdamW(weight_decay_groups(model), lr=args.max_lr, fused=device.type == "cuda")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.max_lr, total_steps=max(1, args.num_epochs * len(run.train)),
-        pct_start=min(0.5, 2 / args.num_epochs))
-    start = 0
-    if args.resume and (run.folder / "last.pth").exists():
-        state = utils.load_checkpoint(run.folder / "last.pth")
+        source = utils.load_checkpoint(run.pretrained)
+        check_pretrained(run, source)
+        copied = load_trunk(model, source["model"])
+        team.print(f"{run.name}: {len(copied)} tensors copied from {run.pretrained.parent.name} "
+                   f"({', '.join(sorted({key.split('.')[0] for key in copied}))}); the voxel encoder starts anew")
+    last, state = run.folder / "last.pth", None
+    if args.resume and last.exists():
+        state = utils.load_checkpoint(last)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        start = state["epoch"]
-        print(f"{run.name}: resumed after epoch {start}")
-    utils.save_json(run.folder / "config.json", run.config | {"git_commit": utils.git_commit()})
-    tracker = utils.Tracker(run.folder, run.name, run.config, args.wandb_log, args.wandb_project)
+    model.to(team.device)
+    optimizer = torch.optim.AdamW(weight_decay_groups(model), lr=args.max_lr, fused=team.device.type == "cuda")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.max_lr, total_steps=max(4, args.num_epochs * len(run.train)),  # fewer it can not do
+        pct_start=min(0.5, 2 / args.num_epochs))
+    net = team.prepare(model, optimizer, args.batch_size, args.compile)
+    epoch, step, sums, best = 0, 0, {}, float("inf")  # epochs done, steps of the next one done and their logs
+    if state is not None:
+        team.load_optimizer_state(state["optimizer"])
+        schedule.load_state_dict(state["schedule"]["clock"])
+        for group, saved in zip(optimizer.param_groups, state["schedule"]["groups"], strict=True):
+            group.update(saved)
+        epoch, step, sums, best = (state[key] for key in ("epoch", "step", "sums", "best"))
+        team.print(f"{run.name}: resumed after epoch {epoch}" + f", step {step}" * (step > 0))
+        del state
+    tracker = start_records(run, epoch)
 
-    bar = tqdm(range(start, args.num_epochs), desc=run.name, initial=start, total=args.num_epochs, unit="epoch",
-               disable=None if sys.stderr.isatty() else False, mininterval=2)
-    for epoch in bar:
-        utils.seed_everything(utils.derive_seed(args.seed, epoch, 1))
-        progress = epoch / args.num_epochs
-        logs = run_epoch(model, objective, run.train, epoch, progress, device, args.num_workers, optimizer, schedule)
-        logs |= run_epoch(model, objective, run.val, 0, progress, device, args.num_workers)
-        tracker.log(logs, step=epoch + 1)
-        bar.set_postfix(loss=f"{logs['train/loss']:.3f}", val=f"{logs['val/loss']:.3f}")
-        if (epoch + 1) % args.ckpt_every == 0 or epoch + 1 == args.num_epochs:
-            utils.save_checkpoint(run.folder / "last.pth", {
-                "model": model.state_dict(), "model_args": model.model_args, "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(), "epoch": epoch + 1, "step": (epoch + 1) * len(run.train),
-                "config": run.config, "subjects": list(run.n_voxels), "n_voxels": run.n_voxels})
+    def save():
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        state = {"model": model.state_dict(), "model_args": model.model_args, "optimizer": team.optimizer_state(),
+                 "schedule": {"clock": schedule.state_dict(), "groups": groups}, "epoch": epoch, "step": step, "sums": sums, "best": best,
+                 "config": run.config, "subjects": list(run.n_voxels), "n_voxels": run.n_voxels}
+        if team.is_main:
+            utils.save_checkpoint(last, state)
+
+    loader = make_loader(run.train, args.num_workers, team)
+    with utils.StopSignals() as stop, progress_bar(run, epoch, step) as bar:
+        while epoch < args.num_epochs:
+            sums, step, timing = train_epoch(run, net, objective, schedule, loader, epoch, step, sums, stop, bar)
+            if step == len(run.train):
+                logs = average(sums, "train") | timing | {"train/lr": schedule.get_last_lr()[0]}
+                if not np.isfinite(logs["train/loss"]):
+                    raise utils.UserError(f"the loss became NaN in epoch {epoch + 1}; the last checkpoint is intact: "
+                                          "lower --max_lr and use --resume, or look for NaN in the targets")
+                logs |= validate(run, net, objective, epoch / args.num_epochs)
+                epoch, step, sums = epoch + 1, 0, {}
+                tracker.log(logs, step=epoch)
+                bar.set_postfix(loss=f"{logs['train/loss']:.3f}", val=f"{logs['val/loss']:.3f}")
+                if logs[f"val/{objective.judge}"] < best:
+                    best = logs[f"val/{objective.judge}"]
+                    if team.is_main:
+                        utils.save_checkpoint(run.folder / "best.pth", {
+                            "model": model.state_dict(), "model_args": model.model_args, "epoch": epoch,
+                            "best": best, "config": run.config, "subjects": list(run.n_voxels),
+                            "n_voxels": run.n_voxels})
+            stopping = team.any(stop.received is not None)
+            if stopping and not np.isfinite(float(sums.get("loss", 0))):
+                raise utils.UserError(f"the loss became NaN in epoch {epoch + 1}; the last checkpoint is intact")
+            if stopping or (step == 0 and (epoch % args.ckpt_every == 0 or epoch == args.num_epochs)):
+                save()
+            if stopping and epoch < args.num_epochs:
+                tracker.finish()
+                raise utils.Interrupted(f"{last} holds epoch {epoch}, step {step}; the same command with --resume goes "
+                                        "on from there", stop.received or 15)
     tracker.finish()
 
 
-def run_epoch(model, objective, batches, epoch, progress, device, num_workers, optimizer=None, schedule=None):
-    """One pass over `batches`: training with an optimizer, validation without. Returns logs, averaged over trials."""
-    training, prefix = optimizer is not None, "train" if optimizer is not None else "val"
-    model.train(training)
-    batches.set_epoch(epoch)
-    loader = DataLoader(batches, batch_size=None, num_workers=num_workers if training else 0,
-                        pin_memory=device.type == "cuda")
-    sums, n_trials, waited, started = {}, 0, 0.0, time.perf_counter()
+def check_pretrained(run, source):
+    """Refuse to fine-tune from a run of another feature, or from one that has seen the subject already."""
+    found = source["config"]["feat"]
+    if found != run.feat:
+        raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: is of {found}, wanted {run.feat}; give "
+                              f"the run that pretrained {run.feat}, or `auto`")
+    seen = [subj for subj in run.n_voxels if subj in source["n_voxels"]]
+    if seen:
+        raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: has seen {seen[0]}, wanted a run "
+                              f"without it; pretrain with --subj {seen[0]} --multi_subject, or give `auto`")
+
+
+def train_epoch(run, net, objective, schedule, loader, epoch, step, sums, stop, bar):
+    """The steps `step`.. of an epoch, or until a signal.
+
+    sums: of the logs of the steps before, weighted by trials. Returns the sums, the number of steps done and the rates
+    of these steps.
+    """
+    team, args = run.team, run.args
+    net.train()
+    run.train.set_epoch(epoch)
+    loader.sampler.first = step
+    generator = torch.Generator(team.device)
+    waited, n_trials, started = 0.0, 0, time.perf_counter()
     before = started
-    with torch.set_grad_enabled(training), attention(device):
-        for batch in loader:
+    with math_attention(team.device):
+        for item in loader:
             waited += time.perf_counter() - before
-            batch = {"voxels": {subj: move(v, device) for subj, v in batch["voxels"].items()},
-                     "target": move(batch["targets"]["target"], device), "image_ids": batch["image_ids"]}
-            with autocast(device):
-                loss, logs = objective(model, batch, progress)
-            if training:
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-            n = len(batch["target"])
-            for key, value in {"loss": loss.detach(), **logs}.items():
-                sums[key] = sums.get(key, 0) + value * n
-            n_trials += n
+            generator.manual_seed(utils.derive_seed(args.seed, epoch, step))
+            utils.seed_everything(utils.derive_seed(args.seed, epoch, step, team.rank))
+            batch = join_batch(item, team)
+            with team.autocast():
+                loss, logs = objective(net, batch, epoch / args.num_epochs, generator, team)
+            team.step(loss, schedule.optimizer.param_groups)
+            schedule.step()
+            add(sums, {"loss": loss.detach(), **logs}, len(batch["target"]))
+            n_trials += len(batch["target"])
+            step += 1
+            bar.update()
+            if team.size == 1 or step % STEPS_BETWEEN_VOTES == 0:
+                if step < len(run.train) and team.any(stop.received is not None):
+                    break
             before = time.perf_counter()
-    means = {f"{prefix}/{key}": float(value) / n_trials for key, value in sums.items()}
-    if training:
-        # a NaN anywhere in the epoch survives in the sum, so the GPU need not be asked at every step
-        if not means["train/loss"] == means["train/loss"]:
-            raise utils.UserError(f"the loss became NaN in epoch {epoch + 1}; the last checkpoint is intact: "
-                                  "lower --max_lr and use --resume, or look for NaN in the targets")
-        seconds = time.perf_counter() - started
-        means |= {"train/lr": schedule.get_last_lr()[0], "train/samples_per_s": n_trials / seconds,
-                  "train/data_wait_pct": 100 * waited / seconds}
-    return means
+    seconds = time.perf_counter() - started
+    timing = {"train/samples_per_s": n_trials / seconds, "train/data_wait_pct": 100 * waited / seconds}
+    return sums, step, timing
 
 
-def move(array, device):
-    return torch.as_tensor(array).to(device, non_blocking=True)
+@torch.no_grad()
+def validate(run, net, objective, progress):
+    """The objective's logs over the validation trials, val/..., with the same random numbers in every epoch."""
+    team = run.team
+    net.eval()
+    sums, generator = {}, torch.Generator(team.device)
+    with math_attention(team.device):
+        for step, item in enumerate(make_loader(run.val, 0, team)):
+            generator.manual_seed(utils.derive_seed(run.args.seed, step))
+            batch = join_batch(item, team)
+            with team.autocast():
+                loss, logs = objective(net, batch, progress, generator, team)
+            add(sums, {"loss": loss, **logs}, len(batch["target"]))
+    return average(sums, "val")
 
 
-def attention(device):
+def add(sums, logs, n):
+    """Add the logs of n trials. Nothing is asked of the GPU: they stay tensors."""
+    for key, value in {**logs, "trials": 1}.items():
+        sums[key] = sums.get(key, 0) + value * n
+
+
+def average(sums, prefix):
+    return {f"{prefix}/{key}": float(value) / sums["trials"] for key, value in sums.items() if key != "trials"}
+
+
+class FromStep(torch.utils.data.Sampler):
+    """The steps `first`.. of an epoch, in order."""
+
+    def __init__(self, n_steps):
+        self.n_steps, self.first = n_steps, 0
+
+    def __iter__(self):
+        return iter(range(self.first, self.n_steps))
+
+    def __len__(self):
+        return self.n_steps - self.first
+
+
+def make_loader(batches, num_workers, team):
+    """A loader that outlives an epoch. Its workers leave signals to the main process, which has a step to finish."""
+    return DataLoader(batches, batch_size=None, sampler=FromStep(len(batches)), num_workers=num_workers,
+                      pin_memory=team.device.type == "cuda", persistent_workers=num_workers > 0,
+                      worker_init_fn=ignore_signals)
+
+
+def ignore_signals(worker):
+    import signal
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def join_batch(item, team):
+    """The joint batch on the device: what every process read of it, put together."""
+    voxels, n = {}, 0
+    for subj, rows in item["voxels"].items():
+        voxels[subj] = team.join(rows.to(team.device, non_blocking=True), item["sizes"][subj], n)
+        n += item["sizes"][subj]
+    targets = {name: team.join(rows.to(team.device, non_blocking=True), n) for name, rows in item["targets"].items()}
+    return {"voxels": voxels, "image_ids": item["image_ids"], **targets}
+
+
+def start_records(run, epoch):
+    """Write config.json and open the tracker; other processes than the main one keep no records."""
+    if not run.team.is_main:
+        return NoTracker()
+    utils.save_json(run.folder / "config.json", run.config | {"git_commit": utils.git_commit()})
+    return utils.Tracker(run.folder, run.name, run.config, run.args.wandb_log, run.args.wandb_project, epoch)
+
+
+class NoTracker:
+    def log(self, metrics, step):
+        pass
+
+    def finish(self):
+        pass
+
+
+def progress_bar(run, epoch, step):
+    n_steps = len(run.train)
+    return tqdm(desc=run.name, initial=epoch * n_steps + step, total=run.args.num_epochs * n_steps, unit="step",
+                disable=not run.team.is_main, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+
+def math_attention(device):
     """On a CPU, plain matrix products: its fused attention is several times slower backwards on short sequences."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-
-
-def autocast(device):
-    """bf16 on a GPU that has it, fp32 elsewhere."""
-    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def weight_decay_groups(model, weight_decay=1e-2):
@@ -256,60 +414,40 @@ def weight_decay_groups(model, weight_decay=1e-2):
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
-# --- from a run to scores ----------------------------------------------------------------------------------------
+# --- the linear baseline ------------------------------------------------------------------------------------------
 
 
-def get_score_parser(doc):
-    """The flags that score_c.py and score_g.py share."""
-    parser = options.Parser(doc)
-    options.add_paths(parser)
-    options.add_subject(parser)
-    options.add_run(parser)
-    options.add_compute(parser)
-    options.add_control(parser)
-    parser.add_argument("--prior_steps", type=options.whole, default=20, metavar="N",
-                        help="DDIM steps of the prior: 20 draws a sample, 1 predicts the mean")
-    parser.add_argument("--batch_size", type=options.whole, default=100, metavar="IMAGES")
-    parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False)
-    return parser
+def fit_ridge(run):
+    """Fit one ridge regression per value of the target, and leave last.pth, metrics.jsonl and config.json behind.
 
-
-@torch.no_grad()
-def score(args, feat):
-    """Predict `feat` of the test images of --subj with its fine-tuned run, and save the scores.
-
-    Writes nsdgeneral.npy (N, T, D), the prior's sample, and retrieval.npy (N, T, D), the contrastive tokens.
+    Repeat-averaged responses (N, V) -> targets (N, F), each with the penalty that its leave-one-out error prefers
+    (scikit-learn's RidgeCV). Validation images are left out, and scored: explained variance and retrieval.
     """
-    paths = utils.Paths.from_args(args)
-    device = utils.pick_device(args.device)
-    name = utils.run_name("finetune", args.subj, feat, args.hidden_dim, args.num_sessions)
-    checkpoint = paths.run(name) / "last.pth"
-    state = utils.load_checkpoint(checkpoint, f"--hidden_dim/--num_sessions: the run {name}")
-    if state["config"]["feat"] != feat:
-        raise utils.UserError(f"{checkpoint}: was trained for {state['config']['feat']}, wanted {feat}; train {feat}")
-    config = {"run": name, "feat": feat, "subj": args.subj, "checkpoint_sha256": utils.file_hash(checkpoint),
-              "control": args.control, "prior_steps": args.prior_steps, "seed": args.seed}
-    folder = paths.scores(args.subj, name, feat, args.control)
-    if (folder / "config.json").exists() and not args.overwrite and utils.load_json(folder / "config.json") == config:
-        print(f"{folder}: scored before with this checkpoint, kept")
-        return
-    test = data.load_test_set(paths, args.subj, args.control, args.seed)
-    if state["n_voxels"].get(args.subj) != test.betas.shape[1]:
-        raise utils.UserError(f"{checkpoint}: has heads for {state['n_voxels']} voxels, the betas of {args.subj} have "
-                              f"{test.betas.shape[1]}; fine-tune on {args.subj} first")
-    model = build_model(state["model_args"])
-    model.load_state_dict(state["model"])
-    model.eval().to(device)
-    predictions, tokens = [], []
-    starts = range(0, len(test.betas), args.batch_size)
-    for start in tqdm(starts, desc=f"score {name}", unit="batch"):
-        voxels = torch.from_numpy(test.betas[start:start + args.batch_size]).to(device)
-        backbone, contrast = model({args.subj: voxels})
-        # noise from (seed, image id), so that the batch size does not matter
-        seeds = [utils.derive_seed(args.seed, image_id) for image_id in test.image_ids[start:start + args.batch_size]]
-        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        predictions.append(model.prior.sample(backbone, args.prior_steps, generators).cpu())
-        tokens.append(contrast.cpu())
-    arrays = {"nsdgeneral": torch.cat(predictions).numpy(), "retrieval": torch.cat(tokens).numpy()}
-    utils.save_scores(folder, test.image_ids, arrays, config)
-    print(f"{folder}: {len(test.image_ids)} images")
+    from sklearn.linear_model import RidgeCV
+
+    if run.team.size > 1:
+        raise utils.UserError("--model ridge: runs in one process, found LAUNCH with several; leave LAUNCH empty")
+    (subj,) = run.n_voxels
+    betas, target = run.train.betas[subj], run.train.targets["target"]
+    train, val = (data.average_repeats(betas, run.tables[part][subj]) for part in ("train", "val"))
+    model = RidgeModel(run.n_voxels, run.shapes["target"])
+    rows = target[train.image_ids].reshape(len(train.image_ids), -1)  # (N, F) as stored
+    if not np.isfinite(rows).all():
+        raise utils.UserError(f"{target.path}: NaN or infinite values; write the feature again (img2feat.py)")
+    for start in tqdm(range(0, rows.shape[1], RIDGE_COLUMNS), desc=run.name, unit="block", delay=2):
+        columns = slice(start, start + RIDGE_COLUMNS)
+        solved = RidgeCV(RIDGE_ALPHAS, alpha_per_target=True).fit(train.betas, rows[:, columns].astype(np.float32))
+        model.linear.weight.data[columns] = torch.as_tensor(solved.coef_)
+        model.linear.bias.data[columns] = torch.as_tensor(solved.intercept_)
+    tracker = start_records(run, None)
+    truth = torch.from_numpy(target[val.image_ids].astype(np.float32))
+    predicted = model.predict({subj: torch.from_numpy(val.betas)})["nsdgeneral"]
+    similarity = similarities(predicted, truth)
+    mean = torch.as_tensor(run.target_statistics[0])
+    error, spread = (predicted - truth).square().sum(), (truth - mean).square().sum()
+    tracker.log({"val/r2": float(1 - error / spread), "val/fwd_pct_correct": float(pct_correct(similarity)),
+                 "val/bwd_pct_correct": float(pct_correct(similarity.T))}, step=1)
+    tracker.finish()
+    utils.save_checkpoint(run.folder / "last.pth", {
+        "model": model.state_dict(), "model_args": model.model_args, "epoch": run.args.num_epochs,
+        "config": run.config, "subjects": [subj], "n_voxels": run.n_voxels})

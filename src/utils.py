@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -15,17 +16,52 @@ import numpy as np
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 
 class UserError(Exception):
     """Something the user can mend; its message is one line: flag or file, found, wanted, what to do."""
 
 
+class Interrupted(Exception):
+    """A signal ended the work after everything was saved; its message says what to do."""
+
+    def __init__(self, message, number):
+        super().__init__(message)
+        self.number = number
+
+
+class StopSignals:
+    """While active, SIGTERM and Ctrl-C set `received` to their number and work goes on until it can be saved.
+
+    A second signal acts at once. Outside the main thread, where Python allows no handlers, it stays None.
+    """
+
+    def __enter__(self):
+        self.received, self.previous = None, {}
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous[number] = signal.signal(number, self._receive)
+        except ValueError:
+            pass
+        return self
+
+    def _receive(self, number, frame):
+        self.received = number
+        self._restore()
+
+    def _restore(self):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *error):
+        self._restore()
+
+
 def run_cli(main, argv=None):
     """Run a script's main(); a UserError becomes one line on stderr and exit status 2.
 
-    Returns the exit status.
+    Returns the exit status; of what a signal stopped 128 + its number, as shells do.
     """
     try:
         main(argv)
@@ -34,6 +70,9 @@ def run_cli(main, argv=None):
         message = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
         print(f"error: {message}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(f"interrupted: {stop}", file=sys.stderr)
+        return 128 + stop.number
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
@@ -77,9 +116,9 @@ class Paths:
     def run(self, name):
         return self.root / "train_logs" / name
 
-    def scores(self, subj, run, feat, control=None):
-        """Folder of one feature's scores; a null control lives beside the real scores under its own name."""
-        folder = self.root / "scores_all" / subj / (f"{run}_{control}" if control else run)
+    def scores(self, subj, name, feat):
+        """Folder of one feature's scores; `name` is `scores_name`'s."""
+        folder = self.root / "scores_all" / subj / name
         return folder / f"Linear-{feat[2:]}" if feat.startswith("g_") else folder
 
     def images(self, subj, method, guidance_scale, guidance_strength):
@@ -89,16 +128,42 @@ class Paths:
         return self.root / "outputs_all" / subj / method / f"{guidance_scale:g}" / f"{guidance_strength:g}"
 
 
-def run_name(stage, subj, feat, hidden_dim, num_sessions=40):
+def run_name(stage, subj, feat, hidden_dim, num_sessions=40, tag=""):
     """Name of a training run (DESIGN section 3).
 
-    stage: 'pretrain' (all subjects but `subj`), 'finetune' (`subj` alone, from the pretrained run) or 'scratch'.
+    stage: 'pretrain' (all subjects but `subj`), 'finetune' (`subj` alone, from the pretrained run), 'scratch' or
+    'ridge' (the linear baseline, which has no hidden_dim). tag: the user's own, to keep variants apart.
     """
-    suffix = "_mlp" if feat == "c" else ""
-    if stage == "pretrain":
-        return f"multisubject_{subj}_ext1_{feat}_{hidden_dim}{suffix}"
-    prefix = {"finetune": "pretrained", "scratch": "scratch"}[stage]
-    return f"{prefix}_{subj}_{num_sessions}sess_ext1_{feat}_{hidden_dim}{suffix}"
+    prefix = {"pretrain": "multisubject", "finetune": "pretrained"}.get(stage, stage)
+    sessions = "" if stage == "pretrain" else f"_{num_sessions}sess"
+    width = "" if stage == "ridge" else f"_{hidden_dim}" + ("_mlp" if feat == "c" else "")
+    return f"{prefix}_{subj}{sessions}_ext1_{feat}{width}" + (f"_{tag}" if tag else "")
+
+
+def run_of(flags, feat):
+    """Name of the run that the flags of a score script (a dict) mean: --run STAGE[:SUBJ] and what names it."""
+    stage, _, subj = flags["run"].partition(":")
+    return run_name(stage, subj or flags["subj"], feat, flags["hidden_dim"], flags["num_sessions"], flags["tag"])
+
+
+def head_of(flags):
+    """Whose voxel encoder reads --subj: 'own', 'adapt' (a new one) or the subject it is borrowed from.
+
+    Without --head: own where the run has one, else adapt (DESIGN section 6). A pretraining run has everyone's but the
+    subject's it is named after, any other run has only that one.
+    """
+    stage, _, subj = flags["run"].partition(":")
+    has_own = ((subj or flags["subj"]) == flags["subj"]) != (stage == "pretrain")
+    return flags["head"] or ("own" if has_own else "adapt")
+
+
+def scores_name(flags, feat):
+    """Name of a folder of scores: the run, then what sets these apart: an adapted or borrowed head, a null control."""
+    head = head_of(flags)
+    parts = [run_of(flags, feat)]
+    parts += {"own": [], "adapt": [f"adapt{flags['num_sessions']}sess"]}.get(head, [f"head{head[-2:]}"])
+    parts += [flags["control"]] if flags["control"] else []
+    return "_".join(parts)
 
 
 def require(path, what, hint):
@@ -216,7 +281,7 @@ def load_checkpoint(path, what="checkpoint", hint="train it first (bash scripts/
     """Read a checkpoint with weights_only=True; missing, damaged or foreign files raise UserError."""
     require(path, what, hint)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many types for damaged files
         first_line = str(error).splitlines()[0]
         raise UserError(f"{path}: not a readable {what} ({first_line}); delete it and {hint}") from None
@@ -252,18 +317,34 @@ def pick_device(name="auto"):
 # --- tracking ----------------------------------------------------------------------------------------------------
 
 
-class Tracker:
-    """Metrics to metrics.jsonl in the run folder, and to W&B when asked; scripts never ask which."""
+def check_tracking(wandb_log):
+    """Raise UserError, before any work, when --wandb_log can not log in."""
+    if wandb_log and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+        import wandb
 
-    def __init__(self, folder, name, config, wandb_log=False, wandb_project="neuraldiffuser"):
+        if not wandb.api.api_key:
+            raise UserError("--wandb_log: not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
+
+
+class Tracker:
+    """Metrics to metrics.jsonl in the run folder, and to W&B when asked; scripts never ask which.
+
+    W&B that fails, in the middle of a run too, costs its plots and not the run.
+    """
+
+    def __init__(self, folder, name, config, wandb_log=False, wandb_project="neuraldiffuser", resume_after=None):
+        """resume_after: keep the rows of metrics.jsonl up to that step; None starts the file anew."""
+        check_tracking(wandb_log)
         self.file = Path(folder) / "metrics.jsonl"
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        rows = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
+        kept = [row for row in rows if resume_after is not None and json.loads(row)["step"] <= resume_after]
+        with atomic_path(self.file) as temporary:
+            temporary.write_text("".join(kept))
         self.wandb_run = None
         if wandb_log:
             import wandb
 
-            if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.api.api_key:
-                raise UserError("--wandb_log: not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
             self.wandb_run = wandb.init(project=wandb_project, id=name, name=name, config=config, resume="allow",
                                         dir=str(folder), settings=wandb.Settings(init_timeout=120))
 
@@ -271,17 +352,26 @@ class Tracker:
         """Append one row of scalars."""
         with open(self.file, "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if self.wandb_run is not None:
-            self.wandb_run.log(metrics, step=step)
+        self._to_wandb(lambda run: run.log(metrics, step=step))
 
     def log_images(self, key, images, captions, step=None):
         """Images: list of (H, W, 3) uint8 arrays or PIL images; only W&B keeps them, the files are on disk anyway."""
-        if self.wandb_run is not None:
+        def send(run):
             import wandb
 
             pictures = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
-            self.wandb_run.log({key: pictures}, step=step)
+            run.log({key: pictures}, step=step)
+
+        self._to_wandb(send)
 
     def finish(self):
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
+        self._to_wandb(lambda run: run.finish())
+
+    def _to_wandb(self, send):
+        if self.wandb_run is None:
+            return
+        try:
+            send(self.wandb_run)
+        except Exception as error:  # whatever W&B raises when its service or the network dies
+            print(f"warning: W&B stopped ({error}); going on without it, {self.file} has every value", file=sys.stderr)
+            self.wandb_run = None

@@ -115,10 +115,10 @@ def test_soft_temperature():
 class Stub(torch.nn.Module):
     """Stands for BrainModel: contrast tokens are the voxels themselves, and what it was given is kept."""
 
-    def forward(self, voxels, target, generator=None):
+    def forward(self, voxels, target, draws):
         self.voxels, self.target = voxels, target
         contrast = torch.cat(list(voxels.values())).view(target.shape)
-        return contrast, contrast, torch.tensor(2.0)
+        return contrast, contrast, torch.full((len(target),), 2.0)
 
 
 def test_pct_correct_names_the_query():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import utils
+from losses import draw_prior
 from models import (
     BrainModel,
     BrainNetwork,
@@ -129,8 +130,10 @@ def test_prior_loss_noises_the_standardised_target():
     standard = torch.randn(4000, 4, 6)
     target = mean + 0.5 * standard
     prior.net = Oracle(standard + 0.1)
-    loss, prediction = prior.loss(torch.zeros_like(target), target, torch.Generator().manual_seed(0))
-    assert float(loss) == pytest.approx(0.01, rel=1e-3)  # in the standardised space
+    draws = draw_prior(target, torch.Generator().manual_seed(0))
+    loss, prediction = prior.loss(torch.zeros_like(target), target, draws)
+    assert loss.shape == (4000,)
+    torch.testing.assert_close(loss, torch.full_like(loss, 0.01), rtol=1e-3, atol=1e-6)  # in the standardised space
     torch.testing.assert_close(prediction, target + 0.05)
     noisy, t, keep_brain, keep_noisy = prior.net.seen[0]
     assert t.min() == 0 and t.max() == 99
@@ -140,7 +143,7 @@ def test_prior_loss_noises_the_standardised_target():
     for keep in (keep_brain, keep_noisy):
         assert abs(keep.float().mean() - 0.8) < 0.03
     assert not torch.equal(keep_brain, keep_noisy)
-    prior.eval().loss(torch.zeros_like(target), target)
+    prior.eval().loss(torch.zeros_like(target), target, draws)
     assert prior.net.seen[1][2:] == (None, None)
 
 
@@ -187,9 +190,10 @@ def test_prior_recovers_a_toy_world():
     for _ in range(350):
         state = torch.randint(6, (64,))
         sign = torch.randint(2, (64, 1, 1)) * 2.0 - 1
-        loss, _ = prior.loss(states[state], clean[state] + sign * side)
+        target = clean[state] + sign * side
+        loss, _ = prior.loss(states[state], target, draw_prior(target))
         optimizer.zero_grad()
-        loss.backward()
+        loss.mean().backward()
         optimizer.step()
         schedule.step()
     state = torch.randint(6, (200,))
@@ -204,8 +208,9 @@ def test_sizes_that_do_not_divide(tokens, width):
     model = tiny_model(tokens=tokens, width=width, prior_depth=1)
     assert len(model.prior.net.offset_bias) == max(1, width // 52)
     voxels = {"subj02": torch.randn(2, 4), "subj01": torch.randn(1, 5)}
-    backbone, contrast, loss = model(voxels, torch.randn(3, tokens, width))
-    assert backbone.shape == contrast.shape == (3, tokens, width) and loss.ndim == 0
+    target = torch.randn(3, tokens, width)
+    backbone, contrast, loss = model(voxels, target, draw_prior(target))
+    assert backbone.shape == contrast.shape == (3, tokens, width) and loss.shape == (3,)
     assert model.prior.sample(backbone, steps=2).shape == (3, tokens, width)
 
 
@@ -213,9 +218,10 @@ def test_forward_with_and_without_target():
     model = tiny_model().eval()
     voxels, target = {"subj01": torch.randn(2, 5)}, torch.randn(2, 3, 6)
     backbone, contrast = model(voxels)
-    with_target = model(voxels, target, torch.Generator().manual_seed(0))
+    draws = draw_prior(target)
+    with_target = model(voxels, target, draws)
     assert torch.equal(with_target[0], backbone) and torch.equal(with_target[1], contrast)
-    assert torch.equal(with_target[2], model.prior.loss(backbone, target, torch.Generator().manual_seed(0))[0])
+    assert torch.equal(with_target[2], model.prior.loss(backbone, target, draws)[0])
 
 
 def test_rebuilt_from_model_args():

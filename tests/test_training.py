@@ -1,115 +1,195 @@
-"""Training runs on a tiny data set: resume, refuse, pretrain, fine-tune, score."""
+"""Training runs on a tiny data set: resume, refuse, pretrain, fine-tune, the linear baseline."""
 
 import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import RidgeCV
 
-import score_c
+import data
 import train_c
 import train_g
+import train_z
 import training
 import utils
-from models import BrainModel
-from tiny_nsd import N_IMAGES, N_VOXELS, SHARED, write_tiny_nsd
+from losses import BrainObjective, LatentObjective
+from models import BrainModel, build_model
+from tiny_nsd import N_VOXELS
+from tiny_runs import FINETUNED, PRETRAINED, SCRATCH, SRC, checkpoint, flags_of, stop_at, train, write_world
 
-SMALL = ["--hidden_dim", "8", "--n_blocks", "1", "--prior_depth", "1", "--batch_size", "6", "--num_workers", "0",
-         "--device", "cpu", "--num_sessions", "3", "--val_fraction", "0.2"]
-PRETRAINED, FINETUNED = "multisubject_subj01_ext1_c_8_mlp", "pretrained_subj01_3sess_ext1_c_8_mlp"
+TIMES = {"train/samples_per_s", "train/data_wait_pct"}
 
 
 @pytest.fixture
 def paths(tmp_path):
-    paths, _ = write_tiny_nsd(tmp_path)
-    rng = np.random.default_rng(1)
-    for feat, shape in (("c", (3, 6)), ("g_2", (2, 4))):
-        with h5py.File(paths.feature(feat), "w") as file:
-            file["data"] = 5 * rng.standard_normal((N_IMAGES, np.prod(shape))).astype(np.float16)
-            file["data"].attrs["shape"] = shape
-    return paths
+    return write_world(tmp_path)
 
 
-def train(paths, *flags, script=train_c):
-    return utils.run_cli(script.main, [*SMALL, "--root", str(paths.root), *map(str, flags)])
+def records(paths, run=SCRATCH):
+    """metrics.jsonl without what depends on the clock."""
+    lines = (paths.run(run) / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
 
 
-def weights(paths, run):
-    return utils.load_checkpoint(paths.run(run) / "last.pth")["model"]
+def assert_equal_states(one, other):
+    """Two checkpoints, to the bit."""
+    assert one.keys() == other.keys()
+    for key in one:
+        if isinstance(one[key], dict):
+            assert_equal_states(one[key], other[key])
+        elif torch.is_tensor(one[key]):
+            assert torch.equal(one[key], other[key]), key
+        else:
+            assert one[key] == other[key], key
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(paths, monkeypatch):
-    run = "scratch_subj01_3sess_ext1_c_8_mlp"
-    assert train(paths, "--num_epochs", 4) == 0
-    whole = weights(paths, run)
-    metrics = (paths.run(run) / "metrics.jsonl").read_text().splitlines()
+@pytest.fixture
+def stopping():
+    """stopping(step): the next training stops itself there; undone afterwards."""
+    originals = {cls: cls.__call__ for cls in (BrainObjective, LatentObjective)}
+    yield lambda step, cls=BrainObjective: stop_at(step, cls)
+    for cls, call in originals.items():
+        cls.__call__ = call
 
-    class Stop(Exception):
-        pass
 
-    run_epoch = training.run_epoch
+# --- stopping and going on ----------------------------------------------------------------------------------------
 
-    def stop_in_the_third_epoch(model, objective, batches, epoch, *args, **kwargs):
-        if epoch == 2:
-            raise Stop
-        return run_epoch(model, objective, batches, epoch, *args, **kwargs)
 
-    monkeypatch.setattr(training, "run_epoch", stop_in_the_third_epoch)
-    with pytest.raises(Stop):
-        train(paths, "--num_epochs", 4, "--overwrite")
-    monkeypatch.setattr(training, "run_epoch", run_epoch)
-    assert utils.load_checkpoint(paths.run(run) / "last.pth")["epoch"] == 2
+@pytest.mark.parametrize(("script", "objective", "run"), [
+    (train_c, BrainObjective, SCRATCH), (train_z, LatentObjective, "scratch_subj01_3sess_ext1_z_8"),
+])
+@pytest.mark.parametrize("step", [4, 6])  # of four steps an epoch: between epochs, and in the middle of one
+def test_a_run_stopped_by_sigterm_and_resumed_equals_an_uninterrupted_one(paths, stopping, script, objective, run, step):
+    flags = ("--num_epochs", 3, "--num_workers", 1)
+    assert train(paths, *flags, script=script) == 0
+    whole, best, logs = checkpoint(paths, run), checkpoint(paths, run, "best.pth"), records(paths, run)
+    stopping(step, objective)
+    assert train(paths, *flags, "--overwrite", script=script) == 143
+    stopped = checkpoint(paths, run)
+    assert (stopped["epoch"], stopped["step"]) == divmod(step, 4)
+    assert train(paths, *flags, "--resume", script=script) == 0
+    assert_equal_states(checkpoint(paths, run), whole)
+    assert_equal_states(checkpoint(paths, run, "best.pth"), best)
+    assert records(paths, run) == logs
+
+
+def test_a_run_killed_at_random_moments_and_resumed_equals_an_uninterrupted_one(paths):
+    flags = ("--num_epochs", 60, "--ckpt_every", 2, "--resume")
+    assert train(paths, *flags) == 0
+    whole, logs = checkpoint(paths), records(paths)
+    last = paths.run(SCRATCH) / "last.pth"
+    last.unlink()
+    command = [sys.executable, str(SRC / "train_c.py"), *flags_of(paths, *flags)]
+    kills = 0
+    for _ in range(3):
+        before = last.stat().st_mtime_ns if last.exists() else None
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.3))
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert kills > 0
+    unfinished = checkpoint(paths)["epoch"] < 60
+    assert train(paths, *flags) == 0
+    assert unfinished
+    assert_equal_states(checkpoint(paths), whole)
+    assert records(paths) == logs
+
+
+def test_checkpoints_come_every_so_many_epochs_and_at_the_end(paths, monkeypatch):
+    saved = []
+    save = utils.save_checkpoint
+    monkeypatch.setattr(utils, "save_checkpoint", lambda path, state: (saved.append((path.name, state["epoch"])),
+                                                                       save(path, state)))
+    assert train(paths, "--num_epochs", 5, "--ckpt_every", 2) == 0
+    assert [epoch for name, epoch in saved if name == "last.pth"] == [2, 4, 5]
+    values = [row["val/loss_prior"] for row in records(paths)]
+    assert [e for name, e in saved if name == "best.pth"] == [
+        i + 1 for i, value in enumerate(values) if value < min(values[:i], default=np.inf)]
+
+
+def test_best_is_the_epoch_of_the_lowest_validation_loss(paths):
+    assert train(paths, "--num_epochs", 6, "--max_lr", 0.03) == 0
+    best, values = checkpoint(paths, file="best.pth"), [row["val/loss_prior"] for row in records(paths)]
+    assert best["epoch"] == 1 + int(np.argmin(values)) and best["best"] == min(values)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(paths, capsys, monkeypatch):
+    call, limits = BrainObjective.__call__, resource.getrlimit(resource.RLIMIT_FSIZE)
+    steps = iter(range(1, 10**6))
+
+    def fill_the_disk(self, model, *args):
+        if model.training and next(steps) == 9:  # in the third epoch
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        return call(self, model, *args)
+
+    monkeypatch.setattr(BrainObjective, "__call__", fill_the_disk)
+    monkeypatch.setattr(training.utils.Tracker, "log", lambda *args, **kwargs: None)
+    try:
+        assert train(paths, "--num_epochs", 4) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "could not be written" in error and "intact" in error
+    assert checkpoint(paths)["epoch"] == 2
+    assert not [file for file in paths.run(SCRATCH).iterdir() if file.name.endswith(".tmp")]
     assert train(paths, "--num_epochs", 4, "--resume") == 0
-    resumed = weights(paths, run)
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    again = (paths.run(run) / "metrics.jsonl").read_text().splitlines()[-1]
-    assert json.loads(again)["val/loss"] == json.loads(metrics[3])["val/loss"]
 
 
-def test_an_unfinished_run_needs_the_users_word_and_a_finished_one_is_kept(paths, capsys):
+def test_an_unfinished_run_needs_the_users_word_and_a_finished_one_is_kept(paths, capsys, stopping):
     assert train(paths, "--num_epochs", 1) == 0
     assert train(paths, "--num_epochs", 1) == 0 and "finished before" in capsys.readouterr().out
     assert train(paths, "--num_epochs", 1, "--max_lr", 1e-2) == 2
     assert "max_lr 0.0003 -> 0.01" in capsys.readouterr().err
-    checkpoint = paths.run("scratch_subj01_3sess_ext1_c_8_mlp") / "last.pth"
-    utils.save_checkpoint(checkpoint, {**utils.load_checkpoint(checkpoint), "epoch": 0})
+    assert train(paths, "--num_epochs", 1, "--max_lr", 1e-2, "--tag", "fast") == 0  # beside it
+    assert checkpoint(paths, SCRATCH + "_fast")["config"]["max_lr"] == 1e-2
+    stopping(2)
+    assert train(paths, "--num_epochs", 1, "--overwrite") == 143
+    capsys.readouterr()
     assert train(paths, "--num_epochs", 1) == 2 and "--resume" in capsys.readouterr().err
+    assert train(paths, "--num_epochs", 1, "--resume", "--max_lr", 1e-2) == 2
+    assert "another configuration" in capsys.readouterr().err
+
+
+# --- stages -------------------------------------------------------------------------------------------------------
 
 
 def test_finetuning_starts_from_the_pretrained_trunk_and_a_new_head(paths, capsys):
     assert train(paths, "--multi_subject", "--num_epochs", 1) == 0
-    assert set(utils.load_checkpoint(paths.run(PRETRAINED) / "last.pth")["n_voxels"]) == {"subj02"}
+    assert set(checkpoint(paths, PRETRAINED)["n_voxels"]) == {"subj02"}
     # a step of size zero leaves the weights where fine-tuning began
     assert train(paths, "--multisubject_ckpt", "auto", "--num_epochs", 1, "--max_lr", 1e-30) == 0
     assert "starts anew" in capsys.readouterr().out
-    before, after = weights(paths, PRETRAINED), weights(paths, FINETUNED)
+    before, after = checkpoint(paths, PRETRAINED)["model"], checkpoint(paths, FINETUNED)["model"]
     trunk = [key for key in after if not key.startswith("voxelenc.")]
     assert trunk and all(torch.allclose(before[key], after[key]) for key in trunk)
     assert after["voxelenc.linears.0.weight"].shape == (8, N_VOXELS["subj01"])
 
 
-def test_the_loss_falls(paths):
-    assert train(paths, "--num_epochs", 30, "--max_lr", 3e-3, "--clip_scale", 0) == 0
-    run = paths.run("scratch_subj01_3sess_ext1_c_8_mlp")
-    loss = [json.loads(line)["train/loss_prior"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert loss[-1] < 0.8 * loss[0]
+def test_few_sessions_are_the_first_ones(paths):
+    assert train(paths, "--num_epochs", 1, "--num_sessions", 1) == 0
+    trials = data.load_trials(paths, "subj01", "train", 1)
+    assert set(trials["session"]) == {1} and checkpoint(paths, SCRATCH.replace("3sess", "1sess"))["epoch"] == 1
 
 
-def test_scores_do_not_depend_on_the_batch_size(paths):
-    assert train(paths, "--multi_subject", "--num_epochs", 1) == 0
-    assert train(paths, "--multisubject_ckpt", PRETRAINED, "--num_epochs", 1) == 0
-    flags = ["--root", str(paths.root), "--hidden_dim", "8", "--num_sessions", "3", "--device", "cpu"]
-    found = []
-    for batch_size in ("1", "100"):
-        assert utils.run_cli(score_c.main, [*flags, "--batch_size", batch_size, "--overwrite"]) == 0
-        ids, scores = utils.load_scores(paths.scores("subj01", FINETUNED, "c"))
-        assert ids.tolist() == SHARED and scores.shape == (len(SHARED), 3, 6)
-        found.append(scores)
-    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
-    assert utils.run_cli(score_c.main, [*flags, "--control", "shuffle"]) == 0
-    _, shuffled = utils.load_scores(paths.scores("subj01", FINETUNED, "c", "shuffle"))
-    assert not np.allclose(shuffled, found[0])
+@pytest.mark.parametrize(("script", "loss", "flags"), [
+    (train_c, "train/loss_prior", ["--clip_scale", 0]), (train_z, "train/loss_l1", ["--clip_scale", 0]),
+])
+def test_the_loss_falls(paths, script, loss, flags):
+    assert train(paths, "--num_epochs", 30, "--max_lr", 3e-3, *flags, script=script) == 0
+    feat = "z_8" if script is train_z else "c_8_mlp"
+    rows = records(paths, f"scratch_subj01_3sess_ext1_{feat}")
+    assert rows[-1][loss] < 0.8 * rows[0][loss]
 
 
 def test_several_layers_train_in_one_process(paths, capsys):
@@ -120,8 +200,8 @@ def test_several_layers_train_in_one_process(paths, capsys):
 
 
 def test_target_statistics_are_those_of_the_training_images(paths):
-    target = training.data.open_feature(paths, "c")
-    trials = training.data.load_trials(paths, "subj01", "train")
+    target = data.open_feature(paths, "c")
+    trials = data.load_trials(paths, "subj01", "train")
     mean, std = training.target_statistics(target, {"subj01": trials}, seed=0)
     with h5py.File(paths.feature("c")) as file:
         rows = file["data"][np.unique(trials["image_id"])].astype(np.float64).reshape(-1, 3, 6)
@@ -139,24 +219,76 @@ def test_no_weight_decay_on_biases_and_norms():
     assert (decayed["weight_decay"], free["weight_decay"]) == (1e-2, 0.0)
 
 
+# --- the linear baseline ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("script", "feat"), [(train_c, "c"), (train_g, "g_2"), (train_z, "z")])
+def test_ridge_is_scikit_learns(paths, script, feat, monkeypatch):
+    monkeypatch.setattr(training, "RIDGE_COLUMNS", 5)  # several blocks
+    more = ["--feat", feat] if script is train_g else []
+    assert train(paths, "--model", "ridge", *more, script=script) == 0
+    state = checkpoint(paths, f"ridge_subj01_3sess_ext1_{feat}")
+    trials = data.split_by_image(data.load_trials(paths, "subj01", "train", 3), 0.2, 42)[0]
+    with h5py.File(paths.betas("subj01")) as betas, h5py.File(paths.feature(feat)) as features:
+        images = sorted(set(trials["image_id"]))
+        voxels = np.stack([betas["betas"][()][trials["row"][trials["image_id"] == i]].mean(axis=0) for i in images])
+        target = features["data"][images].astype(np.float64)
+    expected = RidgeCV(training.RIDGE_ALPHAS, alpha_per_target=True).fit(voxels, target)
+    model = build_model(state["model_args"])
+    model.load_state_dict(state["model"])
+    new = np.random.default_rng(0).standard_normal((3, N_VOXELS["subj01"])).astype(np.float32)
+    found = model.predict({"subj01": torch.from_numpy(new)})["nsdgeneral"].reshape(3, -1)
+    np.testing.assert_allclose(found, expected.predict(new), rtol=1e-3, atol=1e-3)
+    assert {"val/r2", "val/fwd_pct_correct", "val/bwd_pct_correct"} < records(paths, state["config"]["run"])[0].keys()
+    assert train(paths, "--model", "ridge", *more, script=script) == 0  # kept
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(("flags", "words"), [
     (["--multi_subject", "--multisubject_ckpt", "auto"], "two runs"),
     (["--multisubject_ckpt", "nothing_here"], "nothing_here"),
-    (["--num_sessions", 9], "--num_sessions 9"),
+    (["--num_sessions", 9], "--num_sessions 9: subj01 has 3 sessions"),
     (["--batch_size", 0], "--batch_size 0"),
+    (["--num_epochs", 0], "--num_epochs 0"),
+    (["--ckpt_every", 0], "--ckpt_every 0"),
+    (["--val_fraction", 1], "no trials to train on"),
+    (["--model", "ridge", "--multi_subject"], "--model ridge"),
 ])
 def test_bad_input(paths, capsys, flags, words):
-    assert train(paths, "--num_epochs", 1, *flags) == 2
+    assert train(paths, *([] if "--num_epochs" in flags else ["--num_epochs", 1]), *flags) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error:") and words in error
 
 
+def test_a_pretrained_run_of_another_feature_is_refused(paths, capsys):
+    assert train(paths, "--multi_subject", "--num_epochs", 1, "--feat", "g_2", script=train_g) == 0
+    assert train(paths, "--multisubject_ckpt", "multisubject_subj01_ext1_g_2_8", "--num_epochs", 1) == 2
+    assert "is of g_2, wanted c" in capsys.readouterr().err
+
+
+def test_a_pretrained_run_that_saw_the_subject_is_refused(paths, capsys):
+    assert train(paths, "--multi_subject", "--subj", 2, "--num_epochs", 1) == 0
+    assert train(paths, "--multisubject_ckpt", "multisubject_subj02_ext1_c_8_mlp", "--num_epochs", 1) == 2
+    assert "has seen subj01" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nan_in_the_betas_names_its_row(paths, capfd, workers):
+    row = int(data.load_trials(paths, "subj01", "train")["row"].iloc[3])
+    with h5py.File(paths.betas("subj01"), "r+") as file:
+        file["betas"][row, 2] = np.nan
+    assert train(paths, "--num_epochs", 1, "--num_workers", workers) == 2
+    assert f"row {row} holds NaN" in capfd.readouterr().err.strip().splitlines()[-1]
+
+
 def test_a_damaged_checkpoint_is_named(paths, capsys):
     assert train(paths, "--num_epochs", 1) == 0
-    checkpoint = paths.run("scratch_subj01_3sess_ext1_c_8_mlp") / "last.pth"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    assert train(paths, "--num_epochs", 1) == 2
-    assert "last.pth" in capsys.readouterr().err.strip().splitlines()[-1]
+    last = paths.run(SCRATCH) / "last.pth"
+    last.write_bytes(last.read_bytes()[:1000])
+    assert train(paths, "--num_epochs", 1, "--resume") == 2
+    assert "last.pth: not a readable checkpoint" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_nan_in_the_targets_stops_the_run(paths, capsys):
@@ -164,3 +296,9 @@ def test_nan_in_the_targets_stops_the_run(paths, capsys):
         file["data"][:, 0] = np.nan
     assert train(paths, "--num_epochs", 1) == 2
     assert "NaN" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (paths.run(SCRATCH) / "last.pth").exists()
+
+
+def test_training_can_start_anywhere(paths, monkeypatch):
+    monkeypatch.chdir(os.sep)
+    assert train(paths, "--num_epochs", 1) == 0

@@ -1,0 +1,189 @@
+"""The processes that train together: one, or those that `accelerate launch` started (DDP, DeepSpeed ZeRO-2).
+
+A joint batch is what one process alone would train on. Of its B rows, row j belongs to process j mod `size`: it reads
+that row, runs the network on it, and `join` puts everybody's rows together again, in the order of one process. Random
+numbers that belong to rows (MixCo, the prior's noise) are drawn for the joint batch by every process from one seed, so
+that the number of processes does not change what is computed; only dropout masks differ.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+import utils
+
+
+class Team:
+    """The processes of a training. Without arguments: this process alone, on the CPU, in float32."""
+
+    def __init__(self, device="cpu", rank=0, size=1, accelerator=None, precision=torch.float32):
+        self.device, self.rank, self.size = torch.device(device), rank, size
+        self.accelerator, self.precision = accelerator, precision
+        self.is_main = rank == 0
+        self.net = self.optimizer = None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+
+    @classmethod
+    def assemble(cls, device="auto", precision="auto"):
+        """Join the processes the launcher started, or stay alone.
+
+        device: as utils.pick_device; a launcher with several processes gives each its own. precision: fp32, bf16, fp16
+        or auto, which is fp32 on a CPU, bf16 on a GPU that has it, else fp16.
+        """
+        if "LOCAL_RANK" not in os.environ:
+            accelerator, device, rank, size = None, utils.pick_device(device), 0, 1
+        else:
+            from accelerate import Accelerator
+            from accelerate.state import AcceleratorState
+
+            # a DeepSpeed plugin remembers the model before: every network gets a fresh one, in the same process group
+            AcceleratorState._reset_state()
+            deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+            on_cpu = utils.pick_device(device).type == "cpu"
+            accelerator = Accelerator(cpu=on_cpu and not deepspeed, mixed_precision="no")
+            device, rank, size = accelerator.device, accelerator.process_index, accelerator.num_processes
+        team = cls(device, rank, size, accelerator, pick_precision(precision, torch.device(device)))
+        if team.deepspeed and team.precision == torch.float16:
+            raise utils.UserError("--precision fp16: DeepSpeed runs here in fp32 or bf16 only; give --precision bf16 "
+                                  "or fp32, or launch with scripts/accelerate/ddp.yaml")
+        return team
+
+    @property
+    def deepspeed(self):
+        return self.accelerator is not None and self.accelerator.state.deepspeed_plugin is not None
+
+    def print(self, *words):
+        if self.is_main:
+            print(*words, flush=True)
+
+    # --- rows of the joint batch ----------------------------------------------------------------------------------
+
+    def take(self, rows, offset=0):
+        """This process's rows of (n, ...), which start at row `offset` of the joint batch."""
+        return rows[(self.rank - offset) % self.size::self.size]
+
+    def take_voxels(self, voxels):
+        """This process's rows of {subject: (b, V)}, the subjects one after the other."""
+        taken, offset = {}, 0
+        for subject, rows in voxels.items():
+            taken[subject] = self.take(rows, offset)
+            offset += len(rows)
+        return taken
+
+    def join(self, rows, n, offset=0):
+        """Everybody's rows, (n, ...) in the joint batch's order; the gradient reaches this process's own rows only.
+
+        Every process computes the same loss from it. Its gradient with respect to the network is the sum over the
+        processes; `step` makes that sum out of the launcher's mean.
+        """
+        if self.size == 1:
+            return rows
+        padded = rows.new_zeros(-(-n // self.size), *rows.shape[1:])
+        padded[:len(rows)] = rows.detach()
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        in_turn = [parts[(offset + turn) % self.size] for turn in range(self.size)]
+        joint = torch.stack(in_turn, dim=1).flatten(0, 1)[:n].clone()  # (n/size, size, ...) -> (n, ...)
+        joint[(self.rank - offset) % self.size::self.size] = rows
+        return joint
+
+    def any(self, flag):
+        """Whether `flag` is true in any process."""
+        if self.size == 1:
+            return flag
+        votes = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(votes)
+        return votes.item() > 0
+
+    # --- one network and its optimizer ----------------------------------------------------------------------------
+
+    def prepare(self, model, optimizer, batch_size, compiled=False):
+        """Put the network under the launcher's regime; returns what to call forward on. Weights are loaded before."""
+        model.to(self.device)
+        self.model, self.net, self.optimizer = model, model, optimizer
+        if compiled:
+            self.net = torch.compile(model)
+        if self.deepspeed:
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            config["train_micro_batch_size_per_gpu"] = -(-batch_size // self.size)
+            # autocast, as everywhere else here, instead of a network whose weights are bf16
+            if self.precision != torch.float32:
+                config["torch_autocast"] = {"enabled": True, "dtype": str(self.precision).removeprefix("torch.")}
+            self.net, wrapper = self.accelerator.prepare(self.net, optimizer)
+            self.optimizer = wrapper.optimizer
+        elif self.accelerator is not None:
+            self.net = self.accelerator.prepare_model(self.net)
+        return self.net
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+
+    def step(self, loss, groups):
+        """One step of the optimizer down the joint loss. groups: learning rates and momenta, as in param_groups."""
+        loss = loss * self.size  # launchers average gradients over processes; ours add up (see `join`)
+        if self.deepspeed:
+            for group, wanted in zip(self.optimizer.param_groups, groups, strict=True):
+                group["lr"], group["betas"] = wanted["lr"], wanted["betas"]
+            self.net.backward(loss)
+            self.net.step()
+        else:
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    # --- checkpoints that any launcher can read -------------------------------------------------------------------
+
+    def optimizer_state(self):
+        """AdamW's moments by parameter name, whole, and its step count. Every process must call it.
+
+        {"step": int, "exp_avg": {name: tensor}, "exp_avg_sq": {name: tensor}, "scaler": dict}
+        """
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        if self.deepspeed:
+            from deepspeed.utils import safe_get_full_optimizer_state as moment
+
+            flat = self.optimizer.optimizer
+            steps = [state["step"] for state in flat.state.values() if "step" in state]
+            moments = {key: {name: moment(p, key).cpu() for name, p in named} for key in ("exp_avg", "exp_avg_sq")}
+        else:
+            states = self.optimizer.state
+            steps = [states[p]["step"] for _, p in named if p in states]
+            moments = {key: {name: states[p][key] for name, p in named if p in states}
+                       for key in ("exp_avg", "exp_avg_sq")}
+        return {"step": int(steps[0]) if steps else 0, **moments, "scaler": self.scaler.state_dict()}
+
+    def load_optimizer_state(self, saved):
+        """Set what `optimizer_state` returned, under this or any other launcher."""
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad and name in saved["exp_avg"]]
+        if self.deepspeed:
+            from deepspeed.utils import safe_set_full_optimizer_state as set_moment
+
+            for name, p in named:
+                for key in ("exp_avg", "exp_avg_sq"):
+                    set_moment(p, saved[key][name].to(self.device), key)
+            for state in self.optimizer.optimizer.state.values():
+                as_tensor = torch.is_tensor(state.get("step"))
+                state["step"] = torch.tensor(float(saved["step"])) if as_tensor else saved["step"]
+        else:
+            for name, p in named:
+                moments = {key: saved[key][name].to(p.device).clone() for key in ("exp_avg", "exp_avg_sq")}
+                on_gpu = self.optimizer.defaults.get("fused")
+                step = torch.tensor(float(saved["step"]), device=p.device if on_gpu else "cpu")
+                self.optimizer.state[p] = {"step": step, **moments}
+        if saved["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
+
+
+ALONE = Team()
+
+
+def pick_precision(name, device):
+    """torch.dtype of --precision on a device."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return dtypes[name]

@@ -1,0 +1,156 @@
+"""From a run to scores: which network, whose voxel encoder, predictions of the test images.
+
+A score script opens a source (`open_source`), predicts with it and saves (`save`). A subject that the run does not know
+gets a voxel encoder of its own, fitted to its training trials with everything else frozen (`adapt`).
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import options
+import training
+import utils
+from distributed import Team
+from losses import OBJECTIVES
+from models import build_model, load_trunk
+
+
+def get_parser(doc):
+    """The flags that the score scripts share."""
+    parser = options.Parser(doc)
+    options.add_paths(parser)
+    options.add_subject(parser)
+    options.add_run(parser)
+    options.add_scored_run(parser)
+    options.add_compute(parser)
+    options.add_control(parser)
+    parser.add_argument("--checkpoint", choices=["last", "best"], default="last", help="best: by validation")
+    parser.add_argument("--adapt_epochs", type=options.whole, default=10, metavar="N",
+                        help="for which a new voxel encoder is fitted (--head adapt)")
+    parser.add_argument("--prior_steps", type=options.whole, default=20, metavar="N",
+                        help="DDIM steps of the prior (c, g): 20 draws a sample, 1 predicts the mean")
+    parser.add_argument("--batch_size", type=options.whole, default=100, metavar="IMAGES")
+    parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False)
+    return parser
+
+
+@dataclass
+class Source:
+    """What predicts one feature, and where the predictions go."""
+
+    args: argparse.Namespace
+    paths: utils.Paths
+    run: str
+    folder: object  # of the scores
+    config: dict  # beside the scores: where they come from
+    model: torch.nn.Module
+    subj: str  # whose voxel encoder is used
+    test: data.TestSet
+
+
+def open_source(args, feat, **settings):
+    """Load the run that --run names, with the voxel encoder of --head, and the test set.
+
+    settings: further facts of these scores for their config.json. Returns None when the folder holds exactly these
+    scores already. Raises UserError for a missing or foreign run, and for voxel counts that do not agree.
+    """
+    for name in ("batch_size", "prior_steps", "adapt_epochs"):
+        if getattr(args, name) < 1:
+            raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
+    paths, flags = utils.Paths.from_args(args), vars(args)
+    run, head = utils.run_of(flags, feat), utils.head_of(flags)
+    checkpoint = paths.run(run) / f"{args.checkpoint}.pth"
+    state = utils.load_checkpoint(checkpoint, f"--run/--hidden_dim/--num_sessions/--tag: the run {run}")
+    if state["config"]["feat"] != feat:
+        raise utils.UserError(f"{checkpoint}: was trained for {state['config']['feat']}, wanted {feat}; train {feat}")
+    if head == "own" and args.subj not in state["n_voxels"]:
+        raise utils.UserError(f"{checkpoint}: has voxel encoders of {', '.join(state['n_voxels'])}, wanted "
+                              f"{args.subj}; fine-tune on {args.subj}, or use --head adapt")
+    folder = paths.scores(args.subj, utils.scores_name(flags, feat), feat)
+    config = {"run": run, "feat": feat, "subj": args.subj, "head": head, "num_sessions": args.num_sessions,
+              "checkpoint": checkpoint.name, "checkpoint_sha256": utils.file_hash(checkpoint),
+              "control": args.control, "prior_steps": args.prior_steps, "seed": args.seed, **settings}
+    if head == "adapt":
+        config["adapt_epochs"] = args.adapt_epochs
+    if (folder / "config.json").exists() and not args.overwrite and utils.load_json(folder / "config.json") == config:
+        print(f"{folder}: scored before with this checkpoint, kept")
+        return None
+
+    test = data.load_test_set(paths, args.subj, args.control, args.seed)
+    if head == "adapt":
+        model = adapt(args, paths, feat, run, state, config["checkpoint_sha256"])
+        subj = args.subj
+    else:
+        model = build_model(state["model_args"])
+        model.load_state_dict(state["model"])
+        subj = args.subj if head == "own" else head
+        if state["n_voxels"].get(subj) != test.betas.shape[1]:
+            raise utils.UserError(f"{checkpoint}: its voxel encoder of {subj} takes {state['n_voxels'].get(subj)} "
+                                  f"voxels, the betas of {args.subj} have {test.betas.shape[1]}; use --head adapt, or "
+                                  f"fine-tune on {args.subj}")
+    model.eval().to(utils.pick_device(args.device))
+    return Source(args, paths, run, folder, config, model, subj, test)
+
+
+def adapt(args, paths, feat, run, state, checkpoint_hash):
+    """The run's network with a new voxel encoder for --subj, fitted to its training trials; kept beside the checkpoint.
+
+    The run's own objective and settings, --adapt_epochs long; fitted again only when checkpoint or flags changed.
+    """
+    if state["model_args"]["kind"] == "ridge":
+        raise utils.UserError("--head adapt: a ridge has no shared network; fit one: --model ridge")
+    name = f"{run}/head_{args.subj}_{args.num_sessions}sess"
+    config = {"run": name, "feat": feat, "num_epochs": args.adapt_epochs, "num_sessions": args.num_sessions,
+              "seed": args.seed, "checkpoint_sha256": checkpoint_hash}
+    flags = {**state["config"], **vars(args), "num_epochs": args.adapt_epochs, "ckpt_every": 1, "resume": True,
+             "compile": False, "num_workers": 0, "wandb_log": False, "wandb_project": None,
+             "batch_size": state["config"]["batch_size"]}
+    last = paths.run(name) / "last.pth"
+    flags["overwrite"] = last.exists() and utils.load_checkpoint(last)["config"] != config
+    if flags["overwrite"]:
+        last.unlink()
+    train_args = argparse.Namespace(**flags)
+    team = Team.assemble(args.device)
+    further = {"tokens": "g_12"} if state["model_args"]["kind"] == "latent" else {}
+    fitted = training.gather_run(train_args, paths, feat, name, config, team, [args.subj], args.num_sessions, None,
+                                 further)
+    model = build_model({**state["model_args"], "n_voxels": fitted.n_voxels})
+    load_trunk(model, state["model"])
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key.startswith("voxelenc."))
+    objective = OBJECTIVES[state["model_args"]["kind"]](
+        **{key: state["config"][key] for key in ("clip_scale", "prior_scale", "mixup_pct") if key in state["config"]})
+    training.fit(fitted, model, objective)
+    return model
+
+
+def predict(source, betas, image_ids, what):
+    """Scores {file name: (N, ...) float32} for responses betas (N, V) to the images image_ids (N,)."""
+    args, device = source.args, next(source.model.parameters()).device
+    parts = []
+    for start in tqdm(range(0, len(betas), args.batch_size), desc=f"{what} {source.run}", unit="batch"):
+        rows = slice(start, start + args.batch_size)
+        # noise from (seed, image id), so that the batch size does not matter
+        seeds = [utils.derive_seed(args.seed, image_id) for image_id in image_ids[rows]]
+        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        voxels = torch.from_numpy(np.ascontiguousarray(betas[rows])).to(device)
+        scores = source.model.predict({source.subj: voxels}, args.prior_steps, generators)
+        parts.append({name: rows.cpu().numpy() for name, rows in scores.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def save(source, scores):
+    utils.save_scores(source.folder, source.test.image_ids, scores, source.config)
+    print(f"{source.folder}: {len(source.test.image_ids)} images")
+
+
+def score(args, feat):
+    """Predict `feat` of the test images and save it: all there is to do for c and g."""
+    source = open_source(args, feat)
+    if source is not None:
+        save(source, predict(source, source.test.betas, source.test.image_ids, "score"))

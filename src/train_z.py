@@ -1,0 +1,42 @@
+"""Train the encoder of z: from fMRI voxels to the VAE latent of the seen image, the layout the diffusion starts from.
+
+voxels (B, V) -> VoxelEncoder, one per subject -> (B, H) -> residual MLP -> map (B, 64, h/4, w/4)
+    -> VAE decoder, four times as large: z (B, 4, h, w), L1; for Stable Diffusion v1.4 h = w = 64
+    -> contrast of the map with the image's CLIP patch tokens (layer g_12): MixCo-NCE, then SoftCLIP
+
+    python src/train_z.py --subj 1 --multi_subject                        # pretrain on subjects 2-8
+    python src/train_z.py --subj 1 --multisubject_ckpt auto               # fine-tune on subject 1
+    python src/train_z.py --subj 1 --model ridge                          # the linear baseline
+
+Reads betas, wds/*/train, z_all.hdf5 and g_12_all.hdf5; writes train_logs/<run>/.
+"""
+
+import sys
+
+import training
+import utils
+from losses import LatentObjective
+from models import LatentModel
+
+
+def get_parser():
+    parser = training.get_parser(__doc__)
+    parser.add_argument("--clip_scale", type=float, default=0.1, metavar="W", help="weight of the contrast")
+    return parser
+
+
+def main(argv=None):
+    args = get_parser().parse_args(argv)
+    run = training.open_run(args, "z", tokens="g_12")
+    if run is None:
+        return
+    if args.model == "ridge":
+        return training.fit_ridge(run)
+    model = LatentModel(run.n_voxels, args.hidden_dim, run.shapes["target"], *run.shapes["tokens"], args.n_blocks,
+                        args.dropout)
+    model.standardise(*run.target_statistics)
+    training.fit(run, model, LatentObjective(args.clip_scale, args.mixup_pct))
+
+
+if __name__ == "__main__":
+    sys.exit(utils.run_cli(main))
