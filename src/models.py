@@ -320,13 +320,14 @@ class LatentDecoder(nn.Module):
 
     CHANNELS = 64  # of the map
 
-    def __init__(self, hidden_dim, latent_shape, tokens, width, n_blocks=4, dropout=0.15):
-        """latent_shape (C, h, w); tokens, width: of the CLIP layer, 1 + grid * grid tokens.
+    def __init__(self, hidden_dim, latent_shape, tokens, width, n_blocks=4, dropout=0.15, channels=(64, 128, 256)):
+        """latent_shape (C, h, w); tokens, width: of the CLIP layer, 1 + grid * grid tokens; channels: of the VAE decoder,
+        last level first, multiples of 32.
 
         Raises UserError for a latent whose sides do not divide by four.
         """
         super().__init__()
-        channels, height, side = latent_shape
+        latent_channels, height, side = latent_shape
         if height % 4 or side % 4:
             raise utils.UserError(f"feature z: latents of {height} x {side}, wanted sides that divide by 4; extract z "
                                   "from images whose sides divide by 32")
@@ -336,8 +337,8 @@ class LatentDecoder(nn.Module):
         self.to_map = nn.Linear(hidden_dim, self.CHANNELS * (height // 4) * (side // 4))
         self.norm = nn.GroupNorm(1, self.CHANNELS)
         self.upsample = Decoder(
-            in_channels=self.CHANNELS, out_channels=channels, up_block_types=["UpDecoderBlock2D"] * 3,
-            block_out_channels=[64, 128, 256], layers_per_block=1,
+            in_channels=self.CHANNELS, out_channels=latent_channels, up_block_types=["UpDecoderBlock2D"] * 3,
+            block_out_channels=list(channels), layers_per_block=1,
         )
         self.to_tokens = nn.Sequential(
             nn.Conv2d(self.CHANNELS, width, 1), nn.GroupNorm(1, width), nn.GELU(), nn.Conv2d(width, width, 1)
@@ -398,14 +399,16 @@ class BrainModel(nn.Module):
 class LatentModel(nn.Module):
     """Voxel encoder and latent decoder (z)."""
 
-    def __init__(self, n_voxels, hidden_dim, latent_shape, tokens, width, n_blocks=4, dropout=0.15):
+    def __init__(
+        self, n_voxels, hidden_dim, latent_shape, tokens, width, n_blocks=4, dropout=0.15, channels=(64, 128, 256)
+    ):
         super().__init__()
         self.sizes = {
             "hidden_dim": hidden_dim, "latent_shape": list(latent_shape), "tokens": tokens, "width": width,
-            "n_blocks": n_blocks, "dropout": dropout,
+            "n_blocks": n_blocks, "dropout": dropout, "channels": list(channels),
         }
         self.voxelenc = VoxelEncoder(n_voxels, hidden_dim)
-        self.decoder = LatentDecoder(hidden_dim, latent_shape, tokens, width, n_blocks, dropout)
+        self.decoder = LatentDecoder(hidden_dim, latent_shape, tokens, width, n_blocks, dropout, channels)
         # the network predicts how an image differs from the mean one
         self.register_buffer("target_mean", torch.zeros(*latent_shape))
         self.register_buffer("target_std", torch.ones(()))

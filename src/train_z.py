@@ -13,6 +13,7 @@ Reads betas, wds/*/train, z_all.hdf5 and g_12_all.hdf5; writes train_logs/<run>/
 
 import sys
 
+import options
 import training
 import utils
 from losses import LatentObjective
@@ -22,18 +23,22 @@ from models import LatentModel
 def get_parser():
     parser = training.get_parser(__doc__)
     parser.add_argument("--clip_scale", type=float, default=0.1, metavar="W", help="weight of the contrast")
+    parser.add_argument("--decoder_channels", type=options.whole, nargs=3, default=[64, 128, 256], metavar="N",
+                        help="widths of the VAE decoder, last level first; multiples of 32")
     return parser
 
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
+    if any(width < 32 or width % 32 for width in args.decoder_channels):
+        raise utils.UserError(f"--decoder_channels {args.decoder_channels}: wanted multiples of 32")
     run = training.open_run(args, "z", tokens="g_12")
     if run is None:
         return
     if args.model == "ridge":
         return training.fit_ridge(run)
     model = LatentModel(run.n_voxels, args.hidden_dim, run.shapes["target"], *run.shapes["tokens"], args.n_blocks,
-                        args.dropout)
+                        args.dropout, args.decoder_channels)
     model.standardise(*run.target_statistics)
     training.fit(run, model, LatentObjective(args.clip_scale, args.mixup_pct))
 

@@ -322,7 +322,7 @@ def check_tracking(wandb_log):
     if wandb_log and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
         import wandb
 
-        if not wandb.api.api_key:
+        if not wandb.login(prompt=False, verify=False):
             raise UserError("--wandb_log: not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
 
 
@@ -345,8 +345,12 @@ class Tracker:
         if wandb_log:
             import wandb
 
-            self.wandb_run = wandb.init(project=wandb_project, id=name, name=name, config=config, resume="allow",
-                                        dir=str(folder), settings=wandb.Settings(init_timeout=120))
+            try:
+                self.wandb_run = wandb.init(project=wandb_project, id=name, name=name, config=config, resume="allow",
+                                            dir=str(folder), settings=wandb.Settings(init_timeout=120))
+            except wandb.Error as error:
+                raise UserError(f"--wandb_log: W&B could not start ({str(error).splitlines()[0]}); run `wandb login "
+                                "--relogin`, or set WANDB_MODE=offline") from None
 
     def log(self, metrics, step):
         """Append one row of scalars."""

@@ -1,0 +1,191 @@
+"""Is training fed fast enough, and with how little memory? At NSD's real sizes, on sparse files of zeros.
+
+    python benchmarks/bench_train.py                        # c and g_2, 7 subjects, 73,000-row targets, on this machine
+    python benchmarks/bench_train.py --feats c --steps 30
+
+Makes the files of FIELD section 1 (sparse: gigabytes that take no space), then trains through the real code. Prints for
+each feature: samples/s; the share of the time the loop waited for data; the speed relative to the same loop fed from
+tensors in memory, the two taking turns in one process; the peak of anonymous memory (heap, not the page cache) beyond
+network, gradients and optimizer, of which activations are told apart by a step on one batch in memory; the seconds from
+the start of the process to the first step. Timings of a single run are noisy; the ratio is measured in pairs.
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+STARTED = time.perf_counter()
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+import h5py
+import numpy as np
+import torch
+import webdataset
+from tqdm import tqdm
+
+import options
+import train_c
+import train_g
+import training
+import utils
+from losses import BrainObjective
+from models import BrainModel
+
+VOXELS = {2: 14278, 3: 15226, 4: 13153, 5: 13039, 6: 17907, 7: 12682, 8: 14386}
+SESSIONS = {2: 40, 3: 32, 4: 30, 5: 40, 6: 32, 7: 40, 8: 30}
+WIDTHS = {"c": (77, 768), "g_2": (50, 768)}
+N_IMAGES, TRIALS = 73000, 750  # trials per session
+
+
+def get_parser():
+    parser = options.Parser(__doc__)
+    parser.add_argument("--feats", nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
+    parser.add_argument("--steps", type=options.whole, default=12, metavar="N", help="measured steps of each of the two")
+    parser.add_argument("--batch_size", type=options.whole, default=42, metavar="TRIALS")
+    parser.add_argument("--num_workers", type=options.whole, default=2, metavar="N")
+    parser.add_argument("--subjects", type=options.whole, nargs="+", default=list(VOXELS), metavar="2..8")
+    parser.add_argument("--folder", metavar="DIR", help="where the files are made, and kept (a temporary folder)")
+    options.add_compute(parser)
+    options.add_precision(parser)
+    return parser
+
+
+def main(argv=None):
+    args = get_parser().parse_args(argv)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(args.folder or temporary)
+        paths = utils.Paths(root, root / "MindEyeV2/mindeyev2")
+        making = time.perf_counter()
+        make_files(paths, args)
+        print(f"files made in {time.perf_counter() - making:.0f} s")
+        for feat in args.feats:
+            measure(args, paths, feat, time.perf_counter() - STARTED if feat == args.feats[0] else 0, making)
+
+
+def make_files(paths, args):
+    """Sparse betas and targets; real shards, which only name images."""
+    paths.data_path.mkdir(parents=True, exist_ok=True)
+    paths.stimuli.mkdir(parents=True, exist_ok=True)
+    for feat in args.feats:
+        sparse(paths.feature(feat), "data", (N_IMAGES, int(np.prod(WIDTHS[feat]))), "f2")
+    rng = np.random.default_rng(0)
+    for subj in tqdm(args.subjects, desc="shards", unit="subject"):
+        name, n_trials = f"subj{subj:02d}", SESSIONS[subj] * TRIALS
+        sparse(paths.betas(name), "betas", (n_trials, VOXELS[subj]), "f4")
+        images = rng.permutation(np.repeat(rng.choice(N_IMAGES, n_trials // 3, replace=False), 3))
+        for session in range(SESSIONS[subj]):
+            write_shard(paths.data_path / f"wds/{name}/train/{session}.tar", subj, session, images)
+
+
+def sparse(path, key, shape, dtype):
+    """A contiguous HDF5 data set that has its size and no content on disk."""
+    if not path.exists():
+        with h5py.File(path, "w") as file:
+            dataset = file.create_dataset(key, shape, dtype)
+            dataset[-1] = 1  # allocates it; what lies before stays a hole
+
+
+def write_shard(path, subj, session, images):
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trials = np.arange(session * TRIALS, (session + 1) * TRIALS)
+    with webdataset.TarWriter(str(path)) as sink:
+        for trial in trials:
+            behav = np.full((1, 17), -1.0)
+            behav[0, [0, 1, 2, 5, 16]] = images[trial], subj, session + 1, trial, 0
+            sink.write({"__key__": f"sample{trial:09d}", "behav.npy": behav})
+
+
+def measure(args, paths, feat, before, making):
+    """Print the figures of one feature."""
+    script = train_c if feat == "c" else train_g
+    flags = ["--root", str(paths.root), "--subj", "1", "--multi_subject", "--overwrite", "--batch_size",
+             str(args.batch_size), "--num_workers", str(args.num_workers), "--device", args.device, "--precision",
+             args.precision]
+    opened = time.perf_counter()
+    train_args = script.get_parser().parse_args(flags)
+    anonymous_before = anonymous()
+    run = training.open_run(train_args, feat)
+    model = BrainModel(run.n_voxels, train_args.hidden_dim, *run.shapes["target"])
+    model.standardise(*run.target_statistics)
+    team, objective = run.team, BrainObjective()
+    optimizer = torch.optim.AdamW(training.weight_decay_groups(model), 3e-4, fused=team.device.type == "cuda")
+    net = team.prepare(model, optimizer, train_args.batch_size)
+    loader = training.make_loader(run.train, args.num_workers, team)
+    steps = iter(loader)
+    item = next(steps)
+    generator = torch.Generator(team.device)
+
+    def step(item):
+        batch = training.join_batch(item, team)
+        with training.math_attention(team.device), team.autocast():
+            loss, _ = objective(net, batch, 0.1, generator, team)
+        team.step(loss, optimizer.param_groups)
+
+    step(item)
+    synchronise(team.device)
+    to_first_step = time.perf_counter() - opened
+    kept = sum(p.numel() * 4 * 4 for p in model.parameters())  # weights, gradients, two moments: float32
+    kept = kept if team.device.type == "cpu" else 0
+    reset_peak()
+    in_memory = [{**item, "voxels": {s: v.clone() for s, v in item["voxels"].items()}} for _ in range(2)]
+    step(in_memory[0])  # network and activations alone
+    activations = peak_anonymous() - kept - anonymous_before
+    reset_peak()
+    seconds = {"files": 0.0, "memory": 0.0}
+    waited = 0.0
+    for turn in tqdm(range(args.steps), desc=feat, unit="pair"):
+        start = time.perf_counter()
+        item = next(steps)
+        waited += time.perf_counter() - start
+        step(item)
+        synchronise(team.device)
+        seconds["files"] += time.perf_counter() - start
+        start = time.perf_counter()
+        step(in_memory[turn % 2])
+        synchronise(team.device)
+        seconds["memory"] += time.perf_counter() - start
+    peak = peak_anonymous() - kept - anonymous_before
+    parameters = sum(p.numel() for p in model.parameters())
+    n = args.steps * len(item["image_ids"])
+    print(f"""
+{feat}: {parameters / 1e6:.0f} M parameters, batch {len(item["image_ids"])}, {team.device}, {team.precision}
+  samples/s                        {n / seconds["files"]:10.1f}
+  waiting for data                 {100 * waited / seconds["files"]:10.2f} %      (wanted <= 3)
+  speed / fed from memory          {seconds["memory"] / seconds["files"]:10.3f}        (wanted >= .97)
+  memory beyond network+optimizer  {peak / 1e9:10.2f} GB     of which activations of a step {activations / 1e9:.2f} GB
+  without activations              {(peak - activations) / 1e9:10.2f} GB     (wanted <= 1.5)
+  to the first step                {to_first_step + (before - (opened - making) if before else 0):10.1f} s      \
+(wanted <= 20; imports, shards, network and that step)""")
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def anonymous():
+    """Bytes of this process's memory that no file backs."""
+    return status("RssAnon")
+
+
+def peak_anonymous():
+    """The most since `reset_peak`; pages of mapped files, which the system can drop at any time, are left out."""
+    return status("VmHWM") - status("RssFile") - status("RssShmem")
+
+
+def reset_peak():
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def status(key):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+if __name__ == "__main__":
+    sys.exit(utils.run_cli(main))

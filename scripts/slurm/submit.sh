@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Queue a subject's whole training on SLURM: a job per stage and feature; a feature's fine-tuning waits for its
+# pretraining, the scores for all. Flags go to every training:
+#   SUBJ=1 bash scripts/slurm/submit.sh --wandb_log        SBATCH_PARTITION=gpu FEATS="c z" bash scripts/slurm/submit.sh
+source "$(dirname "$0")/../common.sh"
+cd "$REPO"
+export SUBJ
+feats="${FEATS[*]}"
+# Queue one stage: queue STAGE [flags of sbatch] -- [flags of the training]
+queue() {
+    local stage=$1 options=()
+    shift
+    while [[ $1 != -- ]]; do options+=("$1"); shift; done
+    shift
+    env STAGES="$stage" FEATS="$feats" sbatch --parsable --array "0-$((${#FEATS[@]} - 1))" "${options[@]}" \
+        scripts/slurm/train.slurm "$@"
+}
+pretrain=$(queue pretrain --job-name pretrain -- "$@")
+finetune=$(queue finetune --job-name finetune --dependency "aftercorr:$pretrain" -- "$@")
+score=$(env FEATS="$feats" sbatch --parsable --dependency "afterok:$finetune" --gres gpu:1 --cpus-per-task 8 --mem 48G \
+    --time 1:00:00 --job-name score --wrap "bash scripts/score.sh")
+echo "pretraining $pretrain, fine-tuning $finetune, scores $score; squeue --me shows them"

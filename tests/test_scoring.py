@@ -1,0 +1,200 @@
+"""From a run to scores: whose voxel encoder, null controls, the statistics of z, refusals."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import data
+import score_c
+import score_z
+import train_c
+import train_z
+import utils
+from models import build_model
+from tiny_nsd import SHARED
+from tiny_runs import FINETUNED, PRETRAINED, SCRATCH, checkpoint, train, write_world
+
+FLAGS = ["--hidden_dim", "8", "--num_sessions", "3", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Subject 1 fine-tuned from, and held out of, a pretraining on subject 2: for c and z."""
+    paths = write_world(tmp_path_factory.mktemp("world"))
+    for script in (train_c, train_z):
+        assert train(paths, "--multi_subject", "--num_epochs", 1, script=script) == 0
+        assert train(paths, "--multisubject_ckpt", "auto", "--num_epochs", 2, script=script) == 0
+    return paths
+
+
+def score(paths, *flags, script=score_c):
+    return utils.run_cli(script.main, [*FLAGS, "--root", str(paths.root), *map(str, flags)])
+
+
+def scores(paths, name, stem="nsdgeneral"):
+    ids, values = utils.load_scores(paths.root / "scores_all/subj01" / name, stem)
+    assert ids.tolist() == SHARED
+    return values
+
+
+def config(paths, name):
+    return json.loads((paths.root / "scores_all/subj01" / name / "config.json").read_text())
+
+
+def test_scores_do_not_depend_on_the_batch_size(world):
+    found = []
+    for batch_size in (1, 100):
+        assert score(world, "--batch_size", batch_size, "--overwrite") == 0
+        found.append(scores(world, FINETUNED))
+    assert found[0].shape == (len(SHARED), 3, 6)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+    assert score(world, "--control", "shuffle") == 0
+    assert not np.allclose(scores(world, FINETUNED + "_shuffle"), found[0])
+
+
+def test_a_score_is_kept_until_its_checkpoint_changes(world, capsys):
+    assert score(world, "--overwrite") == 0 and score(world) == 0
+    assert "scored before with this checkpoint, kept" in capsys.readouterr().out
+    assert score(world, "--checkpoint", "best") == 0
+    assert "kept" not in capsys.readouterr().out and config(world, FINETUNED)["checkpoint"] == "best.pth"
+
+
+def test_own_head_is_the_default_and_the_prediction_is_the_networks(world):
+    assert score(world, "--prior_steps", 1, "--overwrite") == 0
+    assert config(world, FINETUNED)["head"] == "own"
+    state = checkpoint(world, FINETUNED)
+    model = build_model(state["model_args"])
+    model.load_state_dict(state["model"])
+    with h5py.File(world.betas("subj01")) as file:
+        betas = file["betas"][()]
+    trials = data.load_trials(world, "subj01", "test")
+    mean = np.stack([betas[trials["row"][trials["image_id"] == i]].mean(axis=0) for i in SHARED])
+    expected = model.eval()({"subj01": torch.from_numpy(mean)})[1]
+    np.testing.assert_allclose(scores(world, FINETUNED, "retrieval"), expected.detach(), atol=1e-5)
+
+
+def test_a_held_out_subject_gets_a_new_head_on_a_frozen_trunk(world, capsys):
+    flags = ("--run", "pretrain", "--adapt_epochs", 3)
+    assert score(world, *flags) == 0
+    head = checkpoint(world, f"{PRETRAINED}/head_subj01_3sess")
+    trunk = checkpoint(world, PRETRAINED)["model"]
+    same = [torch.equal(value, head["model"][key]) for key, value in trunk.items() if not key.startswith("voxelenc.")]
+    assert same and all(same) and list(head["n_voxels"]) == ["subj01"]
+    name = f"{PRETRAINED}_adapt3sess"
+    first = scores(world, name)
+    assert config(world, name)["head"] == "adapt"
+    capsys.readouterr()
+    assert score(world, *flags, "--overwrite") == 0  # the head is fitted once
+    assert "finished" not in capsys.readouterr().out
+    np.testing.assert_array_equal(scores(world, name), first)
+    assert score(world, "--run", "pretrain", "--adapt_epochs", 1) == 0  # other settings: fitted again
+    assert not np.array_equal(scores(world, name), first)
+
+
+def test_adapting_learns(world):
+    losses = [json.loads(line)["train/loss"] for line in
+              (world.run(f"{PRETRAINED}/head_subj01_3sess") / "metrics.jsonl").read_text().splitlines()]
+    assert losses
+
+
+def test_a_borrowed_head_must_have_as_many_voxels(world, capsys):
+    assert score(world, "--run", "pretrain", "--head", 2) == 2
+    assert "takes 5 voxels, the betas of subj01 have 7" in capsys.readouterr().err
+    # subject 1's own encoder in the run of subject 1, said explicitly through another subject's number
+    assert score(world, "--run", "finetune:1", "--head", 1, "--prior_steps", 1) == 0
+    assert score(world, "--prior_steps", 1, "--overwrite") == 0
+    np.testing.assert_array_equal(scores(world, FINETUNED + "_head01"), scores(world, FINETUNED))
+
+
+def test_own_head_of_a_run_that_has_none_is_refused(world, capsys):
+    assert score(world, "--run", "pretrain", "--head", "own") == 2
+    assert "voxel encoders of subj02, wanted subj01" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "name"), [
+    ({}, "pretrained_subj01_40sess_ext1_c_1024_mlp"),
+    ({"tag": "b", "control": "noise"}, "pretrained_subj01_40sess_ext1_c_1024_mlp_b_noise"),
+    ({"run": "ridge"}, "ridge_subj01_40sess_ext1_c"),
+    ({"run": "pretrain", "num_sessions": 1}, "multisubject_subj01_ext1_c_1024_mlp_adapt1sess"),
+    ({"run": "pretrain:subj02"}, "multisubject_subj02_ext1_c_1024_mlp"),
+    ({"run": "finetune:subj05", "head": "subj05"}, "pretrained_subj05_40sess_ext1_c_1024_mlp_head05"),
+    ({"run": "finetune:subj05"}, "pretrained_subj05_40sess_ext1_c_1024_mlp_adapt40sess"),
+])
+def test_names_of_scores(flags, name):
+    default = {"subj": "subj01", "hidden_dim": 1024, "num_sessions": 40, "tag": "", "run": "finetune", "head": None,
+               "control": None}
+    assert utils.scores_name(default | flags, "c") == name
+
+
+# --- z ------------------------------------------------------------------------------------------------------------
+
+Z_RUN = "pretrained_subj01_3sess_ext1_z_8"
+
+
+def test_z_has_the_training_latents_statistics_and_no_test_statistic(world):
+    """Written out: predictions on training images, their deviation, and the latents' own."""
+    assert score(world, script=score_z) == 0
+    state = checkpoint(world, Z_RUN)
+    model = build_model(state["model_args"])
+    model.load_state_dict(state["model"])
+    model.eval()
+
+    def predict(split):
+        trials = data.load_trials(world, "subj01", split)
+        with h5py.File(world.betas("subj01")) as file:
+            betas = file["betas"][()]
+        images = sorted(set(trials["image_id"]))
+        mean = np.stack([betas[trials["row"][trials["image_id"] == i]].mean(axis=0) for i in images])
+        return images, model.predict({"subj01": torch.from_numpy(mean)})["nsdgeneral"].numpy()
+
+    images, on_training = predict("train")
+    with h5py.File(world.feature("z")) as file:
+        latents = file["data"][images].astype(np.float32).reshape(-1, 4, 8, 8)
+    expected = (predict("test")[1] - on_training.mean(0)) / on_training.std(0) * latents.std(0) + latents.mean(0)
+    np.testing.assert_allclose(scores(world, Z_RUN), expected, rtol=1e-2, atol=2e-3)
+    assert config(world, Z_RUN)["transductive"] is False
+
+
+def test_transductive_is_recorded_and_uses_test_statistics(world):
+    assert score(world, "--transductive", script=score_z) == 0
+    z = scores(world, Z_RUN)
+    assert config(world, Z_RUN)["transductive"] is True
+    with h5py.File(world.feature("z")) as file:
+        images = sorted(set(data.load_trials(world, "subj01", "train")["image_id"]))
+        latents = file["data"][images].astype(np.float32).reshape(-1, 4, 8, 8)
+    np.testing.assert_allclose(z.mean(0), latents.mean(0), atol=1e-3)
+    np.testing.assert_allclose(z.std(0), latents.std(0), rtol=1e-2)
+    assert score(world, script=score_z) == 0 and config(world, Z_RUN)["transductive"] is False
+
+
+def test_ridge_scores_and_refuses_to_adapt(world, capsys):
+    assert train(world, "--model", "ridge") == 0 and score(world, "--run", "ridge") == 0
+    assert scores(world, "ridge_subj01_3sess_ext1_c").shape == (len(SHARED), 3, 6)
+    assert score(world, "--run", "ridge", "--head", "adapt") == 2
+    assert "ridge has no shared network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--hidden_dim", 16], "pretrained_subj01_3sess_ext1_c_16_mlp"),
+    (["--run", "scratch"], SCRATCH),
+    (["--subj", 2], "pretrained_subj02_3sess_ext1_c_8_mlp"),
+    (["--batch_size", 0], "--batch_size 0"),
+    (["--run", "finetune:2", "--head", "own"], "pretrained_subj02"),
+])
+def test_bad_input(world, capsys, flags, words):
+    assert score(world, *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error:") and words in error
+
+
+def test_a_checkpoint_of_another_feature_or_subject_is_refused(world, capsys, tmp_path):
+    foreign = world.run("pretrained_subj02_3sess_ext1_c_8_mlp") / "last.pth"
+    foreign.parent.mkdir(exist_ok=True)
+    for source, words in ((Z_RUN, "was trained for z, wanted c"), (FINETUNED, "of subj01, wanted subj02")):
+        utils.save_checkpoint(foreign, utils.load_checkpoint(world.run(source) / "last.pth"))
+        assert score(world, "--subj", 2) == 2
+        assert words in capsys.readouterr().err
+    foreign.unlink()

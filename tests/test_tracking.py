@@ -1,0 +1,130 @@
+"""W&B: what the README promises is logged, offline runs can be read back, and nothing of W&B stops a training."""
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from wandb.proto import wandb_internal_pb2
+
+import train_c
+import train_z
+import utils
+from tiny_runs import SCRATCH, SRC, flags_of, train, write_world
+
+REPO = SRC.parent
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def offline_rows(folder):
+    """What an offline run would send: [{key: value}], from its .wandb file."""
+    (file,) = Path(folder).glob("wandb/offline-run-*/*.wandb")
+    rows = []
+    for entry in log_entries(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(entry)
+        if record.WhichOneof("record_type") == "history":
+            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                         for item in record.history.item})
+    return rows
+
+
+def log_entries(content, block=32768, header=7):
+    """Entries of a LevelDB log with W&B's seven bytes in front: blocks of pieces (crc, length, type), type 1 = whole."""
+    position, entry = header, b""
+    while position + header <= len(content):
+        if block - position % block < header:
+            position += block - position % block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        entry += content[position + header:position + header + length]
+        position += header + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield entry
+            entry = b""
+
+
+def readme_keys(feature):
+    """Metric keys in the README's table for c and g, or for z."""
+    text = (REPO / "README.md").read_text()
+    (table,) = re.findall(r"\| metric \|.*?\n\n", text, re.S)
+    rows = [line.split("|")[1:3] for line in table.strip().splitlines()[2:]]
+    return {key for keys, who in rows if feature in who.replace(",", " ").split() for key in re.findall(r"`(.+?)`", keys)}
+
+
+@pytest.mark.parametrize(("script", "feature"), [(train_c, "c"), (train_z, "z")])
+def test_every_metric_of_the_readme_is_in_an_offline_run(paths, monkeypatch, script, feature):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert train(paths, "--num_epochs", 2, "--wandb_log", "--tag", "w", script=script) == 0
+    run = SCRATCH + "_w" if feature == "c" else "scratch_subj01_3sess_ext1_z_8_w"
+    rows = offline_rows(paths.run(run))
+    assert [row["_step"] for row in rows] == [1, 2]
+    keys = {key for key in rows[0] if not key.startswith("_")}
+    assert keys == readme_keys(feature)
+    written = [json.loads(line) for line in (paths.run(run) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["train/loss"] for row in rows] == [row["train/loss"] for row in written]
+
+
+def test_not_logged_in_is_one_line_before_any_work(paths):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    command = [sys.executable, str(SRC / "train_c.py"), *flags_of(paths, "--num_epochs", 1, "--wandb_log", "--tag", "x")]
+    result = subprocess.run(command, env={**environment, "NETRC": "/nonexistent"}, capture_output=True, text=True,
+                            check=False)
+    assert result.returncode == 2 and result.stdout == ""  # no trial was read
+    (line,) = result.stderr.splitlines()
+    assert "wandb login" in line and "WANDB_MODE=offline" in line
+
+
+KILLING_THE_SERVICE = """
+import os, subprocess, sys, train_c, utils
+log = utils.Tracker.log
+
+def kill_the_service_first(self, metrics, step):
+    if step == 2:
+        subprocess.run(["pkill", "-9", "-P", str(os.getpid()), "-f", "wandb-core"], check=True)
+    log(self, metrics, step)
+
+utils.Tracker.log = kill_the_service_first
+sys.exit(utils.run_cli(train_c.main, sys.argv[1:]))
+"""
+
+
+def test_losing_wandb_does_not_stop_a_training(paths):
+    """The W&B service is killed under a real offline run in its second epoch."""
+    flags = flags_of(paths, "--num_epochs", 4, "--wandb_log", "--tag", "k")
+    environment = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(SRC)}
+    environment.pop("WANDB_SERVICE", None)  # of a run before in this process
+    result = subprocess.run([sys.executable, "-c", KILLING_THE_SERVICE, *flags], env=environment, capture_output=True,
+                            text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    rows = (paths.run(SCRATCH + "_k") / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4]
+    assert (paths.run(SCRATCH + "_k") / "last.pth").exists()
+
+
+def test_a_sweeps_trial_trains(paths):
+    """The command of sweep.yaml as W&B's agent would fill it in, for a smaller network."""
+    sweep = yaml.safe_load((REPO / "scripts/sweep.yaml").read_text())
+    assert sweep["method"] in ("grid", "random", "bayes") and sweep["metric"]["name"] in readme_keys("c")
+    known = vars(train_c.get_parser().parse_args([]))
+    assert set(sweep["parameters"]) <= set(known)
+    chosen = {name: options["value"] if "value" in options else options.get("values", [options.get("min")])[0]
+              for name, options in sweep["parameters"].items()}
+    chosen |= {"num_epochs": 1, "n_blocks": 1}
+    arguments = [f"--{name}={value}" for name, value in chosen.items()] + flags_of(paths)
+    command = []
+    for word in sweep["command"]:
+        command += arguments if word == "${args}" else [word.replace("${program}", sweep["program"])]
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_RUN_ID": "trial7", "PYTHON": sys.executable}
+    result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (paths.run("multisubject_subj01_ext1_c_8_mlp_trial7") / "last.pth").exists()
