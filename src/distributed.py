@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 import utils
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+
 
 class Team:
     """The processes of a training. Without arguments: this process alone, on the CPU, in float32."""
@@ -52,6 +54,11 @@ class Team:
     @property
     def deepspeed(self):
         return self.accelerator is not None and self.accelerator.state.deepspeed_plugin is not None
+
+    def __str__(self):
+        how = "DeepSpeed, " if self.deepspeed else ""
+        return f"{how}{self.size} process{'es' * (self.size > 1)}, {self.device.type}, " \
+               f"{str(self.precision).removeprefix('torch.')}"
 
     def print(self, *words):
         if self.is_main:
@@ -107,6 +114,7 @@ class Team:
         if self.deepspeed:
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
             config["train_micro_batch_size_per_gpu"] = -(-batch_size // self.size)
+            config["gradient_clipping"] = 0.0  # or DeepSpeed clips to a norm of one, and trains something else
             # autocast, as everywhere else here, instead of a network whose weights are bf16
             if self.precision != torch.float32:
                 config["torch_autocast"] = {"enabled": True, "dtype": str(self.precision).removeprefix("torch.")}
@@ -144,36 +152,49 @@ class Team:
         if self.deepspeed:
             from deepspeed.utils import safe_get_full_optimizer_state as moment
 
-            flat = self.optimizer.optimizer
-            steps = [state["step"] for state in flat.state.values() if "step" in state]
-            moments = {key: {name: moment(p, key).cpu() for name, p in named} for key in ("exp_avg", "exp_avg_sq")}
+            flat = self.optimizer.optimizer.state
+            self._link_moments()
+            named = named if flat else []
+            moments = {key: {name: moment(p, key).cpu() for name, p in named} for key in MOMENTS}
+            steps = [state["step"] for state in flat.values()]
         else:
             states = self.optimizer.state
-            steps = [states[p]["step"] for _, p in named if p in states]
-            moments = {key: {name: states[p][key] for name, p in named if p in states}
-                       for key in ("exp_avg", "exp_avg_sq")}
+            moments = {key: {name: states[p][key] for name, p in named if p in states} for key in MOMENTS}
+            steps = [state["step"] for state in states.values()]
         return {"step": int(steps[0]) if steps else 0, **moments, "scaler": self.scaler.state_dict()}
 
     def load_optimizer_state(self, saved):
         """Set what `optimizer_state` returned, under this or any other launcher."""
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad and name in saved["exp_avg"]]
+        named = [(name, p) for name, p in self.model.named_parameters() if name in saved["exp_avg"]]
         if self.deepspeed:
             from deepspeed.utils import safe_set_full_optimizer_state as set_moment
 
+            inner = self.optimizer.optimizer  # AdamW, or DeepSpeed's own, which counts in integers
+            for flat in self.optimizer.single_partition_of_fp32_groups:
+                step = torch.tensor(float(saved["step"])) if isinstance(inner, torch.optim.AdamW) else saved["step"]
+                inner.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+            self._link_moments()
             for name, p in named:
-                for key in ("exp_avg", "exp_avg_sq"):
+                for key in MOMENTS:
                     set_moment(p, saved[key][name].to(self.device), key)
-            for state in self.optimizer.optimizer.state.values():
-                as_tensor = torch.is_tensor(state.get("step"))
-                state["step"] = torch.tensor(float(saved["step"])) if as_tensor else saved["step"]
         else:
+            fused = self.optimizer.defaults.get("fused")
             for name, p in named:
-                moments = {key: saved[key][name].to(p.device).clone() for key in ("exp_avg", "exp_avg_sq")}
-                on_gpu = self.optimizer.defaults.get("fused")
-                step = torch.tensor(float(saved["step"]), device=p.device if on_gpu else "cpu")
+                step = torch.tensor(float(saved["step"]), device=p.device if fused else "cpu")
+                moments = {key: saved[key][name].to(p.device).clone() for key in MOMENTS}
                 self.optimizer.state[p] = {"step": step, **moments}
         if saved["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
+
+    def _link_moments(self):
+        """Tell DeepSpeed again where the moments of each parameter lie.
+
+        It does so itself after the first step of the first parameter group only, when those of the second are not
+        there yet (0.19.8, stage_1_and_2.py).
+        """
+        self.optimizer._hp_optimizer_states_linked = False
+        if self.optimizer.optimizer.state:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 ALONE = Team()

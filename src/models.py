@@ -321,8 +321,8 @@ class LatentDecoder(nn.Module):
     CHANNELS = 64  # of the map
 
     def __init__(self, hidden_dim, latent_shape, tokens, width, n_blocks=4, dropout=0.15, channels=(64, 128, 256)):
-        """latent_shape (C, h, w); tokens, width: of the CLIP layer, 1 + grid * grid tokens; channels: of the VAE decoder,
-        last level first, multiples of 32.
+        """latent_shape (C, h, w); tokens, width: of the CLIP layer, 1 + grid * grid tokens; channels: of the VAE
+        decoder, last level first, multiples of 32.
 
         Raises UserError for a latent whose sides do not divide by four.
         """

@@ -154,7 +154,7 @@ def gather_run(args, paths, feat, name, config, team, subjects, num_sessions, pr
     shapes = {key: rows.row_shape for key, rows in targets.items()}
     n_train, n_val = (sum(map(len, part.values())) for part in tables.values())
     team.print(f"{name}: {n_train} training and {n_val} validation trials of {', '.join(subjects)}; "
-               f"target {feat} {shapes['target']}")
+               f"target {feat} {shapes['target']}; {team}")
     utils.seed_everything(utils.derive_seed(args.seed, 0))  # the script draws its network's weights next
     statistics = target_statistics(targets["target"], tables["train"], args.seed)
     return Run(name, feat, paths.run(name), config, args, team, tables, *loaders, n_voxels, shapes, statistics,
@@ -232,7 +232,8 @@ def fit(run, model, objective):
     def save():
         groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         state = {"model": model.state_dict(), "model_args": model.model_args, "optimizer": team.optimizer_state(),
-                 "schedule": {"clock": schedule.state_dict(), "groups": groups}, "epoch": epoch, "step": step, "sums": sums, "best": best,
+                 "schedule": {"clock": schedule.state_dict(), "groups": groups},
+                 "epoch": epoch, "step": step, "sums": sums, "best": best,
                  "config": run.config, "subjects": list(run.n_voxels), "n_voxels": run.n_voxels}
         if team.is_main:
             utils.save_checkpoint(last, state)
@@ -273,8 +274,8 @@ def check_pretrained(run, source):
     """Refuse to fine-tune from a run of another feature, or from one that has seen the subject already."""
     found = source["config"]["feat"]
     if found != run.feat:
-        raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: is of {found}, wanted {run.feat}; give "
-                              f"the run that pretrained {run.feat}, or `auto`")
+        raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: is of {found}, wanted {run.feat}; "
+                              f"give the run that pretrained {run.feat}, or `auto`")
     seen = [subj for subj in run.n_voxels if subj in source["n_voxels"]]
     if seen:
         raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: has seen {seen[0]}, wanted a run "
@@ -288,7 +289,7 @@ def train_epoch(run, net, objective, schedule, loader, epoch, step, sums, stop, 
     of these steps.
     """
     team, args = run.team, run.args
-    net.train()
+    torch.nn.Module.train(net)  # not net.train(): DeepSpeed's leaves its own `training` as it was
     run.train.set_epoch(epoch)
     loader.sampler.first = step
     generator = torch.Generator(team.device)
@@ -321,7 +322,7 @@ def train_epoch(run, net, objective, schedule, loader, epoch, step, sums, stop, 
 def validate(run, net, objective, progress):
     """The objective's logs over the validation trials, val/..., with the same random numbers in every epoch."""
     team = run.team
-    net.eval()
+    torch.nn.Module.train(net, False)
     sums, generator = {}, torch.Generator(team.device)
     with math_attention(team.device):
         for step, item in enumerate(make_loader(run.val, 0, team)):

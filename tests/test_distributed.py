@@ -69,20 +69,18 @@ def test_alone_is_free():
 # --- real launches ------------------------------------------------------------------------------------------------
 
 
-def launch(paths, config, stop_at=None, **changes):
+def launch(paths, config, stop_at=None):
     """Train under a configuration of scripts/accelerate; stop_at: the step at which every process gets SIGTERM."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SRC}:{Path(__file__).parent}"}
-    if config.startswith("zero2"):
-        environment["DS_ACCELERATOR"] = "cpu"
-        changes["num_processes"] = 1
-    more = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
-    program = [str(SRC / "train_c.py")] if stop_at is None else [str(Path(__file__).parent / "tiny_runs.py"), str(stop_at)]
+    environment["DS_ACCELERATOR"] = "cpu"
+    processes = {"ddp": 2, "zero2": 1}[config]
+    program = [SRC / "train_c.py"] if stop_at is None else [Path(__file__).parent / "tiny_runs.py", stop_at]
     accelerate = Path(sys.executable).parent / "accelerate"
-    command = [accelerate, "launch", "--config_file", REPO / f"scripts/accelerate/{config}.yaml", *more, *program,
+    command = [accelerate, "launch", "--config_file", REPO / f"scripts/accelerate/{config}.yaml", "--num_processes", processes, *program,
                *flags_of(paths, *SCIENCE)]
     result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode == 0) == (stop_at is None), result.stdout + result.stderr
-    return result.stdout + result.stderr
+    assert {"ddp": "; 2 processes, cpu", "zero2": "; DeepSpeed, 1 process, cpu"}[config] in result.stdout
 
 
 def losses_of(paths):
@@ -114,7 +112,7 @@ def paths(alone, tmp_path):
 
 def test_two_processes_compute_what_one_computes(paths, alone):
     shutil.rmtree(paths.run(SCRATCH))
-    launch(paths, "ddp_cpu")
+    launch(paths, "ddp")
     assert losses_of(paths).shape == (4, 5)
     torch.testing.assert_close(losses_of(paths), alone[1], rtol=TOLERANCE, atol=1e-6)
 
@@ -122,13 +120,13 @@ def test_two_processes_compute_what_one_computes(paths, alone):
 def test_ddp_goes_on_from_one_process(paths, alone):
     stopped = checkpoint(paths)
     assert (stopped["epoch"], stopped["step"]) == (1, 2)
-    launch(paths, "ddp_cpu")
+    launch(paths, "ddp")
     torch.testing.assert_close(losses_of(paths), alone[1], rtol=TOLERANCE, atol=1e-6)
 
 
 def test_one_process_goes_on_from_ddp(paths, alone):
     shutil.rmtree(paths.run(SCRATCH))
-    launch(paths, "ddp_cpu", stop_at=6)
+    launch(paths, "ddp", stop_at=6)
     assert checkpoint(paths)["epoch"] == 2  # several processes agree to stop at the end of the epoch, or after 20 steps
     assert train(paths, *SCIENCE) == 0
     torch.testing.assert_close(losses_of(paths), alone[1], rtol=TOLERANCE, atol=1e-6)

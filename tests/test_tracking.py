@@ -14,7 +14,6 @@ from wandb.proto import wandb_internal_pb2
 
 import train_c
 import train_z
-import utils
 from tiny_runs import SCRATCH, SRC, flags_of, train, write_world
 
 REPO = SRC.parent
@@ -39,7 +38,7 @@ def offline_rows(folder):
 
 
 def log_entries(content, block=32768, header=7):
-    """Entries of a LevelDB log with W&B's seven bytes in front: blocks of pieces (crc, length, type), type 1 = whole."""
+    """Entries of a LevelDB log with W&B's seven bytes in front: blocks of pieces (crc, length, type)."""
     position, entry = header, b""
     while position + header <= len(content):
         if block - position % block < header:
@@ -58,7 +57,7 @@ def readme_keys(feature):
     text = (REPO / "README.md").read_text()
     (table,) = re.findall(r"\| metric \|.*?\n\n", text, re.S)
     rows = [line.split("|")[1:3] for line in table.strip().splitlines()[2:]]
-    return {key for keys, who in rows if feature in who.replace(",", " ").split() for key in re.findall(r"`(.+?)`", keys)}
+    return {key for keys, of in rows if feature in of.replace(",", " ").split() for key in re.findall(r"`(.+?)`", keys)}
 
 
 @pytest.mark.parametrize(("script", "feature"), [(train_c, "c"), (train_z, "z")])
@@ -76,7 +75,7 @@ def test_every_metric_of_the_readme_is_in_an_offline_run(paths, monkeypatch, scr
 
 def test_not_logged_in_is_one_line_before_any_work(paths):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    command = [sys.executable, str(SRC / "train_c.py"), *flags_of(paths, "--num_epochs", 1, "--wandb_log", "--tag", "x")]
+    command = [sys.executable, str(SRC / "train_c.py"), *flags_of(paths, "--wandb_log", "--tag", "x")]
     result = subprocess.run(command, env={**environment, "NETRC": "/nonexistent"}, capture_output=True, text=True,
                             check=False)
     assert result.returncode == 2 and result.stdout == ""  # no trial was read

@@ -67,7 +67,7 @@ def stopping():
     (train_c, BrainObjective, SCRATCH), (train_z, LatentObjective, "scratch_subj01_3sess_ext1_z_8"),
 ])
 @pytest.mark.parametrize("step", [4, 6])  # of four steps an epoch: between epochs, and in the middle of one
-def test_a_run_stopped_by_sigterm_and_resumed_equals_an_uninterrupted_one(paths, stopping, script, objective, run, step):
+def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(paths, stopping, script, objective, run, step):
     flags = ("--num_epochs", 3, "--num_workers", 1)
     assert train(paths, *flags, script=script) == 0
     whole, best, logs = checkpoint(paths, run), checkpoint(paths, run, "best.pth"), records(paths, run)

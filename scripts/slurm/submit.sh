@@ -2,8 +2,9 @@
 # Queue a subject's whole training on SLURM: a job per stage and feature; a feature's fine-tuning waits for its
 # pretraining, the scores for all. Flags go to every training:
 #   SUBJ=1 bash scripts/slurm/submit.sh --wandb_log        SBATCH_PARTITION=gpu FEATS="c z" bash scripts/slurm/submit.sh
+# shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/../common.sh"
-cd "$REPO"
+cd "$REPO" # (strict mode: common.sh)
 export SUBJ
 feats="${FEATS[*]}"
 # Queue one stage: queue STAGE [flags of sbatch] -- [flags of the training]

@@ -1,0 +1,104 @@
+"""The SLURM scripts, run as SLURM would run them: its commands are stand-ins that write down how they were called."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from tiny_runs import SRC, checkpoint, flags_of, write_world
+
+REPO = SRC.parent
+SHIFT = ["--num_epochs", 4000, "--ckpt_every", 4000]  # more than the test waits for
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """An environment whose SLURM commands log to calls.txt; sbatch prints job numbers 100, 101, ..."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    log = tmp_path / "calls.txt"
+    for name in ("sbatch", "scontrol", "srun"):
+        lines = ["#!/usr/bin/env bash", f'echo "{name} STAGES=${{STAGES:-}} FEATS=${{FEATS:-}} $*" >>"{log}"']
+        if name == "sbatch":
+            lines.append(f'echo $((99 + $(grep -c ^sbatch "{log}")))')
+        (commands / name).write_text("\n".join(lines) + "\n")
+        (commands / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "PYTHON": sys.executable,
+                   "OMP_NUM_THREADS": "1", "SLURM_SUBMIT_DIR": str(REPO), "SLURM_JOB_ID": "7"}
+    return environment, log
+
+
+def test_a_job_out_of_time_saves_and_is_queued_again(tmp_path, slurm):
+    environment, log = slurm
+    paths = write_world(tmp_path / "world")
+    copy = tmp_path / "slurm_script"  # SLURM runs a copy from its spool folder
+    copy.write_bytes((REPO / "scripts/slurm/train.slurm").read_bytes())
+    environment |= {"STAGES": "pretrain", "FEATS": "z c", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1",
+                    "ROOT": str(paths.root)}
+    run = "multisubject_subj01_ext1_c_8_mlp"
+    metrics = paths.run(run) / "metrics.jsonl"
+    command = ["bash", str(copy), *flags_of(paths, *SHIFT)]
+    job = subprocess.Popen(command, env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE)
+    while job.poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    output = job.communicate(timeout=60)
+    assert job.returncode == 0, output
+    assert "scontrol" in log.read_text() and "requeue 5_1" in log.read_text()
+    first = checkpoint(paths, run)
+    assert 0 < first["epoch"] < 4000
+
+    job = subprocess.Popen(command, env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE)  # from the queue again
+    while job.poll() is None and len(metrics.read_text().splitlines()) <= first["epoch"]:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    output, _ = job.communicate(timeout=60)
+    assert f"resumed after epoch {first['epoch']}" in output
+    assert checkpoint(paths, run)["epoch"] > first["epoch"]
+
+
+def test_a_job_that_fails_is_not_queued_again(tmp_path, slurm):
+    environment, log = slurm
+    environment |= {"STAGES": "pretrain", "FEATS": "c", "ROOT": str(tmp_path)}
+    job = subprocess.run(["bash", str(REPO / "scripts/slurm/train.slurm")], env=environment, cwd=tmp_path,
+                         capture_output=True, text=True, check=False)
+    assert job.returncode == 2 and "no betas" in job.stderr
+    assert not log.exists()
+
+
+def test_several_machines_get_one_rank_each(tmp_path, slurm):
+    environment, log = slurm
+    environment |= {"STAGES": "pretrain", "FEATS": "c", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4",
+                    "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "12345"}
+    subprocess.run(["bash", str(REPO / "scripts/slurm/train.slurm"), "--batch_size", "336"], env=environment,
+                   cwd=tmp_path, check=True, capture_output=True)
+    (call,) = [line for line in log.read_text().splitlines() if line.startswith("srun")]
+    assert "--num_machines 2 --num_processes 8" in call and "--main_process_port 32345" in call
+    assert '--machine_rank $SLURM_NODEID' in call and call.endswith("train.sh --batch_size 336")
+
+
+def test_stages_wait_for_each_other(slurm):
+    environment, log = slurm
+    environment |= {"SUBJ": "2", "FEATS": "c z"}
+    subprocess.run(["bash", str(REPO / "scripts/slurm/submit.sh"), "--wandb_log"], env=environment, check=True,
+                   capture_output=True)
+    pretrain, finetune, score = log.read_text().splitlines()
+    assert "STAGES=pretrain FEATS=c z" in pretrain and "--array 0-1" in pretrain and pretrain.endswith("--wandb_log")
+    assert "STAGES=finetune" in finetune and "aftercorr:100" in finetune
+    assert "afterok:101" in score and "score.sh" in score
+
+
+@pytest.mark.parametrize("file", sorted((REPO / "scripts/accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_reads_the_configuration(file):
+    """By accelerate's own reader, which refuses unknown keys."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(file))
+    assert config.mixed_precision == "no"
+    assert set(yaml.safe_load(file.read_text())) <= set(vars(config))
