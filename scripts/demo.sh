@@ -15,7 +15,7 @@ hidden=(--hidden_dim 384)
 network=("${hidden[@]}" --n_blocks 2 --prior_depth 2 --batch_size 70 --num_workers 0)
 scale=300 strength=0.4  # the paper's 300000 belongs to 512 pixels: the gradient of 64 is larger
 images=("${hidden[@]}" --sd_model "$SD" --clip_model "$CLIP" --batch_size 50 --num_inference_steps 25 --cfg_scale 5
-    --guidance_strength "$strength")
+    --strength 0.6 --guidance_strength "$strength")
 scripts=$REPO/scripts
 
 # Run one stage and keep its seconds; a stage that found its results made keeps the time of making them.
@@ -39,6 +39,9 @@ stage pretrain_g train "$g_feats" pretrain --num_epochs 2 --max_lr 1.5e-3
 stage finetune_g train "$g_feats" finetune --num_epochs 6 --max_lr 1e-3
 
 # One step of the prior: the mean of what the voxels allow, which so small a UNet draws better than a sample of it.
+stage pretrain_z train z pretrain --num_epochs 3 --max_lr 1.5e-3 --decoder_channels 32 64 128
+stage finetune_z train z finetune --num_epochs 8 --max_lr 1e-3 --decoder_channels 32 64 128
+
 stage score bash "$scripts/score.sh" "${hidden[@]}" --prior_steps 1
 stage score_shuffled bash "$scripts/score.sh" "${hidden[@]}" --prior_steps 1 --control shuffle
 

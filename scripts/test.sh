@@ -5,5 +5,6 @@ cd "$REPO"
 bash scripts/setup.sh requirements-dev.txt
 export PATH=$REPO/.venv/bin:$PATH PYTHON=$REPO/.venv/bin/python HF_HUB_OFFLINE=1 WANDB_MODE=offline
 run ruff check .
-run shellcheck -x -P SCRIPTDIR scripts/*.sh
+run shellcheck -x -P SCRIPTDIR scripts/*.sh scripts/slurm/submit.sh
+run shellcheck -x scripts/slurm/train.slurm
 run "$PYTHON" -m pytest "$@"

@@ -1,6 +1,7 @@
 """Reconstruct a subject's test images: decoded c (and z) draw them, decoded g_k steer the drawing.
 
 Reads   scores_all/subj0X/<run of c>/nsdgeneral.npy            (N, T, D)   the diffusion's condition
+        scores_all/subj0X/<run of z>/nsdgeneral.npy            (N, 4, h, w) where it starts (unless --z none)
         scores_all/subj0X/<run of g_k>/Linear-k/nsdgeneral.npy (N, T', D') guidance, one folder per layer of --feats
         each beside its image_ids.npy (N,): 0-based 73k ids, ascending, the same for all
 Writes  outputs_all/subj0X/<method>/<guidance_scale>/<guidance_strength>/%05d.png (%05d = row of the image; further
@@ -50,8 +51,8 @@ def get_parser():
     options.add_control(parser)
     parser.add_argument("--feats", type=layer_or_none, nargs="*", default=options.VISION_LAYERS, metavar="g_K",
                         help="CLIP layers that guide; none = no guidance")
-    parser.add_argument("--z", default="none", metavar="none|scores|FILE",
-                        help="latents to start from: none (pure noise), z's scores, or an .npy beside an image_ids.npy")
+    parser.add_argument("--z", default="scores", metavar="scores|none|FILE",
+                        help="latents to start from: z's scores, none (pure noise), or an .npy beside an image_ids.npy")
 
     which = parser.add_argument_group("which pictures")
     which.add_argument("--limit", type=options.whole, metavar="IMAGES", help="the first so many test images")
@@ -174,6 +175,9 @@ def read_scores(paths, args):
         files["z"] = folder_of("z") / "nsdgeneral.npy" if args.z == "scores" else Path(args.z)
     scores, image_ids = {}, None
     for feat, file in files.items():
+        if feat == "z" and not file.exists():
+            raise utils.UserError(f"{file}: no decoded latents; score z (bash scripts/score.sh), or start from noise: "
+                                  "--z none")
         ids, scores[feat] = utils.load_scores(file.parent, file.stem)
         image_ids = ids if image_ids is None else image_ids
         if not np.array_equal(ids, image_ids):

@@ -21,7 +21,7 @@ from models import BrainModel
 
 
 def get_parser():
-    return training.get_brain_parser(__doc__)
+    return training.get_parser(__doc__)
 
 
 def main(argv=None):

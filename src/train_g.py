@@ -21,7 +21,7 @@ from models import BrainModel
 
 
 def get_parser():
-    parser = training.get_brain_parser(__doc__)
+    parser = training.get_parser(__doc__)
     parser.add_argument("--feat", type=options.vision_layer, nargs="+", default=options.VISION_LAYERS, metavar="g_K",
                         help="layers, one after another")
     return parser

@@ -22,7 +22,7 @@ from models import LatentModel
 
 def get_parser():
     parser = training.get_parser(__doc__)
-    parser.add_argument("--clip_scale", type=float, default=0.1, metavar="W", help="weight of the contrast")
+    parser.set_defaults(clip_scale=0.1)  # beside an L1 loss of about one
     parser.add_argument("--decoder_channels", type=options.whole, nargs=3, default=[64, 128, 256], metavar="N",
                         help="widths of the VAE decoder, last level first; multiples of 32")
     return parser

@@ -47,6 +47,8 @@ def get_parser(doc):
                          help="ridge: the linear baseline, fitted at once to --subj's repeat-averaged responses")
     network.add_argument("--n_blocks", type=options.whole, default=4, metavar="N", help="residual MLP blocks")
     network.add_argument("--dropout", type=float, default=0.15, metavar="P")
+    network.add_argument("--prior_depth", type=options.whole, default=6, metavar="N",
+                         help="layers of the diffusion prior (c and g; z has none)")
     network.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                          help="torch.compile the network: slow to start, faster on a GPU")
     optimum = parser.add_argument_group("optimisation")
@@ -54,6 +56,9 @@ def get_parser(doc):
                          help="over all subjects and all processes")
     optimum.add_argument("--num_epochs", type=options.whole, default=30, metavar="N")
     optimum.add_argument("--max_lr", type=float, default=3e-4, metavar="LR", help="peak of the one-cycle schedule")
+    optimum.add_argument("--clip_scale", type=float, default=1.0, metavar="W", help="weight of the contrast")
+    optimum.add_argument("--prior_scale", type=float, default=30.0, metavar="W",
+                         help="weight of the prior's MSE (c and g)")
     optimum.add_argument("--mixup_pct", type=float, default=0.33, metavar="FRACTION", help="of the epochs, with MixCo")
     optimum.add_argument("--val_fraction", type=float, default=0.05, metavar="FRACTION", help="of the training images")
     keeping = parser.add_argument_group("keeping")
@@ -62,15 +67,6 @@ def get_parser(doc):
                          help="continue the run if its folder holds a checkpoint")
     keeping.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="start it again")
     keeping.add_argument("--num_workers", type=options.whole, default=2, metavar="N", help="data loader processes")
-    return parser
-
-
-def get_brain_parser(doc):
-    """The flags of c and g: contrast and diffusion prior."""
-    parser = get_parser(doc)
-    parser.add_argument("--prior_depth", type=options.whole, default=6, metavar="N", help="layers of the prior")
-    parser.add_argument("--clip_scale", type=float, default=1.0, metavar="W", help="weight of the contrast")
-    parser.add_argument("--prior_scale", type=float, default=30.0, metavar="W", help="weight of the prior's MSE")
     return parser
 
 

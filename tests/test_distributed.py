@@ -76,8 +76,8 @@ def launch(paths, config, stop_at=None):
     processes = {"ddp": 2, "zero2": 1}[config]
     program = [SRC / "train_c.py"] if stop_at is None else [Path(__file__).parent / "tiny_runs.py", stop_at]
     accelerate = Path(sys.executable).parent / "accelerate"
-    command = [accelerate, "launch", "--config_file", REPO / f"scripts/accelerate/{config}.yaml", "--num_processes", processes, *program,
-               *flags_of(paths, *SCIENCE)]
+    command = [accelerate, "launch", "--config_file", REPO / f"scripts/accelerate/{config}.yaml", "--num_processes",
+               processes, *program, *flags_of(paths, *SCIENCE)]
     result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode == 0) == (stop_at is None), result.stdout + result.stderr
     assert {"ddp": "; 2 processes, cpu", "zero2": "; DeepSpeed, 1 process, cpu"}[config] in result.stdout

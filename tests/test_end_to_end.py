@@ -17,7 +17,7 @@ SMALL = ["--hidden_dim", "32", "--n_blocks", "1", "--prior_depth", "1", "--batch
 
 def script(name, root, *flags, check=True, **knobs):
     """Run scripts/NAME.sh from a foreign directory, as a user would; returns the finished process."""
-    knobs = {"FEATS": "c g_2 g_6", **knobs}
+    knobs = {"FEATS": "c z g_2 g_6", **knobs}
     result = subprocess.run(["bash", str(REPO / f"scripts/{name}.sh"), *map(str, flags)], cwd=root.parent, text=True,
                             capture_output=True, check=False, env={**os.environ, "ROOT": str(root), **knobs})
     assert not check or result.returncode == 0, result.stdout + result.stderr
@@ -31,7 +31,8 @@ def root(tmp_path_factory):
     root.mkdir()
     subprocess.run([os.environ.get("PYTHON", "python3"), REPO / "demo/make_mini_nsd.py", "--size", "small",
                     "--root", root], check=True, capture_output=True)
-    script("features", root, "--sd_model", SD, "--clip_model", CLIP, "--feats", "c", "g_2", "g_6")
+    script("features", root, "--sd_model", SD, "--clip_model", CLIP, "--feats", "c", "z", "g_2", "g_6",
+           "g_12")
     script("train", root, *SMALL, "--num_epochs", 1, "--num_sessions", 2)
     script("score", root, "--hidden_dim", 32, "--num_sessions", 2)
     return root

@@ -62,7 +62,8 @@ def write_set(folder, pictures, samples=1):
     for row, picture in zip(rows, pictures, strict=True):
         Image.fromarray(picture).save(folder / row["file"])
     utils.save_csv(folder / "index.csv", rows)
-    config = {"subj": "subj01", "hidden_dim": 1024, "num_sessions": 40, "control": None}
+    config = {"subj": "subj01", "hidden_dim": 1024, "num_sessions": 40, "tag": "", "run": "finetune", "head": None,
+              "control": None}
     utils.save_json(folder / "config.json", config)
     return folder
 

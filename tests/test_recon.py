@@ -29,14 +29,14 @@ def root(tmp_path):
 
 
 def score_folder(root, feat, control=None):
-    run = utils.run_name("finetune", "subj01", feat, 1024)
-    return utils.Paths(root, root).scores("subj01", run, feat, control)
+    name = utils.run_name("finetune", "subj01", feat, 1024) + (f"_{control}" if control else "")
+    return utils.Paths(root, root).scores("subj01", name, feat)
 
 
 def run(root, models, *flags):
     """Run recon and return its exit status."""
     words = ["--root", root, "--sd_model", models[0], "--clip_model", models[1], "--num_inference_steps", 4,
-             "--feats", "g_2", "g_4", "--device", "cpu", "--batch_size", 2, *flags]
+             "--feats", "g_2", "g_4", "--device", "cpu", "--batch_size", 2, "--z", "none", *flags]
     return utils.run_cli(recon.main, [str(word) for word in words])
 
 
@@ -190,7 +190,8 @@ def test_scores_of_other_ids_are_refused(root, models, capsys):
     (("--guidance_strength", 1.5), "--guidance_strength 1.5"),
     (("--sd_model", "nowhere_to_be_found/"), "--sd_model nowhere_to_be_found/"),
     (("--subj", 2), "scores not found"),
-    (("--z", "missing.npy"), "missing.npy"),
+    (("--z", "missing.npy"), "missing.npy: no decoded latents"),
+    (("--run", "scratch"), "scratch_subj01_40sess_ext1_c_1024_mlp"),
     (("--root", "nowhere"), "--root nowhere"),
 ])
 def test_mistakes_give_one_line_and_exit_2(root, models, flags, message, capsys):

@@ -16,6 +16,8 @@ import utils
     (("pretrain", "subj01", "g_2", 1024), "multisubject_subj01_ext1_g_2_1024"),
     (("finetune", "subj01", "z", 1024, 40), "pretrained_subj01_40sess_ext1_z_1024"),
     (("finetune", "subj05", "c", 512, 1), "pretrained_subj05_1sess_ext1_c_512_mlp"),
+    (("scratch", "subj05", "g_2", 512, 40, "v2"), "scratch_subj05_40sess_ext1_g_2_512_v2"),
+    (("ridge", "subj01", "c", 1024, 1), "ridge_subj01_1sess_ext1_c"),
 ])
 def test_run_names(arguments, name):
     assert utils.run_name(*arguments) == name
@@ -24,7 +26,7 @@ def test_run_names(arguments, name):
 def test_paths_on_disk(tmp_path):
     paths = utils.Paths(tmp_path, tmp_path / "MindEyeV2/mindeyev2")
     assert paths.scores("subj01", "run", "g_12") == tmp_path / "scores_all/subj01/run/Linear-12"
-    assert paths.scores("subj01", "run", "c", "shuffle") == tmp_path / "scores_all/subj01/run_shuffle"
+    assert paths.scores("subj01", "run_shuffle", "c") == tmp_path / "scores_all/subj01/run_shuffle"
     assert paths.images("subj01", "cp_4096_v1", 3e5, 0.2) == tmp_path / "outputs_all/subj01/cp_4096_v1/300000/0.2"
     assert paths.images("subj01", "cp_4096_v1", 0.0, 0.2) == tmp_path / "outputs_all/subj01/cp_4096_v1/0/0"
 

@@ -13,8 +13,8 @@ import utils
 from tiny_nsd import N_IMAGES, write_tiny_nsd
 
 SRC = Path(__file__).resolve().parent.parent / "src"
-SMALL = ["--hidden_dim", "8", "--n_blocks", "1", "--batch_size", "6", "--num_workers", "0", "--device", "cpu",
-         "--num_sessions", "3", "--val_fraction", "0.2"]
+SMALL = ["--hidden_dim", "8", "--n_blocks", "1", "--prior_depth", "1", "--batch_size", "6", "--num_workers", "0",
+         "--device", "cpu", "--num_sessions", "3", "--val_fraction", "0.2"]
 SHAPES = {"c": (3, 6), "g_2": (2, 4), "g_12": (5, 4), "z": (4, 8, 8)}
 SCRATCH = "scratch_subj01_3sess_ext1_c_8_mlp"
 PRETRAINED, FINETUNED = "multisubject_subj01_ext1_c_8_mlp", "pretrained_subj01_3sess_ext1_c_8_mlp"
@@ -31,15 +31,14 @@ def write_world(root):
     return paths
 
 
-def flags_of(paths, *flags, script=train_c):
+def flags_of(paths, *flags):
     """Command line of a small training."""
-    small = SMALL if script.__name__ == "train_z" else [*SMALL, "--prior_depth", "1"]
-    return [*small, "--root", str(paths.root), *map(str, flags)]
+    return [*SMALL, "--root", str(paths.root), *map(str, flags)]
 
 
 def train(paths, *flags, script=train_c):
     """Train in this process; returns the exit status."""
-    return utils.run_cli(script.main, flags_of(paths, *flags, script=script))
+    return utils.run_cli(script.main, flags_of(paths, *flags))
 
 
 def checkpoint(paths, run=SCRATCH, file="last.pth"):
