@@ -10,6 +10,7 @@ read -ra FEATS <<<"${FEATS:-c z g_2 g_4 g_6 g_8 g_10 g_12}"
 read -ra STAGES <<<"${STAGES:-pretrain finetune}"
 read -ra LAUNCH <<<"${LAUNCH:-}"
 [[ -n ${PYTHON:-} ]] || { [[ -x $REPO/.venv/bin/python ]] && PYTHON=$REPO/.venv/bin/python || PYTHON=python3; }
+[[ $PYTHON != */* ]] || export PATH=${PYTHON%/*}:$PATH # LAUNCH="accelerate launch ..." finds its own accelerate
 [[ ${#LAUNCH[@]} -gt 0 ]] || LAUNCH=("$PYTHON")
 
 # Flags of every stage, and of the stages that can log to W&B. (Never empty: bash 3 takes an empty array for unset.)

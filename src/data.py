@@ -7,6 +7,7 @@ converted here (`check_against_expdesign`) and nowhere else.
 import io
 import os
 import tarfile
+import zipfile
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -154,8 +155,7 @@ def load_trials(paths, subj, split, num_sessions=None):
     """
     folder = paths.data_path / "wds" / subj / {"train": "train", "test": "new_test"}[split]
     shards = _session_shards(folder, subj, num_sessions) if split == "train" else [folder / "0.tar"]
-    bar = tqdm(shards, desc=f"{subj} {split} trials", unit="tar", delay=2, leave=False)
-    behav = np.concatenate([_read_shard(shard) for shard in bar])  # (trials, 17)
+    behav = np.concatenate(_read_shards(folder, shards, f"{subj} {split} trials"))  # (trials, 17)
     trials = pd.DataFrame({
         "subject": subj,
         "session": behav[:, BEHAV_SESSION].astype(np.int64),
@@ -184,9 +184,38 @@ def _session_shards(folder, subj, num_sessions):
     return [folder / f"{number}.tar" for number in numbers[:wanted]]
 
 
+def _read_shards(folder, shards, what):
+    """Behaviour of each shard, [(trials, 17)]; kept in `folder` for the next start, since unpacking takes a minute.
+
+    What is kept counts as long as the shard has the size and the time it had then. A folder that can not be written to
+    is read again every time.
+    """
+    kept = folder / ".behaviour.npz"
+    known = {}
+    try:
+        with np.load(kept, allow_pickle=False) as file:
+            known = dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        pass
+    found, fresh = [], False
+    for shard in tqdm(shards, desc=f"{what}, read once", unit="tar", delay=2, leave=False):
+        stat = utils.require(shard, "shard", "download it (README, data), or check --data_path and --subj").stat()
+        name = f"{shard.name} {stat.st_size} {stat.st_mtime_ns}"
+        if name not in known:
+            known[name], fresh = _read_shard(shard), True
+        found.append(known[name])
+    if fresh:
+        current = {name: behav for name, behav in known.items() if (folder / name.split()[0]).exists()}
+        try:
+            with utils.atomic_path(kept) as temporary, open(temporary, "wb") as file:
+                np.savez_compressed(file, **current)
+        except OSError:
+            pass
+    return found
+
+
 def _read_shard(path):
     """Behaviour of every trial in one tar, (trials, 17) float64."""
-    utils.require(path, "shard", "download it (README, data), or check --data_path and --subj")
     hint = "delete it and download it again"
     try:
         if not _is_whole_tar(path):

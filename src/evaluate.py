@@ -48,6 +48,7 @@ def get_parser():
     options.add_paths(parser)
     options.add_subject(parser)
     options.add_run(parser)
+    options.add_scored_run(parser)
     options.add_control(parser)
     options.add_guidance_folder(parser)
     parser.add_argument("--images", metavar="DIR",

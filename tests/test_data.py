@@ -1,6 +1,7 @@
 """data.py against files read the plain way, and every way in which they can be wrong."""
 
 import json
+import os
 import pickle
 
 import h5py
@@ -494,3 +495,22 @@ def test_noise_has_the_voxels_mean_and_spread():
     np.testing.assert_allclose(noise.mean(0), betas.mean(0), atol=0.4)
     np.testing.assert_allclose(noise.std(0), betas.std(0), rtol=0.05)
     assert abs(np.corrcoef(noise[:, 1], betas[:, 1])[0, 1]) < 0.1
+
+
+def test_shards_are_unpacked_once(nsd, monkeypatch):
+    paths, _ = nsd
+    first = data.load_trials(paths, "subj01", "train", 2)
+    read, unpacked = data._read_shard, []
+    monkeypatch.setattr(data, "_read_shard", lambda path: (unpacked.append(path.name), read(path))[1])
+    pd.testing.assert_frame_equal(data.load_trials(paths, "subj01", "train", 2), first)
+    assert unpacked == []
+    everything = data.load_trials(paths, "subj01", "train")
+    assert unpacked == ["2.tar"] and everything[:len(first)].equals(first)
+    shard = paths.data_path / "wds/subj01/train/1.tar"
+    os.utime(shard, ns=(0, 0))  # another file of the same name
+    pd.testing.assert_frame_equal(data.load_trials(paths, "subj01", "train"), everything)
+    assert unpacked == ["2.tar", "1.tar"]
+    kept = shard.with_name(".behaviour.npz")
+    kept.write_bytes(b"damaged")
+    pd.testing.assert_frame_equal(data.load_trials(paths, "subj01", "train"), everything)
+    assert len(np.load(kept)) == 3

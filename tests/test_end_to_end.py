@@ -76,6 +76,29 @@ def test_recon_and_evaluate(root):
     assert min(Image.open(folder / "contact_sheet.png").size) > 64
 
 
+def test_another_subject_few_sessions_and_the_other_ways_to_a_score(root):
+    flags = ["--hidden_dim", 32, "--num_sessions", 1]
+    knobs = {"FEATS": "c z", "SUBJ": "3"}
+    script("train", root, *SMALL, "--num_epochs", 1, "--num_sessions", 1, **knobs, STAGES="pretrain finetune ridge")
+    for run in ("finetune", "pretrain", "ridge"):
+        script("score", root, *flags, "--run", run, **knobs)
+    folder = root / "scores_all/subj03"
+    names = ["pretrained_subj03_1sess_ext1_{}_32{}", "multisubject_subj03_ext1_{}_32{}_adapt1sess",
+             "ridge_subj03_1sess_ext1_{}"]
+    for name in names:
+        c, z = (np.load(folder / name.format(*feat) / "nsdgeneral.npy") for feat in (("c", "_mlp"), ("z", "")))
+        assert c.shape[1:] == (20, 64) and z.shape[1:] == (4, 16, 16) and len(c) == len(z)
+
+
+def test_a_launcher_trains_with_two_processes(root):
+    """From a foreign directory, with the configuration for several GPUs, on the CPU."""
+    launch = f"accelerate launch --config_file {REPO}/scripts/accelerate/ddp.yaml --num_processes 2"
+    result = script("train", root, *SMALL, "--num_epochs", 1, "--tag", "two", FEATS="g_2", STAGES="scratch", LAUNCH=launch,
+                    OMP_NUM_THREADS="1")
+    assert "; 2 processes, cpu" in result.stdout
+    assert (root / "train_logs/scratch_subj01_40sess_ext1_g_2_32_two/last.pth").exists()
+
+
 def test_train_again_reuses_the_run(root):
     checkpoint = root / "train_logs/multisubject_subj01_ext1_c_32_mlp/last.pth"
     before = checkpoint.stat().st_mtime_ns
