@@ -42,7 +42,8 @@ N_IMAGES, TRIALS = 73000, 750  # trials per session
 def get_parser():
     parser = options.Parser(__doc__)
     parser.add_argument("--feats", nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
-    parser.add_argument("--steps", type=options.whole, default=12, metavar="N", help="measured pairs of steps")
+    parser.add_argument("--steps", type=options.whole, default=5, metavar="N",
+                        help="in a block; two blocks from files, two from memory")
     parser.add_argument("--batch_size", type=options.whole, default=42, metavar="TRIALS")
     parser.add_argument("--num_workers", type=options.whole, default=2, metavar="N")
     parser.add_argument("--subjects", type=options.whole, nargs="+", default=list(VOXELS), metavar="2..8")
@@ -128,7 +129,7 @@ def measure(args, paths, feat, imports):
     run = training.open_run(train_args, feat)
     lap("shards, later")
     model = BrainModel(run.n_voxels, train_args.hidden_dim, *run.shapes["target"])
-    model.standardise(*run.target_statistics)
+    model.standardise(run.target_statistics[0], 1.0)  # the files' zeros do not vary
     team, objective = run.team, BrainObjective()
     optimizer = torch.optim.AdamW(training.weight_decay_groups(model), 3e-4, fused=team.device.type == "cuda")
     net = team.prepare(model, optimizer, train_args.batch_size)
@@ -152,29 +153,35 @@ def measure(args, paths, feat, imports):
     first_step = seconds_of.pop("that step itself")
     kept = sum(p.numel() * 4 * 4 for p in model.parameters())  # weights, gradients, two moments: float32
     kept = kept if team.device.type == "cpu" else 0
+    resident = anonymous()
     reset_peak()
-    step(in_memory(item))  # network and activations alone
-    activations = peak_anonymous() - kept - anonymous_before
+    step(in_memory(item))
+    activations = peak_anonymous() - resident
     reset_peak()
-    seconds = {"files": 0.0, "memory": 0.0}
-    waited = 0.0
-    for _ in tqdm(range(args.steps), desc=feat, unit="pair"):
-        start = time.perf_counter()
-        item = next(steps)
-        waited += time.perf_counter() - start
-        step(item)
-        synchronise(team.device)
-        seconds["files"] += time.perf_counter() - start
-        copy = in_memory(item)  # the same batch: batches differ in size
-        start = time.perf_counter()
-        step(copy)
-        synchronise(team.device)
-        seconds["memory"] += time.perf_counter() - start
-    peak = peak_anonymous() - kept - anonymous_before
+    seconds, waited, n = {"files": 0.0, "memory": 0.0}, 0.0, 0
+    for _ in range(2):  # blocks of both, taking turns: while one runs, the other's batches are not being read
+        for _ in range(4 * args.num_workers):
+            next(steps)  # what was read ahead in the other's time
+        batches = []
+        for _ in tqdm(range(args.steps), desc=f"{feat} from files", unit="step"):
+            start = time.perf_counter()
+            item = next(steps)
+            waited += time.perf_counter() - start
+            step(item)
+            synchronise(team.device)
+            seconds["files"] += time.perf_counter() - start
+            n += len(item["image_ids"])
+            batches.append(item)
+        peak = peak_anonymous() - kept - anonymous_before
+        for item in map(in_memory, batches):
+            start = time.perf_counter()
+            step(item)
+            synchronise(team.device)
+            seconds["memory"] += time.perf_counter() - start
+        reset_peak()
     parameters = sum(p.numel() for p in model.parameters())
-    n = args.steps * len(item["image_ids"])
     print(f"""
-{feat}: {parameters / 1e6:.0f} M parameters, batch {len(item["image_ids"])}, {team.device}, {team.precision}
+{feat}: {parameters / 1e6:.0f} M parameters, batch {args.batch_size}, {team.device}, {team.precision}
   samples/s                        {n / seconds["files"]:10.1f}
   waiting for data                 {100 * waited / seconds["files"]:10.2f} %      (wanted <= 3)
   speed / fed from memory          {seconds["memory"] / seconds["files"]:10.3f}        (wanted >= .97)
@@ -187,8 +194,11 @@ def measure(args, paths, feat, imports):
 
 
 def in_memory(item):
-    """A batch that is not shared with a loader's worker."""
-    return {**item, **{key: {name: rows.clone() for name, rows in item[key].items()} for key in ("voxels", "targets")}}
+    """A batch that no loader's worker shares."""
+    def copy(rows):
+        return rows.clone().pin_memory() if torch.cuda.is_available() else rows.clone()
+
+    return {**item, **{key: {name: copy(rows) for name, rows in item[key].items()} for key in ("voxels", "targets")}}
 
 
 def synchronise(device):

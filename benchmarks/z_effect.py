@@ -25,7 +25,8 @@ import utils
 from judge import read_attributes
 
 METHOD = "without_z"
-SETTINGS = ("hidden_dim", "num_sessions", "tag", "run", "sd_model", "clip_model", "num_inference_steps", "cfg_scale",
+SETTINGS = ("hidden_dim", "num_sessions", "tag", "run", "head", "control", "dtype", "sd_model",
+            "clip_model", "num_inference_steps", "cfg_scale",
             "guidance_scale", "guidance_strength", "guidance_rule", "guidance_grad", "guidance_x0", "seed")
 
 
@@ -44,7 +45,7 @@ def main(argv=None):
     config = utils.load_json(with_z / "config.json", "settings of the reconstructions", "make them with recon.py first")
     flags = ["--root", args.root, "--subj", config["subj"], "--batch_size", str(args.batch_size), "--z", "none"]
     flags += ["--feats", *(config["feats"] or ["none"])]
-    flags += [word for name in SETTINGS if name in config for word in (f"--{name}", str(config[name]))]
+    flags += [word for name in SETTINGS if config.get(name) is not None for word in (f"--{name}", str(config[name]))]
     recon.main([*flags, "--method", METHOD])
     paths = utils.Paths.from_args(args)
     guidance = (config.get(name, 0) for name in ("guidance_scale", "guidance_strength"))

@@ -344,7 +344,8 @@ class EpochBatches(torch.utils.data.Dataset):
             raise utils.UserError(f"--batch_size {batch_size}: fewer than the {len(tables)} subjects; raise it")
         for subj, table in tables.items():
             if table.empty:
-                raise utils.UserError(f"{subj}: no trials to train on; check --num_sessions and the wds folder")
+                raise utils.UserError(f"{subj}: no trials to train on or to validate with; check --num_sessions, "
+                                      "--val_fraction and the wds folder")
         if share * len(tables) < size:
             raise utils.UserError(f"--batch_size {batch_size}: fewer trials than the {size} processes; raise it")
         self.rank, self.size = rank, size

@@ -115,7 +115,8 @@ class Team:
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
             config["train_micro_batch_size_per_gpu"] = -(-batch_size // self.size)
             config["gradient_clipping"] = 0.0  # or DeepSpeed clips to a norm of one, and trains something else
-            # autocast, as everywhere else here, instead of a network whose weights are bf16
+            # autocast, as everywhere else here, instead of a network whose weights are bf16; DeepSpeed then also sums
+            # the gradients of its matrix products in bf16
             if self.precision != torch.float32:
                 config["torch_autocast"] = {"enabled": True, "dtype": str(self.precision).removeprefix("torch.")}
             self.net, wrapper = self.accelerator.prepare(self.net, optimizer)
@@ -171,7 +172,10 @@ class Team:
 
             inner = self.optimizer.optimizer  # AdamW, or DeepSpeed's own, which counts in integers
             for flat in self.optimizer.single_partition_of_fp32_groups:
-                step = torch.tensor(float(saved["step"])) if isinstance(inner, torch.optim.AdamW) else saved["step"]
+                device = flat.device if inner.defaults.get("fused") else "cpu"
+                step = saved["step"]
+                if isinstance(inner, torch.optim.AdamW):
+                    step = torch.tensor(float(step), device=device)
                 inner.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
             self._link_moments()
             for name, p in named:
@@ -206,5 +210,5 @@ def pick_precision(name, device):
     if name == "auto":
         if device.type == "cpu":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return dtypes[name]

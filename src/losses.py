@@ -208,7 +208,8 @@ class LatentObjective:
 def latent_ssim(latents, target):
     """Mean SSIM of latents (B, C, h, w) taken as images, the range of values being six of the target's deviations."""
     window = min(7, *(size - 1 + size % 2 for size in target.shape[-2:]))  # odd, and not wider than the latent
-    return ssim(latents, target, data_range=float(6 * target.std()), win_size=window)
+    with torch.autocast(target.device.type, enabled=False):  # it subtracts squares that are nearly equal
+        return ssim(latents.float(), target.float(), data_range=float(6 * target.std()), win_size=window)
 
 
 OBJECTIVES = {"brain": BrainObjective, "latent": LatentObjective}  # by the kind of network (models.build_model)

@@ -7,6 +7,9 @@ import sys
 
 import utils
 
+# sessions each subject was scanned in: what --num_sessions means when it is not given
+SESSIONS = {"subj01": 40, "subj02": 40, "subj03": 32, "subj04": 30,
+            "subj05": 40, "subj06": 32, "subj07": 40, "subj08": 30}
 VISION_LAYERS = ["g_2", "g_4", "g_6", "g_8", "g_10", "g_12"]  # NeuralDiffuser's: blocks 1-6 of CLIP ViT-B/32
 
 
@@ -26,6 +29,8 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         words = [word if not word.startswith("--") else _underscored(word) for word in words]
         parsed = super().parse_args(words, namespace)
+        if "num_sessions" in parsed and parsed.num_sessions is None:
+            parsed.num_sessions = SESSIONS[parsed.subj]
         if parsed.dry_run:
             print(json.dumps(vars(parsed), indent=1, default=str))
             self.exit(0)
@@ -89,8 +94,8 @@ def add_subject(parser):
 def add_run(parser):
     """Flags that, with the subject and the feature, name a run."""
     parser.add_argument("--hidden_dim", type=whole, default=1024, metavar="UNITS", help="width of the shared space")
-    parser.add_argument("--num_sessions", type=whole, default=40, metavar="SESSIONS",
-                        help="training sessions of --subj")
+    parser.add_argument("--num_sessions", type=whole, metavar="SESSIONS",
+                        help="training sessions of --subj, the first so many (all: 40, 32 or 30, by subject)")
     parser.add_argument("--tag", type=tag, default="", metavar="NAME",
                         help="appended to the run's name, so that variants lie side by side")
 

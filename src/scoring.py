@@ -89,8 +89,11 @@ def open_source(args, feat, **settings):
         model = build_model(state["model_args"])
         model.load_state_dict(state["model"])
         subj = args.subj if head == "own" else head
-        if state["n_voxels"].get(subj) != test.betas.shape[1]:
-            raise utils.UserError(f"{checkpoint}: its voxel encoder of {subj} takes {state['n_voxels'].get(subj)} "
+        if subj not in state["n_voxels"]:
+            raise utils.UserError(f"--head {subj}: {checkpoint} has voxel encoders of {', '.join(state['n_voxels'])}; "
+                                  "give one of them, or adapt")
+        if state["n_voxels"][subj] != test.betas.shape[1]:
+            raise utils.UserError(f"{checkpoint}: its voxel encoder of {subj} takes {state['n_voxels'][subj]} "
                                   f"voxels, the betas of {args.subj} have {test.betas.shape[1]}; use --head adapt, or "
                                   f"fine-tune on {args.subj}")
     model.eval().to(utils.pick_device(args.device))
@@ -102,7 +105,8 @@ def adapt(args, paths, feat, run, state, checkpoint_hash):
 
     The run's own objective and settings, --adapt_epochs long; fitted again only when checkpoint or flags changed.
     """
-    if state["model_args"]["kind"] == "ridge":
+    kind = state["model_args"]["kind"]
+    if kind == "ridge":
         raise utils.UserError("--head adapt: a ridge has no shared network; fit one: --model ridge")
     name = f"{run}/head_{args.subj}_{args.num_sessions}sess"
     config = {"run": name, "feat": feat, "num_epochs": args.adapt_epochs, "num_sessions": args.num_sessions,
@@ -116,16 +120,15 @@ def adapt(args, paths, feat, run, state, checkpoint_hash):
         last.unlink()
     train_args = argparse.Namespace(**flags)
     team = Team.assemble(args.device)
-    further = {"tokens": "g_12"} if state["model_args"]["kind"] == "latent" else {}
+    further = {"tokens": "g_12"} if kind == "latent" else {}
     fitted = training.gather_run(train_args, paths, feat, name, config, team, [args.subj], args.num_sessions, None,
                                  further)
     model = build_model({**state["model_args"], "n_voxels": fitted.n_voxels})
     load_trunk(model, state["model"])
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(key.startswith("voxelenc."))
-    objective = OBJECTIVES[state["model_args"]["kind"]](
-        **{key: state["config"][key] for key in ("clip_scale", "prior_scale", "mixup_pct") if key in state["config"]})
-    training.fit(fitted, model, objective)
+    scales = ("clip_scale", "mixup_pct") + (("prior_scale",) if kind == "brain" else ())
+    training.fit(fitted, model, OBJECTIVES[kind](**{key: state["config"][key] for key in scales}))
     return model
 
 

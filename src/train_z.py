@@ -32,7 +32,7 @@ def main(argv=None):
     args = get_parser().parse_args(argv)
     if any(width < 32 or width % 32 for width in args.decoder_channels):
         raise utils.UserError(f"--decoder_channels {args.decoder_channels}: wanted multiples of 32")
-    run = training.open_run(args, "z", tokens="g_12")
+    run = training.open_run(args, "z", **({} if args.model == "ridge" else {"tokens": "g_12"}))
     if run is None:
         return
     if args.model == "ridge":

@@ -5,6 +5,8 @@ and hands the three to `fit`. `fit_ridge` is the linear baseline on the same run
 """
 
 import argparse
+import os
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -25,6 +27,7 @@ from models import RidgeModel, load_trunk
 
 RIDGE_ALPHAS = np.logspace(-1, 7, 17)  # each target picks its own; betas are z-scored, so these suit any subject
 RIDGE_COLUMNS = 2048  # targets solved at once: bounds the memory
+HOW_ADAMW_RUNS = {"params", "fused", "foreach", "capturable", "differentiable"}  # not what it computes
 STEPS_BETWEEN_VOTES = 20  # how often several processes ask each other whether to stop
 
 
@@ -102,9 +105,7 @@ def open_run(args, feat, **further):
     training images; the test trials are never opened here.
     """
     utils.check_tracking(args.wandb_log)
-    for name in ("num_epochs", "ckpt_every", "batch_size"):
-        if getattr(args, name) < 1:
-            raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
+    check_flags(args)
     if args.multi_subject and args.multisubject_ckpt:
         raise utils.UserError("--multi_subject and --multisubject_ckpt: pretraining and fine-tuning are two runs; "
                               "give one of the two")
@@ -114,8 +115,9 @@ def open_run(args, feat, **further):
     stage = "pretrain" if args.multi_subject else "finetune" if args.multisubject_ckpt else "scratch"
     stage = "ridge" if args.model == "ridge" else stage
     name = utils.run_name(stage, args.subj, feat, args.hidden_dim, args.num_sessions, args.tag)
-    config = {key: value for key, value in vars(args).items() if key not in NOT_SCIENCE}
-    config |= {"feat": feat, "stage": stage, "run": name}
+    config = settings_of(args, stage) | {"feat": feat, "run": name}
+    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        args.overwrite = False  # a requeued job goes on with what it began
     team = Team.assemble(args.device, args.precision)
     if finished(paths.run(name), config, args):
         team.print(f"{name}: finished before, kept (--overwrite trains it again)")
@@ -123,8 +125,10 @@ def open_run(args, feat, **further):
 
     pretrained = None
     if stage == "finetune":
-        auto = args.multisubject_ckpt == "auto"
-        source = utils.run_name("pretrain", args.subj, feat, args.hidden_dim) if auto else args.multisubject_ckpt
+        source = args.multisubject_ckpt
+        if source == "auto":  # of the same tag where there is one
+            names = [utils.run_name("pretrain", args.subj, feat, args.hidden_dim, tag=tag) for tag in (args.tag, "")]
+            source = next((name for name in names if (paths.run(name) / "last.pth").exists()), names[-1])
         pretrained = utils.require(paths.run(source) / "last.pth", "--multisubject_ckpt: the pretrained run",
                                    "pretrain first (bash scripts/train.sh runs both stages)")
 
@@ -134,6 +138,29 @@ def open_run(args, feat, **further):
         raise utils.UserError(f"{paths.data_path}: no subject but {args.subj} has betas; --multi_subject needs others")
     num_sessions = None if args.multi_subject else args.num_sessions
     return gather_run(args, paths, feat, name, config, team, subjects, num_sessions, pretrained, further)
+
+
+def check_flags(args):
+    for name in ("num_epochs", "ckpt_every", "batch_size", "hidden_dim", "n_blocks", "prior_depth"):
+        if getattr(args, name) < 1:
+            raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
+    for name in ("dropout", "mixup_pct", "val_fraction"):
+        if not 0 <= getattr(args, name) <= 1 or (name == "dropout" and args.dropout == 1):
+            raise utils.UserError(f"--{name} {getattr(args, name):g}: wanted a fraction from 0 to 1")
+    if not args.max_lr > 0:
+        raise utils.UserError(f"--max_lr {args.max_lr:g}: wanted more than 0")
+    if args.num_workers < 0:
+        raise utils.UserError(f"--num_workers {args.num_workers}: wanted 0 or more")
+
+
+def settings_of(args, stage):
+    """What decides the result of a run: the flags without how it is run, and without those that its stage ignores."""
+    config = {key: value for key, value in vars(args).items() if key not in NOT_SCIENCE}
+    if stage == "pretrain":
+        del config["num_sessions"]
+    if stage == "ridge":
+        config = {key: config[key] for key in ("subj", "num_sessions", "seed", "model", "val_fraction")}
+    return config | {"stage": stage}
 
 
 def gather_run(args, paths, feat, name, config, team, subjects, num_sessions, pretrained, further):
@@ -191,7 +218,7 @@ def fit(run, model, objective):
     """Train `model` on `run`, one epoch after the other; leave last.pth, best.pth, metrics.jsonl, config.json behind.
 
     objective(model, batch, progress, generator, team) -> (scalar loss, {name: scalar tensor}); `batch` holds "voxels"
-    {subject: (b, V)}, "target" (B, ...) and "image_ids" (B,) on the device, progress = epoch / epochs in [0, 1).
+    {subject: (b, V)} and "target" (B, ...) on the device and "image_ids" (B,), progress = epoch / epochs in [0, 1).
     objective.judge names the validation value whose minimum is best.pth.
 
     Every step draws from (seed, epoch, step) alone, so a run that is resumed, after an epoch or in the middle of one,
@@ -205,8 +232,11 @@ def fit(run, model, objective):
         team.print(f"{run.name}: {len(copied)} tensors copied from {run.pretrained.parent.name} "
                    f"({', '.join(sorted({key.split('.')[0] for key in copied}))}); the voxel encoder starts anew")
     last, state = run.folder / "last.pth", None
-    if args.resume and last.exists():
+    if args.resume and not args.overwrite and last.exists():
         state = utils.load_checkpoint(last)
+        if state["n_voxels"] != run.n_voxels:
+            raise utils.UserError(f"{last}: was trained on {state['n_voxels']} (voxels), found {run.n_voxels}; put the "
+                                  "same betas there, or --overwrite to train it again")
         model.load_state_dict(state["model"])
     model.to(team.device)
     optimizer = torch.optim.AdamW(weight_decay_groups(model), lr=args.max_lr, fused=team.device.type == "cuda")
@@ -226,7 +256,7 @@ def fit(run, model, objective):
     tracker = start_records(run, epoch)
 
     def save():
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        groups = [{key: group[key] for key in group.keys() - HOW_ADAMW_RUNS} for group in optimizer.param_groups]
         state = {"model": model.state_dict(), "model_args": model.model_args, "optimizer": team.optimizer_state(),
                  "schedule": {"clock": schedule.state_dict(), "groups": groups},
                  "epoch": epoch, "step": step, "sums": sums, "best": best,
@@ -259,10 +289,11 @@ def fit(run, model, objective):
                 raise utils.UserError(f"the loss became NaN in epoch {epoch + 1}; the last checkpoint is intact")
             if stopping or (step == 0 and (epoch % args.ckpt_every == 0 or epoch == args.num_epochs)):
                 save()
-            if stopping and epoch < args.num_epochs:
+            if stopping:
                 tracker.finish()
-                raise utils.Interrupted(f"{last} holds epoch {epoch}, step {step}; the same command with --resume goes "
-                                        "on from there", stop.received or 15)
+                team.any(False)  # nobody leaves while the main process writes: launchers end all when one ends
+                raise utils.Interrupted(f"{last} holds epoch {epoch}, step {step}; run it again with --resume to go on",
+                                        stop.received or signal.SIGTERM)
     tracker.finish()
 
 
@@ -272,6 +303,10 @@ def check_pretrained(run, source):
     if found != run.feat:
         raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: is of {found}, wanted {run.feat}; "
                               f"give the run that pretrained {run.feat}, or `auto`")
+    wanted = source["config"]["num_epochs"]
+    if source["epoch"] < wanted:
+        raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: {source['epoch']} of {wanted} epochs "
+                              "are done; finish it first (the same command with --resume)")
     seen = [subj for subj in run.n_voxels if subj in source["n_voxels"]]
     if seen:
         raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: has seen {seen[0]}, wanted a run "
@@ -361,8 +396,6 @@ def make_loader(batches, num_workers, team):
 
 
 def ignore_signals(worker):
-    import signal
-
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -405,9 +438,9 @@ def math_attention(device):
 
 
 def weight_decay_groups(model, weight_decay=1e-2):
-    """AdamW parameter groups: no decay on biases and normalisation gains (all parameters of one dimension)."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    free = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    """AdamW parameter groups: no decay on biases (of any shape) and on normalisation gains (of one dimension)."""
+    named = [(p, p.ndim > 1 and not name.endswith("bias")) for name, p in model.named_parameters() if p.requires_grad]
+    decayed, free = ([p for p, decays in named if decays is wanted] for wanted in (True, False))
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 

@@ -239,8 +239,10 @@ def file_hash(path):
 def git_commit():
     """The repository's commit, or None outside git."""
     command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git here
+        return None
 
 
 # --- scores ------------------------------------------------------------------------------------------------------
@@ -248,6 +250,7 @@ def git_commit():
 
 def save_scores(folder, image_ids, arrays, config):
     """Write `arrays` {file stem: (N, ...)} as float32 beside image_ids.npy and config.json (DESIGN section 3)."""
+    (folder / "config.json").unlink(missing_ok=True)  # which would describe other scores until all are there
     for stem, array in arrays.items():
         assert len(array) == len(image_ids), f"{stem}: {len(array)} rows for {len(image_ids)} ids"
         save_npy(folder / f"{stem}.npy", np.asarray(array, np.float32))
@@ -337,25 +340,39 @@ class Tracker:
         check_tracking(wandb_log)
         self.file = Path(folder) / "metrics.jsonl"
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        rows = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
-        kept = [row for row in rows if resume_after is not None and json.loads(row)["step"] <= resume_after]
         with atomic_path(self.file) as temporary:
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(self._rows_until(resume_after)))
         self.wandb_run = None
         if wandb_log:
             import wandb
 
             try:
-                self.wandb_run = wandb.init(project=wandb_project, id=name, name=name, config=config, resume="allow",
-                                            dir=str(folder), settings=wandb.Settings(init_timeout=120))
+                self.wandb_run = wandb.init(project=wandb_project, id=name, name=name, config=config,
+                                            resume="allow" if resume_after else None, dir=str(folder),
+                                            settings=wandb.Settings(init_timeout=120, finish_timeout=300))
             except wandb.Error as error:
                 raise UserError(f"--wandb_log: W&B could not start ({str(error).splitlines()[0]}); run `wandb login "
                                 "--relogin`, or set WANDB_MODE=offline") from None
 
+    def _rows_until(self, step):
+        """The rows of metrics.jsonl up to a step; what a full disk or a kill left half-written ends them."""
+        if step is None or not self.file.exists():
+            return
+        for row in self.file.read_text().splitlines(keepends=True):
+            try:
+                if json.loads(row)["step"] <= step:
+                    yield row
+            except json.JSONDecodeError:
+                return
+
     def log(self, metrics, step):
         """Append one row of scalars."""
-        with open(self.file, "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        try:
+            with open(self.file, "a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.file}: could not be written ({error.strerror}); the last checkpoint is intact: "
+                            "make room and use --resume") from None
         self._to_wandb(lambda run: run.log(metrics, step=step))
 
     def log_images(self, key, images, captions, step=None):

@@ -93,10 +93,10 @@ def test_another_subject_few_sessions_and_the_other_ways_to_a_score(root):
 def test_a_launcher_trains_with_two_processes(root):
     """From a foreign directory, with the configuration for several GPUs, on the CPU."""
     launch = f"accelerate launch --config_file {REPO}/scripts/accelerate/ddp.yaml --num_processes 2"
-    result = script("train", root, *SMALL, "--num_epochs", 1, "--tag", "two", FEATS="g_2", STAGES="scratch", LAUNCH=launch,
-                    OMP_NUM_THREADS="1")
+    result = script("train", root, *SMALL, "--num_epochs", 1, "--num_sessions", 2, "--tag", "two", FEATS="g_2",
+                    STAGES="scratch", LAUNCH=launch, OMP_NUM_THREADS="1")
     assert "; 2 processes, cpu" in result.stdout
-    assert (root / "train_logs/scratch_subj01_40sess_ext1_g_2_32_two/last.pth").exists()
+    assert (root / "train_logs/scratch_subj01_2sess_ext1_g_2_32_two/last.pth").exists()
 
 
 def test_train_again_reuses_the_run(root):

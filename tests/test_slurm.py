@@ -23,6 +23,10 @@ def slurm(tmp_path):
     log = tmp_path / "calls.txt"
     for name in ("sbatch", "scontrol", "srun"):
         lines = ["#!/usr/bin/env bash", f'echo "{name} STAGES=${{STAGES:-}} FEATS=${{FEATS:-}} $*" >>"{log}"']
+        if name == "srun":  # on one of the machines
+            lines.append('shift; SLURM_NODEID=1 "$@"')
+        if name == "scontrol":
+            lines.append('[[ $1 != show ]] || echo node1')
         if name == "sbatch":
             lines.append(f'echo $((99 + $(grep -c ^sbatch "{log}")))')
         (commands / name).write_text("\n".join(lines) + "\n")
@@ -72,26 +76,48 @@ def test_a_job_that_fails_is_not_queued_again(tmp_path, slurm):
     assert not log.exists()
 
 
-def test_several_machines_get_one_rank_each(tmp_path, slurm):
-    environment, log = slurm
+@pytest.fixture
+def accelerate(tmp_path):
+    """A stand-in that writes down its arguments."""
+    folder = tmp_path / "venv"
+    folder.mkdir()
+    (folder / "python").symlink_to(sys.executable)
+    (folder / "accelerate").write_text(f'#!/usr/bin/env bash\necho "$*" >>"{tmp_path}/launched.txt"\n')
+    (folder / "accelerate").chmod(0o755)
+    return folder / "python", tmp_path / "launched.txt"
+
+
+def test_several_machines_get_one_rank_each(tmp_path, slurm, accelerate):
+    environment, _ = slurm
     environment |= {"STAGES": "pretrain", "FEATS": "c", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4",
-                    "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "12345"}
+                    "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "12345", "PYTHON": str(accelerate[0])}
     subprocess.run(["bash", str(REPO / "scripts/slurm/train.slurm"), "--batch_size", "336"], env=environment,
                    cwd=tmp_path, check=True, capture_output=True)
-    (call,) = [line for line in log.read_text().splitlines() if line.startswith("srun")]
-    assert "--num_machines 2 --num_processes 8" in call and "--main_process_port 32345" in call
-    assert '--machine_rank $SLURM_NODEID' in call and call.endswith("train.sh --batch_size 336")
+    (call,) = accelerate[1].read_text().splitlines()
+    assert "--num_machines 2 --num_processes 8 --main_process_ip node1" in call
+    assert "--main_process_port 32345 --machine_rank 1" in call
+    assert "multi_node.yaml" in call and "train_c.py --multi_subject" in call and call.endswith("--batch_size 336")
+
+
+def test_a_users_launcher_is_used(tmp_path, slurm, accelerate):
+    environment, _ = slurm
+    environment |= {"STAGES": "pretrain", "FEATS": "c", "LAUNCH": "accelerate launch --config_file x.yaml",
+                    "PYTHON": str(accelerate[0])}
+    subprocess.run(["bash", str(REPO / "scripts/slurm/train.slurm")], env=environment, cwd=tmp_path, check=True,
+                   capture_output=True)
+    assert accelerate[1].read_text().startswith("launch --config_file x.yaml")
 
 
 def test_stages_wait_for_each_other(slurm):
     environment, log = slurm
     environment |= {"SUBJ": "2", "FEATS": "c z"}
-    subprocess.run(["bash", str(REPO / "scripts/slurm/submit.sh"), "--wandb_log"], env=environment, check=True,
-                   capture_output=True)
+    subprocess.run(["bash", str(REPO / "scripts/slurm/submit.sh"), "--wandb_log", "--tag", "a"], env=environment,
+                   check=True, capture_output=True)
     pretrain, finetune, score = log.read_text().splitlines()
-    assert "STAGES=pretrain FEATS=c z" in pretrain and "--array 0-1" in pretrain and pretrain.endswith("--wandb_log")
+    assert "STAGES=pretrain FEATS=c z" in pretrain and "--array 0-1" in pretrain
+    assert pretrain.endswith("train.slurm --wandb_log --tag a")
     assert "STAGES=finetune" in finetune and "aftercorr:100" in finetune
-    assert "afterok:101" in score and "score.sh" in score
+    assert "afterok:101" in score and score.endswith("score.sh --tag a")
 
 
 @pytest.mark.parametrize("file", sorted((REPO / "scripts/accelerate").glob("*.yaml")), ids=lambda file: file.stem)

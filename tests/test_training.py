@@ -124,26 +124,51 @@ def test_best_is_the_epoch_of_the_lowest_validation_loss(paths):
     assert best["epoch"] == 1 + int(np.argmin(values)) and best["best"] == min(values)
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(paths, capsys, monkeypatch):
+@pytest.mark.parametrize(("limit", "file"), [(1000, "metrics.jsonl"), (5000, "last.pth")])
+def test_a_full_disk_leaves_the_old_checkpoint(paths, capsys, monkeypatch, limit, file):
     call, limits = BrainObjective.__call__, resource.getrlimit(resource.RLIMIT_FSIZE)
     steps = iter(range(1, 10**6))
 
     def fill_the_disk(self, model, *args):
         if model.training and next(steps) == 9:  # in the third epoch
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         return call(self, model, *args)
 
     monkeypatch.setattr(BrainObjective, "__call__", fill_the_disk)
-    monkeypatch.setattr(training.utils.Tracker, "log", lambda *args, **kwargs: None)
+    monkeypatch.setattr(BrainObjective, "judge", "fwd_pct_correct")  # no best.pth in that epoch
     try:
         assert train(paths, "--num_epochs", 4) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "could not be written" in error and "intact" in error
+    assert f"{file}: could not be written" in error and "intact" in error
     assert checkpoint(paths)["epoch"] == 2
     assert not [file for file in paths.run(SCRATCH).iterdir() if file.name.endswith(".tmp")]
     assert train(paths, "--num_epochs", 4, "--resume") == 0
+    assert [row["step"] for row in records(paths)] == [1, 2, 3, 4]
+
+
+def test_overwrite_starts_anew_even_when_told_to_resume(paths, stopping, monkeypatch):
+    """train.sh always says --resume; a job that SLURM queued again goes on with what it had begun."""
+    stopping(6)
+    assert train(paths, "--num_epochs", 3) == 143
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert train(paths, "--num_epochs", 3, "--resume", "--overwrite") == 0
+    assert checkpoint(paths)["optimizer"]["step"] == 12
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    assert train(paths, "--num_epochs", 1, "--n_blocks", 2, "--resume", "--overwrite") == 0
+    assert checkpoint(paths)["epoch"] == 1 and len(records(paths)) == 1
+
+
+def test_other_betas_are_refused_on_resume(paths, capsys, stopping):
+    stopping(2)
+    assert train(paths, "--multi_subject", "--num_epochs", 1) == 143
+    with h5py.File(paths.betas("subj02"), "r+") as file:
+        betas = file["betas"][:, :3]
+        del file["betas"]
+        file["betas"] = betas
+    assert train(paths, "--multi_subject", "--num_epochs", 1, "--resume") == 2
+    assert "{'subj02': 5} (voxels), found {'subj02': 3}" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_needs_the_users_word_and_a_finished_one_is_kept(paths, capsys, stopping):
@@ -176,10 +201,35 @@ def test_finetuning_starts_from_the_pretrained_trunk_and_a_new_head(paths, capsy
     assert after["voxelenc.linears.0.weight"].shape == (8, N_VOXELS["subj01"])
 
 
-def test_few_sessions_are_the_first_ones(paths):
+def test_few_sessions_are_the_first_ones(paths, monkeypatch):
+    opened = []
+    monkeypatch.setattr(training, "fit", lambda run, *rest: opened.append(run))
     assert train(paths, "--num_epochs", 1, "--num_sessions", 1) == 0
-    trials = data.load_trials(paths, "subj01", "train", 1)
-    assert set(trials["session"]) == {1} and checkpoint(paths, SCRATCH.replace("3sess", "1sess"))["epoch"] == 1
+    tables = opened[0].tables
+    assert {session for part in tables.values() for session in part["subj01"]["session"]} == {1}
+
+
+def test_pretraining_is_the_same_run_for_any_number_of_sessions(paths, capsys):
+    """train.sh gives --num_sessions to both stages."""
+    assert train(paths, "--multi_subject", "--num_epochs", 1) == 0
+    assert train(paths, "--multi_subject", "--num_epochs", 1, "--num_sessions", 1) == 0
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_auto_prefers_the_pretraining_of_the_same_tag(paths, capsys):
+    assert train(paths, "--multi_subject", "--num_epochs", 1) == 0
+    assert train(paths, "--multisubject_ckpt", "auto", "--num_epochs", 1, "--tag", "a") == 0
+    assert f"copied from {PRETRAINED} " in capsys.readouterr().out
+    assert train(paths, "--multi_subject", "--num_epochs", 1, "--tag", "a") == 0
+    assert train(paths, "--multisubject_ckpt", "auto", "--num_epochs", 1, "--tag", "a", "--overwrite") == 0
+    assert f"copied from {PRETRAINED}_a " in capsys.readouterr().out
+
+
+def test_an_unfinished_pretraining_is_refused(paths, capsys, stopping):
+    stopping(2)
+    assert train(paths, "--multi_subject", "--num_epochs", 3) == 143
+    assert train(paths, "--multisubject_ckpt", "auto", "--num_epochs", 1) == 2
+    assert "0 of 3 epochs are done" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("script", "loss", "flags"), [
@@ -214,8 +264,8 @@ def test_no_weight_decay_on_biases_and_norms():
     decayed, free = training.weight_decay_groups(model)
     names = {id(p): name for name, p in model.named_parameters()}
     assert len(decayed["params"]) + len(free["params"]) == len(names)
-    assert all("bias" in names[id(p)] or "norm" in names[id(p)] or p.ndim == 1 for p in free["params"])
-    assert not any(names[id(p)].endswith(".bias") for p in decayed["params"])
+    expected = {name for name, p in model.named_parameters() if "bias" in name or p.ndim == 1}
+    assert {names[id(p)] for p in free["params"]} == expected and "prior.net.offset_bias" in expected
     assert (decayed["weight_decay"], free["weight_decay"]) == (1e-2, 0.0)
 
 
@@ -253,6 +303,9 @@ def test_ridge_is_scikit_learns(paths, script, feat, monkeypatch):
     (["--batch_size", 0], "--batch_size 0"),
     (["--num_epochs", 0], "--num_epochs 0"),
     (["--ckpt_every", 0], "--ckpt_every 0"),
+    (["--max_lr", -1], "--max_lr -1"),
+    (["--dropout", 2], "--dropout 2"),
+    (["--num_workers", -1], "--num_workers -1"),
     (["--val_fraction", 1], "no trials to train on"),
     (["--model", "ridge", "--multi_subject"], "--model ridge"),
 ])

@@ -95,8 +95,18 @@ def test_flags(capsys):
         assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("subj", "sessions"), [(1, 40), (3, 32), (4, 30), (8, 30)])
+def test_all_sessions_of_the_subject_are_the_default(subj, sessions):
+    parser = options.Parser("doc")
+    options.add_subject(parser)
+    options.add_run(parser)
+    assert parser.parse_args(["--subj", str(subj)]).num_sessions == sessions
+    assert parser.parse_args(["--subj", str(subj), "--num_sessions", "2"]).num_sessions == 2
+
+
 def test_dry_run_prints_and_stops(capsys):
     parser = options.Parser("doc")
+    options.add_subject(parser)
     options.add_run(parser)
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(["--dry_run", "--hidden_dim", "2e3"])

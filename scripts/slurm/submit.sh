@@ -6,18 +6,28 @@
 source "$(dirname "$0")/../common.sh"
 cd "$REPO" # (strict mode: common.sh)
 export SUBJ
-feats="${FEATS[*]}"
+feats="${FEATS[*]}" launch=""
+[[ ${LAUNCH[*]} == "$PYTHON" ]] || launch=${LAUNCH[*]}
+# the scores need those flags that name a run
+named=()
+words=("$@")
+for i in "${!words[@]}"; do
+    case ${words[i]} in
+        --hidden_dim | --num_sessions | --tag | --data_path) named+=("${words[i]}" "${words[i + 1]}") ;;
+        --hidden_dim=* | --num_sessions=* | --tag=* | --data_path=*) named+=("${words[i]}") ;;
+    esac
+done
 # Queue one stage: queue STAGE [flags of sbatch] -- [flags of the training]
 queue() {
     local stage=$1 options=()
     shift
     while [[ $1 != -- ]]; do options+=("$1"); shift; done
     shift
-    env STAGES="$stage" FEATS="$feats" sbatch --parsable --array "0-$((${#FEATS[@]} - 1))" "${options[@]}" \
+    env STAGES="$stage" FEATS="$feats" LAUNCH="$launch" sbatch --parsable --array "0-$((${#FEATS[@]} - 1))" "${options[@]}" \
         scripts/slurm/train.slurm "$@"
 }
 pretrain=$(queue pretrain --job-name pretrain -- "$@")
 finetune=$(queue finetune --job-name finetune --dependency "aftercorr:$pretrain" -- "$@")
 score=$(env FEATS="$feats" sbatch --parsable --dependency "afterok:$finetune" --gres gpu:1 --cpus-per-task 8 --mem 48G \
-    --time 1:00:00 --job-name score --wrap "bash scripts/score.sh")
+    --time 1:00:00 --job-name score --wrap "bash scripts/score.sh${named[*]:+ ${named[*]}}")
 echo "pretraining $pretrain, fine-tuning $finetune, scores $score; squeue --me shows them"
