@@ -37,11 +37,10 @@ stage pretrain_c train c pretrain --num_epochs 5 --max_lr 1.5e-3
 stage finetune_c train c finetune --num_epochs 10 --max_lr 1e-3
 stage pretrain_g train "$g_feats" pretrain --num_epochs 2 --max_lr 1.5e-3
 stage finetune_g train "$g_feats" finetune --num_epochs 6 --max_lr 1e-3
-
-# One step of the prior: the mean of what the voxels allow, which so small a UNet draws better than a sample of it.
 stage pretrain_z train z pretrain --num_epochs 3 --max_lr 1.5e-3 --decoder_channels 32 64 128
 stage finetune_z train z finetune --num_epochs 8 --max_lr 1e-3 --decoder_channels 32 64 128
 
+# One step of the prior: the mean of what the voxels allow, which so small a UNet draws better than a sample of it.
 stage score bash "$scripts/score.sh" "${hidden[@]}" --prior_steps 1
 stage score_shuffled bash "$scripts/score.sh" "${hidden[@]}" --prior_steps 1 --control shuffle
 
