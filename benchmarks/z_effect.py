@@ -3,7 +3,7 @@
     python benchmarks/z_effect.py --root demo --clip demo/models/clip --with_z DIR
 
 --with_z: a folder of reconstructions that recon.py made with --z scores, evaluated (the demo's is
-outputs_all/subj01/cp_4096_v1/300/0.4). Draws the same images from pure noise (--z none; its own --method) with the
+outputs_all/subj01/cp_4096_v1/300/0.4). Draws the same images from pure noise (--z none, <method>_without_z) with the
 settings in that folder's config.json, evaluates them, and prints for each metric both values and the difference with
 its 95 % interval: bootstrap over images, pairs kept together.
 """
@@ -24,7 +24,6 @@ import recon
 import utils
 from judge import read_attributes
 
-METHOD = "without_z"
 SETTINGS = ("hidden_dim", "num_sessions", "tag", "run", "head", "control", "dtype", "sd_model",
             "clip_model", "num_inference_steps", "cfg_scale",
             "guidance_scale", "guidance_strength", "guidance_rule", "guidance_grad", "guidance_x0", "seed")
@@ -43,13 +42,14 @@ def main(argv=None):
     args = get_parser().parse_args(argv)
     with_z = Path(args.with_z).resolve()
     config = utils.load_json(with_z / "config.json", "settings of the reconstructions", "make them with recon.py first")
+    method = f"{config['method']}_without_z"
     flags = ["--root", args.root, "--subj", config["subj"], "--batch_size", str(args.batch_size), "--z", "none"]
     flags += ["--feats", *(config["feats"] or ["none"])]
     flags += [word for name in SETTINGS if config.get(name) is not None for word in (f"--{name}", str(config[name]))]
-    recon.main([*flags, "--method", METHOD])
+    recon.main([*flags, "--method", method])
     paths = utils.Paths.from_args(args)
     guidance = (config.get(name, 0) for name in ("guidance_scale", "guidance_strength"))
-    without_z = paths.images(config["subj"], METHOD, *guidance)
+    without_z = paths.images(config["subj"], method, *guidance)
     evaluate.main(["--root", args.root, "--images", str(without_z), "--eval_clip", args.clip])
 
     attributes = paths.root / "demo_attributes.json"

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,6 +96,15 @@ class Run:
     target_statistics: tuple  # mean (T, D) and standard deviation of the training images' targets
     pretrained: object  # checkpoint file of the pretraining run, or None
 
+    def say(self, text, show=True):
+        """Keep a line in the run's log.txt, and print it unless the progress bar shows the same."""
+        if self.team.is_main:
+            if show:
+                print(f"{self.name}: {text}", flush=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError), open(self.folder / "log.txt", "a") as file:  # a full disk: metrics.jsonl reports it
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
 
 def open_run(args, feat, **further):
     """Read what a run needs, before any work: trials, betas, targets, and the state of its folder.
@@ -175,13 +184,14 @@ def gather_run(args, paths, feat, name, config, team, subjects, num_sessions, pr
                for part in tables.values()]
     n_voxels = {subj: betas[subj].shape[1] for subj in subjects}
     shapes = {key: rows.row_shape for key, rows in targets.items()}
-    n_train, n_val = (sum(map(len, part.values())) for part in tables.values())
-    team.print(f"{name}: {n_train} training and {n_val} validation trials of {', '.join(subjects)}; "
-               f"target {feat} {shapes['target']}; {team}")
     utils.seed_everything(utils.derive_seed(args.seed, 0))  # the script draws its network's weights next
     statistics = target_statistics(targets["target"], tables["train"], args.seed)
-    return Run(name, feat, paths.run(name), config, args, team, tables, *loaders, n_voxels, shapes, statistics,
-               pretrained)
+    run = Run(name, feat, paths.run(name), config, args, team, tables, *loaders, n_voxels, shapes, statistics,
+              pretrained)
+    n_train, n_val = (sum(map(len, part.values())) for part in tables.values())
+    run.say(f"{n_train} training and {n_val} validation trials of {', '.join(subjects)}; target {feat} "
+            f"{shapes['target']}; {team}")
+    return run
 
 
 def target_statistics(target, tables, seed, n=2000):
@@ -229,8 +239,8 @@ def fit(run, model, objective):
         source = utils.load_checkpoint(run.pretrained)
         check_pretrained(run, source)
         copied = load_trunk(model, source["model"])
-        team.print(f"{run.name}: {len(copied)} tensors copied from {run.pretrained.parent.name} "
-                   f"({', '.join(sorted({key.split('.')[0] for key in copied}))}); the voxel encoder starts anew")
+        run.say(f"{len(copied)} tensors copied from {run.pretrained.parent.name} "
+                f"({', '.join(sorted({key.split('.')[0] for key in copied}))}); the voxel encoder starts anew")
     last, state = run.folder / "last.pth", None
     if args.resume and not args.overwrite and last.exists():
         state = utils.load_checkpoint(last)
@@ -251,18 +261,20 @@ def fit(run, model, objective):
         for group, saved in zip(optimizer.param_groups, state["schedule"]["groups"], strict=True):
             group.update(saved)
         epoch, step, sums, best = (state[key] for key in ("epoch", "step", "sums", "best"))
-        team.print(f"{run.name}: resumed after epoch {epoch}" + f", step {step}" * (step > 0))
+        run.say(f"resumed after epoch {epoch}" + f", step {step}" * (step > 0))
         del state
     tracker = start_records(run, epoch)
 
-    def save():
-        groups = [{key: group[key] for key in group.keys() - HOW_ADAMW_RUNS} for group in optimizer.param_groups]
-        state = {"model": model.state_dict(), "model_args": model.model_args, "optimizer": team.optimizer_state(),
-                 "schedule": {"clock": schedule.state_dict(), "groups": groups},
-                 "epoch": epoch, "step": step, "sums": sums, "best": best,
-                 "config": run.config, "subjects": list(run.n_voxels), "n_voxels": run.n_voxels}
+    def save(file, **more):
         if team.is_main:
-            utils.save_checkpoint(last, state)
+            utils.save_checkpoint(run.folder / file, {
+                "model": model.state_dict(), "model_args": model.model_args, "epoch": epoch, "best": best,
+                "config": run.config, "subjects": list(run.n_voxels), "n_voxels": run.n_voxels, **more})
+
+    def save_last():
+        groups = [{key: group[key] for key in group.keys() - HOW_ADAMW_RUNS} for group in optimizer.param_groups]
+        save("last.pth", optimizer=team.optimizer_state(), schedule={"clock": schedule.state_dict(), "groups": groups},
+             step=step, sums=sums)
 
     loader = make_loader(run.train, args.num_workers, team)
     with utils.StopSignals() as stop, progress_bar(run, epoch, step) as bar:
@@ -277,18 +289,16 @@ def fit(run, model, objective):
                 epoch, step, sums = epoch + 1, 0, {}
                 tracker.log(logs, step=epoch)
                 bar.set_postfix(loss=f"{logs['train/loss']:.3f}", val=f"{logs['val/loss']:.3f}")
+                run.say(f"epoch {epoch} of {args.num_epochs}: loss {logs['train/loss']:.4f}, "
+                        f"validation {logs['val/loss']:.4f}", show=False)
                 if logs[f"val/{objective.judge}"] < best:
                     best = logs[f"val/{objective.judge}"]
-                    if team.is_main:
-                        utils.save_checkpoint(run.folder / "best.pth", {
-                            "model": model.state_dict(), "model_args": model.model_args, "epoch": epoch,
-                            "best": best, "config": run.config, "subjects": list(run.n_voxels),
-                            "n_voxels": run.n_voxels})
+                    save("best.pth")
             stopping = team.any(stop.received is not None)
             if stopping and not np.isfinite(float(sums.get("loss", 0))):
                 raise utils.UserError(f"the loss became NaN in epoch {epoch + 1}; the last checkpoint is intact")
             if stopping or (step == 0 and (epoch % args.ckpt_every == 0 or epoch == args.num_epochs)):
-                save()
+                save_last()
             if stopping:
                 tracker.finish()
                 team.any(False)  # nobody leaves while the main process writes: launchers end all when one ends

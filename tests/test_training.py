@@ -118,6 +118,16 @@ def test_checkpoints_come_every_so_many_epochs_and_at_the_end(paths, monkeypatch
         i + 1 for i, value in enumerate(values) if value < min(values[:i], default=np.inf)]
 
 
+def test_the_log_tells_what_happened(paths, stopping):
+    stopping(6)
+    assert train(paths, "--num_epochs", 3) == 143
+    assert train(paths, "--num_epochs", 3, "--resume") == 0
+    log = (paths.run(SCRATCH) / "log.txt").read_text()
+    assert log.count("24 training and 6 validation trials of subj01") == 2  # the run was opened twice
+    for words in ("epoch 1 of 3: loss", "resumed after epoch 1, step 2", "epoch 3 of 3: loss"):
+        assert log.count(words) == 1
+
+
 def test_best_is_the_epoch_of_the_lowest_validation_loss(paths):
     assert train(paths, "--num_epochs", 6, "--max_lr", 0.03) == 0
     best, values = checkpoint(paths, file="best.pth"), [row["val/loss_prior"] for row in records(paths)]
