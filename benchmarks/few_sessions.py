@@ -25,7 +25,7 @@ import utils
 
 PRETRAINING = ["--num_epochs", "5", "--max_lr", "1.5e-3", "--batch_size", "70"]
 FEW = ["--num_epochs", "150", "--max_lr", "1e-3", "--batch_size", "20"]
-MANY = ["--num_epochs", "10", "--max_lr", "1e-3", "--batch_size", "70"]
+MANY = ["--num_epochs", "30", "--max_lr", "1e-3", "--batch_size", "70"]
 
 
 def get_parser():
