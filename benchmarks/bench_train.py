@@ -158,33 +158,41 @@ def measure(args, paths, feat, imports):
     step(in_memory(item))
     activations = peak_anonymous() - resident
     reset_peak()
-    seconds, waited, n = {"files": 0.0, "memory": 0.0}, 0.0, 0
-    for _ in range(2):  # blocks of both, taking turns: while one runs, the other's batches are not being read
-        for _ in range(4 * args.num_workers):
-            next(steps)  # what was read ahead in the other's time
-        batches = []
-        for _ in tqdm(range(args.steps), desc=f"{feat} from files", unit="step"):
-            start = time.perf_counter()
-            item = next(steps)
-            waited += time.perf_counter() - start
-            step(item)
-            synchronise(team.device)
-            seconds["files"] += time.perf_counter() - start
-            n += len(item["image_ids"])
-            batches.append(item)
-        peak = peak_anonymous() - kept - anonymous_before
-        for item in map(in_memory, batches):
-            start = time.perf_counter()
-            step(item)
-            synchronise(team.device)
-            seconds["memory"] += time.perf_counter() - start
+    seconds, counts, peak = {"files": 0.0, "memory": 0.0, "waiting": 0.0}, {"files": 0, "memory": 0}, 0
+
+    def block(source, batches):
+        """Train on `steps` batches, from the files (and return them) or from memory."""
+        nonlocal peak
+        if source == "files":
+            for _ in range(4 * args.num_workers):
+                next(steps)  # what was read ahead in the other block's time
         reset_peak()
+        done = []
+        for i in tqdm(range(args.steps), desc=f"{feat} from {source}", unit="step"):
+            start = time.perf_counter()
+            item = next(steps) if source == "files" else batches[i]
+            if source == "files":
+                seconds["waiting"] += time.perf_counter() - start
+            step(item)
+            synchronise(team.device)
+            seconds[source] += time.perf_counter() - start
+            counts[source] += len(item["image_ids"])
+            done.append(item)
+        if source == "files":
+            peak = max(peak, peak_anonymous() - kept - anonymous_before)
+        return list(map(in_memory, done))
+
+    batches = block("files", None)  # A B B A: a machine that slows down in the meantime slows both
+    block("memory", batches)
+    block("memory", batches)
+    block("files", None)
+    speed = {source: counts[source] / seconds[source] for source in counts}
     parameters = sum(p.numel() for p in model.parameters())
     print(f"""
 {feat}: {parameters / 1e6:.0f} M parameters, batch {args.batch_size}, {team.device}, {team.precision}
-  samples/s                        {n / seconds["files"]:10.1f}
-  waiting for data                 {100 * waited / seconds["files"]:10.2f} %      (wanted <= 3)
-  speed / fed from memory          {seconds["memory"] / seconds["files"]:10.3f}        (wanted >= .97)
+  samples/s                        {speed["files"]:10.1f}
+  waiting for data                 {100 * seconds["waiting"] / seconds["files"]:10.2f} %      (wanted <= 3)
+  speed / fed from memory          {speed["files"] / speed["memory"]:10.3f}        (wanted >= .97)
   memory beyond network+optimizer  {peak / 1e9:10.2f} GB     of which activations of a step {activations / 1e9:.2f} GB
   without activations              {(peak - activations) / 1e9:10.2f} GB     (wanted <= 1.5)
   to the first step                {sum(seconds_of.values()):10.1f} s      (wanted <= 20): """

@@ -174,3 +174,40 @@ def test_objective_reaches_every_parameter(progress):
         assert without == []
         assert not any(value.requires_grad for value in logs.values())
     assert all(torch.equal(batch["voxels"][s], x) for s, x in voxels.items())
+
+
+class LatentStub(torch.nn.Module):
+    """Stands for LatentModel: latents and contrast tokens are the voxels themselves."""
+
+    def forward(self, voxels):
+        x = torch.cat(list(voxels.values()))
+        return x.view(-1, 4, 8, 8), x.view(-1, 16, 16)
+
+
+def test_latent_objective_is_l1_on_mixed_latents_and_a_contrast_of_patches():
+    x, target = torch.randn(2, 12, 256, generator=generator(1))
+    tokens = torch.randn(12, 17, 16, generator=generator(2))
+    batch = {"voxels": {"subj01": x[:8], "subj02": x[8:]}, "target": target.view(12, 4, 8, 8), "tokens": tokens}
+    objective, model = losses.LatentObjective(clip_scale=0.5, mixup_pct=0.33), LatentStub()
+
+    mixed, perm, betas, select = losses.mixco(batch["voxels"], generator(9))
+    mixed = torch.cat(list(mixed.values()))
+    expected_l1 = sum(float((mixed[i] - betas[i] * target[i] - (1 - betas[i]) * target[perm[i]]).abs().mean())
+                      for i in range(12)) / 12
+    contrast = losses.mixco_nce(mixed, tokens[:, 1:], 0.006, perm, betas, select)  # no class token
+    loss, logs = objective(model.train(), batch, 0.1, generator(9))
+    assert float(logs["loss_l1"]) == pytest.approx(expected_l1, rel=1e-5)
+    torch.testing.assert_close(loss, expected_l1 + 0.5 * contrast)
+    assert "ssim" not in logs
+
+    loss, logs = objective(model.eval(), batch, 0.1, generator(9))
+    assert float(logs["loss_l1"]) == pytest.approx(float((x - target).abs().mean()), rel=1e-5)
+    soft = losses.soft_clip_loss(x, tokens[:, 1:], losses.soft_temperature(0.1, 0.33))
+    torch.testing.assert_close(logs["loss_clip"], soft)
+    assert -0.2 < float(logs["ssim"]) < 0.2  # unrelated noise
+
+
+def test_ssim_of_latents_is_one_for_equal_ones_and_falls_with_noise():
+    target, noise = torch.randn(2, 3, 4, 8, 8, generator=generator(3))
+    values = [float(losses.latent_ssim(target + scale * noise, target)) for scale in (0, 0.3, 1)]
+    assert values[0] == pytest.approx(1) and values[0] > values[1] > values[2]
