@@ -70,6 +70,7 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
+    utils.check_tracking(args.wandb_log)
     paths = utils.Paths.from_args(args)
     for name in ("batch_size", "sheet_images"):
         if getattr(args, name) < 1:
