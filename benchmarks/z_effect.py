@@ -23,8 +23,9 @@ import options
 import recon
 import utils
 from judge import read_attributes
+from pictures import as_float, read_images, read_png
 
-SETTINGS = ("hidden_dim", "num_sessions", "tag", "run", "head", "control", "dtype", "sd_model",
+SETTINGS = ("hidden_dim", "num_sessions", "tag", "run", "head", "control", "precision", "sd_model",
             "clip_model", "num_inference_steps", "cfg_scale",
             "guidance_scale", "guidance_strength", "guidance_rule", "guidance_grad", "guidance_x0", "seed")
 
@@ -75,8 +76,8 @@ def read_table(folder, truths, clip):
         rows = list(csv.DictReader(source))
     table = {name: [row[name] for row in rows] for name in rows[0]}
     if truths is not None:
-        images = evaluate.read_images(folder)
-        pictures = torch.cat([evaluate.as_float(evaluate.read_png(files[0])[None]) for files in images.files])
+        images = read_images(folder)
+        pictures = torch.cat([as_float(read_png(files[0])[None]) for files in images.files])
         for name, values in read_attributes(pictures, clip).items():
             seen = [truths[i][name] for i in images.image_ids]
             table[f"right {name}"] = [value == true for value, true in zip(values, seen, strict=True)]

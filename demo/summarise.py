@@ -17,8 +17,9 @@ import torch
 import data
 import options
 import utils
-from evaluate import as_float, check_ids, read_images, read_png
+from evaluate import check_ids
 from judge import judge_images
+from pictures import as_float, read_images, read_png
 from scenes import ATTRIBUTES
 
 METRICS = ("clip_two_way", "pixcorr", "ssim")

@@ -438,13 +438,21 @@ class TestSet(NamedTuple):
     n_repeats: np.ndarray  # (N,) int64
 
 
-def load_test_set(paths, subj, control=None, seed=0):
-    """Read a subject's test set. control makes a null control of the same size and repeats (same images and ids):
+def load_test_set(paths, subj, control=None, seed=0, held_out=None):
+    """Read a subject's test set: the shared images, or the validation images that a training held out.
+
+    held_out: (num_sessions, val_fraction, seed) of that training; None is the test split.
+    control makes a null control of the same size and repeats (same images and ids):
 
     "shuffle": every response is one to another image, trials permuted; "noise": normal noise with each voxel's mean and
     standard deviation over the test trials; "mean": the mean response for every image.
     """
-    return average_repeats(open_betas(paths, subj), load_trials(paths, subj, "test"), control, seed)
+    if held_out is None:
+        trials = load_trials(paths, subj, "test")
+    else:
+        num_sessions, fraction, split_seed = held_out
+        trials = split_by_image(load_trials(paths, subj, "train", num_sessions), fraction, split_seed)[1]
+    return average_repeats(open_betas(paths, subj), trials, control, seed)
 
 
 def average_repeats(betas, trials, control=None, seed=0):

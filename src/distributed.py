@@ -1,4 +1,4 @@
-"""The processes that train together: one, or those that `accelerate launch` started (DDP, DeepSpeed ZeRO-2).
+"""The processes that work together: one, or those that `accelerate launch` started (DDP, DeepSpeed ZeRO-2).
 
 A joint batch is what one process alone would train on. Of its B rows, row j belongs to process j mod `size`: it reads
 that row, runs the network on it, and `join` puts everybody's rows together again, in the order of one process. Random
@@ -63,6 +63,11 @@ class Team:
     def print(self, *words):
         if self.is_main:
             print(*words, flush=True)
+
+    def wait(self):
+        """Until every process has come here."""
+        if self.size > 1:
+            dist.barrier()
 
     # --- rows of the joint batch ----------------------------------------------------------------------------------
 

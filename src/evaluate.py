@@ -14,12 +14,9 @@ Values of several samples of one image are averaged first. Intervals: 95 %, boot
 import argparse
 import sys
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import data
@@ -28,19 +25,12 @@ import options
 import utils
 from eval_networks import load_networks
 from gallery import contact_sheet
+from pictures import as_float, name_of, read_images, read_png
 
 SIDE = 256  # protocol: both images of a pair are first brought to this side, in pixels
 LOWER_IS_BETTER = ("clip_median_rank", "effnet_distance", "swav_distance")
 # what names the scores behind the images
-RUN_FLAGS = ("subj", "hidden_dim", "num_sessions", "tag", "run", "head", "control")
-
-
-class ImageSet(NamedTuple):
-    """The reconstructions of one folder: 73k ids (N,), ascending, and each id's files, one per sample."""
-
-    folder: Path
-    image_ids: np.ndarray
-    files: list[list[Path]]
+RUN_FLAGS = ("subj", "hidden_dim", "num_sessions", "tag", "run", "head", "control", "test_split")
 
 
 def get_parser():
@@ -112,7 +102,7 @@ def images_folder(args, paths):
     """--images, or the folder the flags name (recon.py's rules); without --guidance_scale the only one there is."""
     if args.images:
         return paths.root.joinpath(args.images)  # an absolute path stays as it is
-    method = f"{args.method}_{args.control}" if args.control else args.method
+    method = utils.images_name(vars(args))
     if args.guidance_scale is not None:
         return paths.images(args.subj, method, args.guidance_scale, args.guidance_strength)
     sets = paths.images(args.subj, method, 0, 0).parent.parent
@@ -122,21 +112,6 @@ def images_folder(args, paths):
         raise utils.UserError(f"--guidance_scale: not given, and {sets} has reconstructions of: {scales} (strength "
                               f"{args.guidance_strength:g}); name one, or reconstruct first (bash scripts/recon.sh)")
     return found[0].parent
-
-
-def read_images(folder):
-    """Read the index.csv of a folder of reconstructions; samples that not every image has are left out."""
-    index = folder / "index.csv"
-    rows = utils.load_csv(index, "the list of reconstructions", "reconstruct first (bash scripts/recon.sh)")
-    if not rows or not {"image_id", "file"} <= rows[0].keys():
-        raise utils.UserError(f"{index}: no rows with image_id and file; run recon again, which writes it")
-    files = {}
-    for row in rows:
-        files.setdefault(int(row["image_id"]), []).append(folder / row["file"])
-    ids, n_samples = sorted(files), min(map(len, files.values()))
-    if n_samples < max(map(len, files.values())):
-        print(f"{folder}: some images have more samples than others; the first {n_samples} of each are compared")
-    return ImageSet(folder, np.array(ids, np.int64), [files[i][:n_samples] for i in ids])
 
 
 def read_compared(words, paths):
@@ -149,35 +124,12 @@ def read_compared(words, paths):
     return compared
 
 
-def name_of(folder):
-    """Name a set by its folder: '.../cp_4096_v1/300000/0.2' -> 'cp_4096_v1 300000 0.2', '.../mine' -> 'mine'."""
-    parts = list(folder.parts)
-    first = len(parts) - 1
-    while first > 0 and parts[first].replace(".", "", 1).isdigit():
-        first -= 1
-    return " ".join(parts[first:])
-
-
 def check_ids(images, stimuli, paths):
     """Refuse image ids that the stimulus file does not have."""
     if images.image_ids[0] < 0 or images.image_ids[-1] >= stimuli.shape[0]:
         found = f"{images.image_ids[0]}..{images.image_ids[-1]}"
         raise utils.UserError(f"{images.folder}/index.csv: image_id {found}, wanted 0..{stimuli.shape[0] - 1} "
                               f"({paths.stimuli}); give the --root they were made with")
-
-
-def read_png(file):
-    """One picture as (H, W, 3) uint8; missing and damaged files raise UserError."""
-    try:
-        with Image.open(utils.require(file, "a reconstruction of index.csv", "run recon again")) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except OSError as error:  # PIL's error for what is no image, or a part of one
-        raise utils.UserError(f"{file}: not a readable picture ({error}); delete it and run recon again") from None
-
-
-def as_float(pictures):
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float in [0, 1]."""
-    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 255
 
 
 # --- metrics -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import utils
 # sessions each subject was scanned in: what --num_sessions means when it is not given
 SESSIONS = {"subj01": 40, "subj02": 40, "subj03": 32, "subj04": 30,
             "subj05": 40, "subj06": 32, "subj07": 40, "subj08": 30}
+VAL_FRACTION = 0.05  # of the training images, by image: for validation
 VISION_LAYERS = ["g_2", "g_4", "g_6", "g_8", "g_10", "g_12"]  # NeuralDiffuser's: blocks 1-6 of CLIP ViT-B/32
 
 
@@ -104,10 +105,13 @@ def add_scored_run(parser):
     """Flags that, with those of add_run, say which run predicts and through whose voxel encoder."""
     parser.add_argument("--run", type=run, default="finetune", metavar="STAGE[:SUBJ]",
                         help="finetune, pretrain, scratch or ridge: that run of --subj, or of another subject "
-                             "(pretrain:1 = pretrained on all but subject 1)")
+                             "(pretrain:1 = pretrained on all but subject 1); ground_truth: no run, the true features")
     parser.add_argument("--head", type=head, metavar="own|adapt|1..8",
                         help="voxel encoder: --subj's own in that run; a new one, fitted to --subj's training trials "
                              "with the rest frozen; or another subject's (default: own where there is one, else adapt)")
+    parser.add_argument("--test_split", choices=["new_test", "val"], default="new_test",
+                        help="new_test: the shared images; val: training images held out for validation, to choose "
+                             "settings on")
 
 
 def tag(text):
@@ -119,10 +123,12 @@ def tag(text):
 
 def run(text):
     """'finetune', 'pretrain:1', ... -> with the subject written subj01."""
+    if text == "ground_truth":
+        return text
     stage, colon, subj = text.partition(":")
     if stage not in ("finetune", "pretrain", "scratch", "ridge"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a run; wanted finetune, pretrain, scratch or ridge, "
-                                         "alone or with a subject, as in pretrain:1")
+                                         "alone or with a subject, as in pretrain:1, or ground_truth")
     return stage + (f":{subject(subj)}" if colon else "")
 
 

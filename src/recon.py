@@ -8,8 +8,9 @@ Writes  outputs_all/subj0X/<method>/<guidance_scale>/<guidance_strength>/%05d.pn
         samples %05d_s1.png, ...), index.csv (row, image_id, file, sample, seed) and config.json
 
 An interrupted run continues. The noise of an image depends on --seed, its id and the sample's number only, so a subset
-(--limit, --ids) or another batch size draws the same pictures. A null control (--control) gets the folder
-<method>_<control>; what is not guided lies in <method>/0/0.
+(--limit, --ids), another batch size or number of processes draws the same pictures; on a CPU, to the bit. A null
+control (--control) gets the folder <method>_<control>, true features (--run ground_truth) <method>_ground_truth,
+validation images (--test_split val) <method>_val; what is not guided lies in <method>/0/0.
 
 --guidance_rule raw adds guidance_scale (default 300000) times the gradient, as NeuralDiffuser does. With norm,
 guidance_scale is lambda (default 0.3): the share of the noise level by which a step moves its predicted image against
@@ -18,28 +19,37 @@ the gradient, at most 0.6; it needs no retuning when the loss or the model chang
     python src/recon.py --subj 1
     python src/recon.py --subj 1 --limit 10 --num_samples 4 --guidance_rule norm --guidance_scale 0.2 --method norm
     python src/recon.py --subj 1 --feats none --control shuffle
+    accelerate launch --num_processes 4 src/recon.py --subj 1      # four GPUs share the test images
 """
 
-import re
+import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import options
+import pictures
 import utils
+from distributed import Team
 from models import ClipFeatures
-from sampler import GRADS, RULES, X0S, ClipFeatureLoss, load_pipeline
+from sampler import (
+    CPU_BATCH,
+    GRADS,
+    RULES,
+    X0S,
+    ClipFeatureLoss,
+    gradient_cosine,
+    load_guidance_decoder,
+    load_pipeline,
+)
 
 DEFAULT_SCALE = {"raw": 300000.0, "norm": 0.3}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FILE_NAME = re.compile(r"(\d{5,})(?:_s(\d+))?\.png")
 # what may differ between two runs that fill one folder: it does not change any picture
 FREE_OPTIONS = ("root", "data_path", "device", "batch_size", "limit", "ids", "num_samples", "outdir", "overwrite",
-                "dry_run", "wandb_log", "wandb_project")
+                "offload", "dry_run", "wandb_log", "wandb_project")
 
 
 def get_parser():
@@ -66,19 +76,30 @@ def get_parser():
                        help="any Stable Diffusion 1.x")
     group.add_argument("--clip_model", default="openai/clip-vit-base-patch32", metavar="NAME|DIR",
                        help="the CLIP whose layers the g_k are")
+    group.add_argument("--resolution", type=options.whole, metavar="PIXELS",
+                       help="side of the picture (the model's own)")
     group.add_argument("--num_inference_steps", type=options.whole, default=50, metavar="STEPS", help="DDIM steps")
     group.add_argument("--cfg_scale", type=float, default=7.5, metavar="X", help="classifier-free guidance")
     group.add_argument("--strength", type=float, default=0.75, metavar="FRACTION",
                        help="with --z: the fraction of the steps that are run from there")
+    group.add_argument("--sag_scale", type=float, default=0.0, metavar="X",
+                       help="self-attention guidance; NeuralDiffuser's code runs 0.75 (default: off)")
     options.add_guidance_folder(parser)
     group.add_argument("--guidance_rule", choices=RULES, default="raw", help="what a gradient does (see above)")
     group.add_argument("--guidance_grad", choices=GRADS, default="xt",
                        help="differentiate through the UNet (xt) or only through the decoder (x0, cheaper)")
     group.add_argument("--guidance_x0", choices=X0S, default="cond",
                        help="the prediction the losses see: conditional, or with classifier-free guidance")
-    group.add_argument("--batch_size", type=options.whole, default=4, metavar="PICTURES")
-    group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
-                       help="of the diffusion model; auto is fp32 on a CPU, else bf16 (fp16 where there is no bf16)")
+    group.add_argument("--guidance_decoder", default="full", metavar="full|half|DIR",
+                       help="what decodes for the losses: the model's own VAE, the same at half the resolution, or an "
+                            "AutoencoderTiny (TAESD); cheaper ones print how far their gradient agrees")
+    options.add_precision(parser)
+    group.add_argument("--batch_size", type=options.whole, default=4, metavar="PICTURES",
+                       help=f"drawn at once on a GPU (a CPU takes {CPU_BATCH} latent pixels at once, always)")
+    group.add_argument("--offload", action=argparse.BooleanOptionalAction, default=False,
+                       help="keep networks in main memory while they are not needed")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                       help="torch.compile the UNet and the decoder: slower start, faster steps")
     options.add_compute(parser)
     options.add_tracking(parser)
     return parser
@@ -91,54 +112,113 @@ def layer_or_none(text):
 def main(argv=None):
     args = get_parser().parse_args(argv)
     utils.check_tracking(args.wandb_log)
+    utils.reproducible_products()
     paths = utils.Paths.from_args(args)
-    device = utils.pick_device(args.device)
-    resolve(args, device)
-    folder = output_folder(paths, args)
+    team = Team.assemble(args.device, args.precision)
+    resolve(args, team)
+    folder = Path(args.outdir).resolve() if args.outdir else paths.images(
+        args.subj, utils.images_name(vars(args)), args.guidance_scale, args.guidance_strength)
 
     scores, image_ids, hashes = read_scores(paths, args)
     rows = pick_rows(image_ids, args)
-    prepare_folder(folder, config_of(args, hashes), args.overwrite)
+    config = config_of(args, hashes)
+    pictures.check_folder(folder, config, args.overwrite)
+    team.wait()  # until everybody has looked
+    if team.is_main:
+        pictures.clear_folder(folder, config, args.overwrite)
+    team.wait()
     jobs = [(row, sample) for row in rows for sample in range(args.num_samples)]
-    missing = [job for job in jobs if not (folder / file_name(*job)).exists()]
-    print(f"{folder}: {len(jobs)} pictures wanted, {len(jobs) - len(missing)} exist")
-    if missing:
-        draw(missing, scores, image_ids, folder, device, args)
-    write_index(folder, image_ids, args.seed)
+    missing = [job for job in jobs if not pictures.is_whole(folder / pictures.file_name(*job))]
+    team.print(f"{folder}: {len(jobs)} pictures wanted, {len(jobs) - len(missing)} exist")
+    team.wait()  # until everybody has counted
+    try:
+        draw(team.take(missing), scores, image_ids, folder, team, args)
+    except torch.OutOfMemoryError:
+        raise utils.UserError(out_of_memory(args)) from None
+    team.wait()
+    if team.is_main:
+        pictures.write_index(folder, image_ids, args.seed)
 
 
-def draw(jobs, scores, image_ids, folder, device, args):
+def draw(jobs, scores, image_ids, folder, team, args):
     """Draw every (row, sample) of `jobs` and write it to `folder` as soon as its batch is done."""
-    pipe = load_pipeline(args.sd_model, device, DTYPES[args.dtype])
-    pipe.set_progress_bar_config(desc="steps", leave=False)
-    layers = [int(feat.removeprefix("g_")) for feat in args.feats]
-    clip_features = ClipFeatures.from_pretrained(args.clip_model, layers).to(device, torch.float32) if layers else None
-    tracker = utils.Tracker(folder, f"recon_{args.subj}_{args.method}", vars(args), args.wandb_log, args.wandb_project)
-    with tqdm(total=len(jobs), desc="pictures") as progress:
-        for start in range(0, len(jobs), args.batch_size):
-            batch = jobs[start:start + args.batch_size]
-            rows, samples = (list(column) for column in zip(*batch, strict=True))
-            at = {feat: torch.from_numpy(array[rows]).to(device) for feat, array in scores.items()}  # (B, ...) each
-            terms = [ClipFeatureLoss(clip_features, {k: at[f"g_{k}"] for k in layers})] if layers else []
-            images = pipe(
-                at["c"], image_ids[rows].tolist(), samples, args.seed, z=at.get("z"), strength=args.strength,
-                num_inference_steps=args.num_inference_steps, cfg_scale=args.cfg_scale, terms=terms,
-                guidance_scale=args.guidance_scale, guidance_strength=args.guidance_strength,
-                rule=args.guidance_rule, grad=args.guidance_grad, x0=args.guidance_x0)  # (B, 3, H, W)
-            if not torch.isfinite(images).all():
-                raise utils.UserError(f"--guidance_scale {args.guidance_scale:g}, --dtype {args.dtype}: the sampler "
-                                      "diverged (NaN), wanted finite pictures; lower the scale or use --dtype fp32")
-            pictures = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
-            for job, picture in zip(batch, pictures, strict=True):
-                with utils.atomic_path(folder / file_name(*job)) as temporary:
-                    Image.fromarray(picture).save(temporary, format="PNG")
+    if not jobs:
+        return
+    networks = load_networks(team, args)
+    size = rows_at_once(networks[0], scores, team.device, args)
+    name = f"recon_{args.subj}_{utils.images_name(vars(args))}"
+    tracker = utils.Tracker(folder, name, vars(args), args.wandb_log, args.wandb_project) if team.is_main else None
+    for start in tqdm(range(0, len(jobs), size), desc=f"batches of {size}", disable=not team.is_main):
+        batch = jobs[start:start + size]
+        filled = batch + [batch[-1]] * (size - len(batch)) if team.device.type == "cpu" else batch
+        images = draw_batch(filled, scores, image_ids, networks, team, args, first=start == 0)[:len(batch)]
+        if not torch.isfinite(images).all():
+            raise utils.UserError(f"--guidance_scale {args.guidance_scale:g}, --precision {args.precision}: the "
+                                  "sampler diverged (NaN), wanted finite pictures; lower the scale or use --precision "
+                                  "fp32")
+        arrays = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+        for job, array in zip(batch, arrays, strict=True):
+            pictures.save(folder, *job, array)
+        if tracker is not None:
             captions = [f"id {image_ids[row]}, sample {sample}" for row, sample in batch]
-            tracker.log_images("recon/pictures", list(pictures), captions, step=start)
-            progress.update(len(batch))
-    tracker.finish()
+            tracker.log_images("recon/pictures", list(arrays), captions, step=start)
+    if tracker is not None:
+        tracker.finish()
 
 
-def resolve(args, device):
+def load_networks(team, args):
+    """The pipeline, and for guidance the CLIP features (None without) and the decoder that the losses see."""
+    pipe = load_pipeline(args.sd_model, team.device, team.precision, args.offload, args.compile)
+    pipe.set_progress_bar_config(desc="steps", leave=False, disable=not team.is_main)
+    if not args.feats:
+        return pipe, None, None
+    clip_features = ClipFeatures.from_pretrained(args.clip_model, layers_of(args))
+    return pipe, clip_features.to(team.device, torch.float32), load_guidance_decoder(args.guidance_decoder, pipe)
+
+
+def draw_batch(jobs, scores, image_ids, networks, team, args, first):
+    """Images (B, 3, H, W) in [0, 1] of B jobs; of the first batch, how a cheaper decoder does is printed."""
+    pipe, clip_features, decoder = networks
+    rows, samples = (list(column) for column in zip(*jobs, strict=True))
+    at = {feat: torch.from_numpy(array[rows]).to(team.device) for feat, array in scores.items()}  # (B, ...) each
+    begin = dict(image_ids=image_ids[rows].tolist(), sample=samples, seed=args.seed, z=at.get("z"),
+                 strength=args.strength, resolution=args.resolution, num_inference_steps=args.num_inference_steps)
+    terms = [ClipFeatureLoss(clip_features, {k: at[f"g_{k}"] for k in layers_of(args)})] if args.feats else []
+    seen = dict(terms=terms, grad=args.guidance_grad, x0=args.guidance_x0, decoder=decoder)
+    if first and args.feats and args.guidance_decoder != "full":
+        cosine = gradient_cosine(pipe, at["c"], pipe.start(**begin), args.cfg_scale, **seen)
+        team.print(f"--guidance_decoder {args.guidance_decoder}: cosine of its gradient with the full decoder's "
+                   f"{cosine:.3f} (first step, mean of {len(rows)} pictures)")
+    return pipe(at["c"], **begin, cfg_scale=args.cfg_scale, sag_scale=args.sag_scale, **seen, rule=args.guidance_rule,
+                guidance_scale=args.guidance_scale, guidance_strength=args.guidance_strength)
+
+
+def layers_of(args):
+    """[2, 4, ...] of --feats."""
+    return [int(feat.removeprefix("g_")) for feat in args.feats]
+
+
+def rows_at_once(pipe, scores, device, args):
+    """Pictures per batch.
+
+    On a CPU the last digits of a network's output depend on the number of rows that go through it together, not on
+    which rows they are. So there it is always the same number, and what lacks at the end is filled up.
+    """
+    if device.type != "cpu":
+        return args.batch_size
+    _, height, width = pipe.latent_shape(args.resolution, scores["z"].shape[1:] if "z" in scores else None)
+    return max(1, CPU_BATCH // (height * width))
+
+
+def out_of_memory(args):
+    """What to do about a batch that does not fit."""
+    if args.batch_size > 1:
+        return f"--batch_size {args.batch_size}: does not fit the GPU; lower it (--batch_size {args.batch_size // 2})"
+    return ("--batch_size 1: does not fit the GPU; use a lower --precision, --guidance_decoder half, --guidance_grad "
+            "x0 or --offload")
+
+
+def resolve(args, team):
     """Replace what the flags leave open (None, auto, none) by what will be used; wrong values raise UserError."""
     args.feats = sorted({feat for feat in args.feats if feat}, key=lambda feat: int(feat.removeprefix("g_")))
     if args.guidance_scale is None:
@@ -153,16 +233,9 @@ def resolve(args, device):
     for name in ("batch_size", "limit", "num_samples", "num_inference_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
-    if args.dtype == "auto":
-        half = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        args.dtype = "fp32" if device.type == "cpu" else half
-
-
-def output_folder(paths, args):
-    if args.outdir:
-        return Path(args.outdir).resolve()
-    method = f"{args.method}_{args.control}" if args.control else args.method
-    return paths.images(args.subj, method, args.guidance_scale, args.guidance_strength)
+    if team.device.type == "cpu" and args.offload:
+        raise utils.UserError("--offload: there is no GPU to keep networks off; leave it out")
+    args.precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[team.precision]
 
 
 def read_scores(paths, args):
@@ -199,45 +272,12 @@ def pick_rows(image_ids, args):
     return rows[:args.limit].tolist()
 
 
-def file_name(row, sample):
-    return f"{row:05d}.png" if sample == 0 else f"{row:05d}_s{sample}.png"
-
-
 def config_of(args, hashes):
     """Everything that decides what the pictures look like, and the commit for the record."""
     decisive = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
     if not args.feats:  # what is not guided does not depend on how it would have been
         decisive = {name: value for name, value in decisive.items() if not name.startswith("guidance_")}
     return {**decisive, "score_hashes": hashes, "commit": utils.git_commit()}
-
-
-def prepare_folder(folder, config, overwrite):
-    """Make `folder` ready for pictures of `config`; raises UserError when it holds others and `overwrite` is off."""
-    pictures = [file for file in folder.glob("*.png") if FILE_NAME.fullmatch(file.name)]
-    if overwrite:
-        for file in (*pictures, folder / "index.csv", folder / "config.json"):
-            file.unlink(missing_ok=True)
-    elif (folder / "config.json").exists():
-        old = utils.load_json(folder / "config.json")
-        changed = [key for key in config if key != "commit" and config[key] != old.get(key)]
-        if changed:
-            changes = ", ".join(f"{key} {old.get(key)} -> {config[key]}" for key in changed)
-            raise utils.UserError(f"{folder}: pictures of other settings ({changes}); --overwrite them, or choose "
-                                  "another --method or --outdir")
-        return
-    elif pictures:
-        raise utils.UserError(f"{folder}: {len(pictures)} pictures without their config.json; --overwrite them, or "
-                              "choose another --method or --outdir")
-    utils.save_json(folder / "config.json", config)
-
-
-def write_index(folder, image_ids, seed):
-    """List every picture of the folder, those of earlier runs too."""
-    found = sorted((int(match[1]), int(match[2] or 0)) for file in folder.iterdir()
-                   if (match := FILE_NAME.fullmatch(file.name)))
-    utils.save_csv(folder / "index.csv", [
-        {"row": row, "image_id": image_ids[row], "file": file_name(row, sample), "sample": sample, "seed": seed}
-        for row, sample in found])
 
 
 if __name__ == "__main__":

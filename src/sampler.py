@@ -6,11 +6,12 @@ abar = alphas_cumprod[t], sigma = sqrt(1 - abar), eps = predicted noise, x0 = pr
 scaling factor).
 """
 
-from contextlib import nullcontext
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from torch.nn.attention import SDPBackend, sdpa_kernel
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import utils
@@ -19,14 +20,21 @@ RULES, GRADS, X0S = ("raw", "norm"), ("xt", "x0"), ("cond", "cfg")
 MAX_SHIFT = 0.6  # the norm rule moves x0 by at most this many sigma (rms)
 LAYER_WEIGHTS = {2: 1.5, 4: 1.2}  # NeuralDiffuser's emphasis on early CLIP layers; the others weigh 1
 LOSS_SCALE = 2.0**12  # keeps small gradients above fp16's smallest number; a power of two, so exact elsewhere
-SHORT_SEQUENCE = 1024  # latent pixels up to which plain attention on a CPU is the faster one and fits in memory
+CPU_BATCH = 4096  # latent pixels that a CPU draws at once: 16 pictures of 64 x 64 pixels, one of 512 x 512
+COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 
 
-def load_pipeline(model, device, dtype=torch.float32):
+def load_pipeline(model, device, dtype=torch.float32, offload=False, compiled=False):
     """Load any Stable Diffusion 1.x folder or hub id as a GuidedPipeline on `device`.
 
-    Raises UserError when it can not be loaded.
+    offload: keep each network in main memory while it is not needed (diffusers' model offload). compiled: torch.compile
+    the UNet and the decoder, at their first call. Raises UserError when the model can not be loaded.
     """
+    folder = Path(model)
+    lacking = [name for name in COMPONENTS if not (folder / name).is_dir()] if folder.is_dir() else []
+    if lacking:
+        raise utils.UserError(f"--sd_model {model}: has no {', '.join(lacking)}; give a Stable Diffusion 1.x folder "
+                              f"with {', '.join(COMPONENTS)}, or a hub id")
     try:
         pipe = GuidedPipeline.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError) as error:
@@ -35,7 +43,32 @@ def load_pipeline(model, device, dtype=torch.float32):
     if device.type == "cpu":  # convolutions on a CPU are faster with the channels innermost
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
+    if compiled:
+        pipe.unet.compile()
+        pipe.vae.decoder.compile()
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
     return pipe.to(device)
+
+
+def load_guidance_decoder(name, pipe):
+    """The decoder of --guidance_decoder, latents (B, C, h, w) -> image in [0, 1] that guidance losses see.
+
+    name: 'full' is the pipeline's own; 'half' the same on latents averaged over 2 x 2, a fourth of the work; else a
+    folder or hub id of an AutoencoderTiny (TAESD). Raises UserError when that can not be loaded.
+    """
+    if name == "full":
+        return pipe.decode
+    if name == "half":
+        return lambda latents: pipe.decode(F.avg_pool2d(latents, 2))
+    try:
+        tiny = AutoencoderTiny.from_pretrained(name, torch_dtype=pipe.unet.dtype)
+    except (OSError, ValueError) as error:
+        raise utils.UserError(f"--guidance_decoder {name}: could not be loaded ({str(error).splitlines()[0]}); give "
+                              "full, half or the folder or hub id of an AutoencoderTiny") from error
+    tiny.requires_grad_(False).eval().to(pipe._execution_device)
+    return lambda latents: _in_unit_range(tiny.decode(latents.to(tiny.dtype)).sample.to(latents.dtype))
 
 
 class ClipFeatureLoss:
@@ -90,7 +123,7 @@ class GuidedPipeline(DiffusionPipeline):
     checks nothing. All networks are frozen and in eval mode.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
+    model_cpu_offload_seq = "text_encoder->unet"  # the VAE is not in the line: guidance needs it beside the UNet
 
     def __init__(self, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer,
                  unet: UNet2DConditionModel, scheduler: DDIMScheduler):
@@ -112,48 +145,63 @@ class GuidedPipeline(DiffusionPipeline):
         seed=0,
         z=None,
         strength=0.75,
+        resolution=None,
         num_inference_steps=50,
         cfg_scale=7.5,
+        sag_scale=0.0,
         terms=(),
         guidance_scale=300000.0,
         guidance_strength=0.2,
         rule="raw",
         grad="xt",
         x0="cond",
+        decoder=None,
     ):
         """Draw one image per row of `condition`.
 
         condition: (B, T, D) decoded text embedding c. image_ids: (B,) 0-based 73k ids. sample: number of the sample,
         one for all rows or (B,). The noise of a row depends on (seed, its id, its sample) and nothing else.
         z: (B, C, h, w) latents with the scaling factor, drawn over from level `strength`; None starts from pure noise.
-        terms: guidance losses, each (B, 3, H, W) image in [0, 1] -> (B,); none, or a zero guidance_scale or
-        guidance_strength, leaves plain Stable Diffusion. guidance_strength: fraction of the steps, from the first,
-        that are guided. rule: 'raw' or 'norm', what a gradient does (raw_rule, norm_rule). grad: 'xt' differentiates
-        through the UNet, 'x0' through the decoder only. x0: the prediction that the losses see, 'cond' (the
-        conditional one) or 'cfg' (the one the sampler follows).
+        resolution: side of the image in pixels; None is z's, or the model's own. sag_scale: self-attention guidance
+        (blurred_noise), 0 = off. terms: guidance losses, each (B, 3, H, W) image in [0, 1] -> (B,); none, or a zero
+        guidance_scale or guidance_strength, leaves plain Stable Diffusion. guidance_strength: fraction of the steps,
+        from the first, that are guided. rule: 'raw' or 'norm', what a gradient does (raw_rule, norm_rule). grad: 'xt'
+        differentiates through the UNet, 'x0' through the decoder only. x0: the prediction that the losses see, 'cond'
+        (the conditional one) or 'cfg' (the one the sampler follows). decoder: of what the losses see, (B, C, h, w)
+        latents -> image in [0, 1]; None is the VAE's.
 
-        Returns (B, 3, H, W) float32 in [0, 1]. Raises UserError when c or z is not of this model's shape.
+        Returns (B, 3, H, W) float32 in [0, 1]. Raises UserError when c, z or the resolution does not fit the model.
         """
         _check_choices(rule=(rule, RULES), grad=(grad, GRADS), x0=(x0, X0S))
         self._check_shapes(condition, z)
-        device = self._execution_device
-        context = torch.cat([self.empty_condition().expand_as(condition), condition.to(device, self.unet.dtype)])
-        timesteps = self._timesteps(num_inference_steps, strength if z is not None else 1.0)
-        latents = self.start_noise(image_ids, sample, seed, None if z is None else z.shape[1:]).to(device)
-        if z is not None:  # noised to the very level that the first step assumes
-            z = z.to(latents)
-            latents = self.scheduler.add_noise(z, latents, timesteps[:1]) if len(timesteps) else z
+        context = self.context_of(condition)
+        latents, timesteps = self.start(image_ids, sample, seed, z, strength, resolution, num_inference_steps)
         n_guided = round(guidance_strength * len(timesteps)) if terms and guidance_scale else 0
         apply_rule = raw_rule if rule == "raw" else norm_rule
-        for step, t in enumerate(self.progress_bar(timesteps)):
-            if step < n_guided:
-                eps, gradient = self.guidance_gradient(latents, t, context, cfg_scale, terms, grad, x0)
-                eps = apply_rule(eps, gradient, self.scheduler.alphas_cumprod[t], guidance_scale)
-            else:
-                eps_empty, eps_cond = self.predict_noise(latents, t, context)
+        with self._watched_attention(sag_scale) as tokens:
+            for step, t in enumerate(self.progress_bar(timesteps)):
+                if step < n_guided:
+                    eps_empty, eps_cond, gradient = self.guidance_gradient(
+                        latents, t, context, cfg_scale, terms, grad, x0, decoder)
+                else:
+                    eps_empty, eps_cond = self.predict_noise(latents, t, context)
                 eps = eps_empty + cfg_scale * (eps_cond - eps_empty)
-            latents = self.scheduler.step(eps, t, latents, eta=0.0).prev_sample
-        return self.decode(latents).float()
+                if sag_scale:
+                    blurred = self.blurred_noise(latents, eps_empty, t, context[:len(latents)], tokens[-1])
+                    eps = eps + sag_scale * (eps_empty - blurred)
+                if step < n_guided:
+                    eps = apply_rule(eps, gradient, self.scheduler.alphas_cumprod[t], guidance_scale)
+                latents = self.scheduler.step(eps, t, latents, eta=0.0).prev_sample
+        image = self.decode(latents).float()
+        self.maybe_free_model_hooks()
+        return image
+
+    # --- where the path starts -----------------------------------------------------------------------------------
+
+    def context_of(self, condition):
+        """What the UNet is conditioned on, (2B, T, D): the empty caption for each row, then `condition`."""
+        return torch.cat([self.empty_condition().expand_as(condition),
+                          condition.to(self._execution_device, self.unet.dtype)])
 
     def empty_condition(self):
         """Text embedding of the empty caption, (1, T, D): the unconditional half of classifier-free guidance."""
@@ -161,65 +209,135 @@ class GuidedPipeline(DiffusionPipeline):
         tokens = self.tokenizer("", padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return self.text_encoder(tokens.input_ids.to(self._execution_device))[0].to(self.unet.dtype)
 
+    def start(self, image_ids, sample=0, seed=0, z=None, strength=0.75, resolution=None, num_inference_steps=50):
+        """The first latents, (B, C, h, w), and the timesteps to run from them.
+
+        Timesteps stay on the CPU: indexing by them must not wait for a GPU.
+        """
+        self.scheduler.set_timesteps(num_inference_steps)
+        shape = self.latent_shape(resolution, None if z is None else z.shape[1:])
+        noise = self.start_noise(image_ids, sample, seed, shape).to(self._execution_device)
+        if z is None:
+            return noise, self.scheduler.timesteps
+        z = z.to(noise)
+        timesteps = self.scheduler.timesteps[num_inference_steps - int(num_inference_steps * strength):]
+        if not len(timesteps):
+            return z, timesteps
+        return self.scheduler.add_noise(z, noise, timesteps[:1]), timesteps  # the level that the first step assumes
+
+    def latent_shape(self, resolution=None, z_shape=None):
+        """(C, h, w) of an image of `resolution` pixels; None: of z, if there is one, or the UNet's own size.
+
+        Raises UserError when the resolution is no multiple of the VAE's factor, or not that of z.
+        """
+        side, channels = self.unet.config.sample_size, self.unet.config.in_channels
+        height, width = (side, side) if isinstance(side, int) else side
+        if resolution is not None:
+            factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+            if resolution < factor or resolution % factor:
+                raise utils.UserError(f"--resolution {resolution}: wanted a multiple of {factor}, the factor of "
+                                      f"--sd_model's VAE, such as {max(resolution // factor, 1) * factor}")
+            height = width = resolution // factor
+            if z_shape is not None and tuple(z_shape) != (channels, height, width):
+                raise utils.UserError(f"--resolution {resolution}: z is of {tuple(z_shape)}, wanted "
+                                      f"{(channels, height, width)}; leave --resolution out, or use --z none")
+        return (channels, height, width) if z_shape is None else tuple(z_shape)
+
     def start_noise(self, image_ids, sample=0, seed=0, shape=None):
         """(B, C, h, w) standard normal, drawn on the CPU row by row from (seed, image id, sample).
 
         shape: (C, h, w); None takes the UNet's own.
         """
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = shape or (self.unet.config.in_channels, height, width)
+        shape = shape or self.latent_shape()
         samples = [sample] * len(image_ids) if isinstance(sample, int) else sample
         seeds = [utils.derive_seed(seed, *row) for row in zip(image_ids, samples, strict=True)]
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
+    # --- one step -------------------------------------------------------------------------------------------------
+
     def predict_noise(self, latents, t, context):
-        """The unconditional and the conditional noise, (B, C, h, w) each, from one pass over the doubled batch.
+        """The unconditional and the conditional noise, (B, C, h, w) each, from one pass over the doubled batch."""
+        return self._unet(torch.cat([latents, latents]), t, context).chunk(2)
 
-        context: (2B, T, D), the empty captions first.
-        """
-        doubled = torch.cat([latents, latents]).to(self.unet.dtype)
-        return self.unet(doubled, t, encoder_hidden_states=context).sample.to(latents.dtype).chunk(2)
-
-    def guidance_gradient(self, latents, t, context, cfg_scale, terms, grad="xt", x0="cond"):
-        """The sampler's noise (classifier-free guidance included) and the gradient of the terms' sum wrt latents.
-
-        Both (B, C, h, w), from the same UNet pass. With grad='x0' the noise counts as a constant, so that the
-        gradient is that wrt x0 times dx0/dx_t = 1/sqrt(abar): both kinds are in the same unit.
-        """
+    def predict_x0(self, latents, eps, t):
+        """The clean latents that noise `eps` means, (B, C, h, w)."""
         abar = self.scheduler.alphas_cumprod[t]
-        with torch.enable_grad(), self._attention_for_gradients(latents):
+        return (latents - (1 - abar).sqrt() * eps) / abar.sqrt()
+
+    def guidance_gradient(self, latents, t, context, cfg_scale, terms, grad="xt", x0="cond", decoder=None):
+        """The unconditional and conditional noise, and the gradient of the terms' sum wrt latents; (B, C, h, w) each.
+
+        Every row goes through the UNet once for both. Only what the losses see keeps a graph: with grad='xt' and
+        x0='cond' that is half of the rows. With grad='x0' the noise counts as a constant, so that the gradient is that
+        wrt x0 times dx0/dx_t = 1/sqrt(abar): both kinds are in the same unit.
+        """
+        with torch.enable_grad():
             latents = latents.detach().requires_grad_()
-            with torch.set_grad_enabled(grad == "xt"):
-                eps_empty, eps_cond = self.predict_noise(latents, t, context)
-                eps = eps_empty + cfg_scale * (eps_cond - eps_empty)
-            clean = (latents - (1 - abar).sqrt() * (eps_cond if x0 == "cond" else eps)) / abar.sqrt()
-            image = self.decode(clean)
+            if grad == "xt" and x0 == "cond":
+                empty, cond = context.chunk(2)
+                eps_cond = self._unet(latents, t, cond)
+                with torch.no_grad():
+                    eps_empty = self._unet(latents, t, empty)
+            else:
+                with torch.set_grad_enabled(grad == "xt"):
+                    eps_empty, eps_cond = self.predict_noise(latents, t, context)
+            seen = eps_cond if x0 == "cond" else eps_empty + cfg_scale * (eps_cond - eps_empty)
+            image = (decoder or self.decode)(self.predict_x0(latents, seen, t))
             loss = sum(term(image).sum() for term in terms)
             gradient = torch.autograd.grad(loss * LOSS_SCALE, latents)[0] / LOSS_SCALE
-        return eps.detach(), gradient
+        return eps_empty.detach(), eps_cond.detach(), gradient
+
+    def blurred_noise(self, latents, eps_empty, t, empty, tokens):
+        """Self-attention guidance (Hong et al. 2023, ICCV): the noise when what the UNet attends to is blurred.
+
+        The clean latents that eps_empty means are blurred where the UNet's middle attends more than on average, noised
+        with eps_empty again and given to the UNet. tokens: (>= B, T, D), what the attention got in the pass that made
+        eps_empty, the unconditional rows first. empty: (B, T', D'), the empty caption. Returns (B, C, h, w).
+        """
+        abar = self.scheduler.alphas_cumprod[t]
+        clean = self.predict_x0(latents, eps_empty, t)
+        mask = self._attended(tokens[:len(latents)], clean.shape[2:]).to(clean.dtype)  # (B, 1, h, w)
+        blurred = mask * gaussian_blur(clean) + (1 - mask) * clean
+        return self._unet(abar.sqrt() * blurred + (1 - abar).sqrt() * eps_empty, t, empty)
 
     def decode(self, latents):
-        """Latents with the scaling factor -> (B, 3, H, W) image in [0, 1].
-
-        The clamp is straight-through: pixels outside [0, 1] keep their gradient, or they could never be pulled back.
-        """
+        """Latents with the scaling factor -> (B, 3, H, W) image in [0, 1], pixels outside keeping their gradient."""
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        image = (self.vae.decode(scaled).sample.to(latents.dtype) + 1) / 2
-        return image + (image.clamp(0, 1) - image).detach()
+        return _in_unit_range(self.vae.decode(scaled).sample.to(latents.dtype))
 
-    def _timesteps(self, num_inference_steps, strength):
-        """The last `strength` of the scheduler's timesteps, on the CPU: indexing by them must not wait for a GPU."""
-        self.scheduler.set_timesteps(num_inference_steps)
-        n_steps = min(int(num_inference_steps * strength), num_inference_steps)
-        return self.scheduler.timesteps[num_inference_steps - n_steps:]
+    def _unet(self, latents, t, context):
+        return self.unet(latents.to(self.unet.dtype), t, encoder_hidden_states=context).sample.to(latents.dtype)
 
-    def _attention_for_gradients(self, latents):
-        """Plain matrix products on a CPU with few tokens: there the fused attention is slower backwards in bf16 (a
-        guided step on a 16 x 16 latent took 1.3 times as long), and no faster in fp32."""
-        if latents.device.type == "cpu" and latents[0, 0].numel() <= SHORT_SEQUENCE:
-            return sdpa_kernel(SDPBackend.MATH)
-        return nullcontext()
+    # --- self-attention of the UNet's middle ----------------------------------------------------------------------
+
+    @property
+    def _middle_attention(self):
+        return self.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+
+    @contextmanager
+    def _watched_attention(self, wanted):
+        """A list whose last item is what the middle attention last got, (B or 2B, T, D), where that is wanted."""
+        tokens = []
+
+        def keep(module, args, kwargs):
+            tokens[:] = [(args[0] if args else kwargs["hidden_states"]).detach()]
+
+        hook = self._middle_attention.register_forward_pre_hook(keep, with_kwargs=True) if wanted else None
+        try:
+            yield tokens
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    def _attended(self, tokens, size):
+        """Mask (B, 1, h, w) of 0 and 1, 1 where the tokens (B, T, D) get more than the average attention."""
+        attention = self._middle_attention
+        query, key = (attention.head_to_batch_dim(project(tokens)) for project in (attention.to_q, attention.to_k))
+        weights = attention.get_attention_scores(query, key).unflatten(0, (-1, attention.heads))  # (B, heads, T, T)
+        received = weights.mean(1).sum(1)  # (B, T), 1 on average
+        halvings = sum(block.downsamplers is not None for block in self.unet.down_blocks)
+        height, width = (-(-side // 2**halvings) for side in size)
+        return F.interpolate((received > 1).to(tokens.dtype).view(-1, 1, height, width), size)
 
     def _check_shapes(self, condition, z):
         found = tuple(condition.shape[1:])
@@ -230,6 +348,38 @@ class GuidedPipeline(DiffusionPipeline):
         if z is not None and (z.ndim != 4 or z.shape[1] != self.unet.config.in_channels):
             raise utils.UserError(f"--z: rows of shape {tuple(z.shape[1:])}, --sd_model wants "
                                   f"({self.unet.config.in_channels}, h, w)")
+
+
+def gaussian_blur(latents, taps=9, sigma=1.0):
+    """(B, C, h, w) smoothed over h and w, reflected at the border; taps and sigma in latent pixels, SAG's."""
+    offsets = torch.arange(taps, dtype=latents.dtype, device=latents.device) - taps // 2
+    weights = torch.exp(-0.5 * (offsets / sigma).square())
+    weights = weights / weights.sum()
+    channels = latents.shape[1]
+    kernel = torch.outer(weights, weights).expand(channels, 1, taps, taps)
+    return F.conv2d(F.pad(latents, [taps // 2] * 4, mode="reflect"), kernel, groups=channels)
+
+
+def gradient_cosine(pipe, condition, start, cfg_scale, terms, grad, x0, decoder):
+    """Cosine, a float, between the first step's guidance gradient through `decoder` and through the VAE's.
+
+    condition: (B, T, D); start: what pipe.start returned for these rows. Mean over the rows.
+    """
+    latents, timesteps = start
+    with torch.no_grad():
+        context = pipe.context_of(condition)
+        cheap, full = (pipe.guidance_gradient(latents, timesteps[0], context, cfg_scale, terms, grad, x0, decode)[2]
+                       for decode in (decoder, pipe.decode))
+    return F.cosine_similarity(cheap.flatten(1), full.flatten(1)).mean().item()
+
+
+def _in_unit_range(decoded):
+    """A decoder's [-1, 1] to an image clamped to [0, 1].
+
+    The clamp is straight-through: pixels outside keep their gradient, or they could never be pulled back.
+    """
+    image = (decoded + 1) / 2
+    return image + (image.clamp(0, 1) - image).detach()
 
 
 def _check_choices(**choices):

@@ -37,6 +37,8 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
+    if args.run == "ground_truth":
+        return scoring.save_ground_truth(args, "z")
     source = scoring.open_source(args, "z", transductive=args.transductive)
     if source is None:
         return

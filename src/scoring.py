@@ -29,6 +29,9 @@ def get_parser(doc):
     options.add_scored_run(parser)
     options.add_compute(parser)
     options.add_control(parser)
+    parser.add_argument("--ground_truth", action="store_const", const="ground_truth", dest="run",
+                        help="the true features of the test images as scores: the ceiling of what is drawn from scores "
+                             "(--run ground_truth, in recon.py too)")
     parser.add_argument("--checkpoint", choices=["last", "best"], default="last", help="best: by validation")
     parser.add_argument("--adapt_epochs", type=options.whole, default=10, metavar="N",
                         help="for which a new voxel encoder is fitted (--head adapt)")
@@ -74,14 +77,19 @@ def open_source(args, feat, **settings):
     folder = paths.scores(args.subj, utils.scores_name(flags, feat), feat)
     config = {"run": run, "feat": feat, "subj": args.subj, "head": head, "num_sessions": args.num_sessions,
               "checkpoint": checkpoint.name, "checkpoint_sha256": utils.file_hash(checkpoint),
-              "control": args.control, "prior_steps": args.prior_steps, "seed": args.seed, **settings}
+              "test_split": args.test_split, "control": args.control, "prior_steps": args.prior_steps,
+              "seed": args.seed, **settings}
     if head == "adapt":
         config["adapt_epochs"] = args.adapt_epochs
     if (folder / "config.json").exists() and not args.overwrite and utils.load_json(folder / "config.json") == config:
         print(f"{folder}: scored before with this checkpoint, kept")
         return None
 
-    test = data.load_test_set(paths, args.subj, args.control, args.seed)
+    held_out = None
+    if args.test_split == "val":
+        trained = state["config"]
+        held_out = (args.num_sessions, trained["val_fraction"], trained["seed"])
+    test = data.load_test_set(paths, args.subj, args.control, args.seed, held_out)
     if head == "adapt":
         model = adapt(args, paths, feat, run, state, config["checkpoint_sha256"])
         subj = args.subj
@@ -152,8 +160,24 @@ def save(source, scores):
     print(f"{source.folder}: {len(source.test.image_ids)} images")
 
 
+def save_ground_truth(args, feat):
+    """The true features of the test images as scores, (N, ...): what a perfect decoder would predict."""
+    if args.control:
+        raise utils.UserError(f"--control {args.control}: a null control of the brain's responses; with --ground_truth "
+                              "there are none, leave one of them out")
+    paths, flags = utils.Paths.from_args(args), vars(args)
+    held_out = (args.num_sessions, options.VAL_FRACTION, args.seed) if args.test_split == "val" else None
+    image_ids = data.load_test_set(paths, args.subj, held_out=held_out).image_ids
+    folder = paths.scores(args.subj, utils.scores_name(flags, feat), feat)
+    config = {"run": args.run, "feat": feat, "subj": args.subj, "test_split": args.test_split}
+    utils.save_scores(folder, image_ids, {"nsdgeneral": data.open_feature(paths, feat)[image_ids]}, config)
+    print(f"{folder}: {len(image_ids)} images, true {feat}")
+
+
 def score(args, feat):
     """Predict `feat` of the test images and save it: all there is to do for c and g."""
+    if args.run == "ground_truth":
+        return save_ground_truth(args, feat)
     source = open_source(args, feat)
     if source is not None:
         save(source, predict(source, source.test.betas, source.test.image_ids, "score"))

@@ -63,7 +63,8 @@ def get_parser(doc):
     optimum.add_argument("--prior_scale", type=float, default=30.0, metavar="W",
                          help="weight of the prior's MSE (c and g)")
     optimum.add_argument("--mixup_pct", type=float, default=0.33, metavar="FRACTION", help="of the epochs, with MixCo")
-    optimum.add_argument("--val_fraction", type=float, default=0.05, metavar="FRACTION", help="of the training images")
+    optimum.add_argument("--val_fraction", type=float, default=options.VAL_FRACTION, metavar="FRACTION",
+                         help="of the training images")
     keeping = parser.add_argument_group("keeping")
     keeping.add_argument("--ckpt_every", type=options.whole, default=1, metavar="EPOCHS")
     keeping.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False,

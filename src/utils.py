@@ -132,8 +132,11 @@ def run_name(stage, subj, feat, hidden_dim, num_sessions=40, tag=""):
     """Name of a training run (DESIGN section 3).
 
     stage: 'pretrain' (all subjects but `subj`), 'finetune' (`subj` alone, from the pretrained run), 'scratch' or
-    'ridge' (the linear baseline, which has no hidden_dim). tag: the user's own, to keep variants apart.
+    'ridge' (the linear baseline, which has no hidden_dim), or 'ground_truth' (no run, but the true features of the
+    images that `subj` saw). tag: the user's own, to keep variants apart.
     """
+    if stage == "ground_truth":
+        return f"ground_truth_{subj}_{feat}"
     prefix = {"pretrain": "multisubject", "finetune": "pretrained"}.get(stage, stage)
     sessions = "" if stage == "pretrain" else f"_{num_sessions}sess"
     width = "" if stage == "ridge" else f"_{hidden_dim}" + ("_mlp" if feat == "c" else "")
@@ -162,8 +165,19 @@ def scores_name(flags, feat):
     head = head_of(flags)
     parts = [run_of(flags, feat)]
     parts += {"own": [], "adapt": [f"adapt{flags['num_sessions']}sess"]}.get(head, [f"head{head[-2:]}"])
-    parts += [flags["control"]] if flags["control"] else []
-    return "_".join(parts)
+    return "_".join([*parts, *_variant_of(flags)])
+
+
+def images_name(flags):
+    """Name of the reconstructions that the flags of recon.py (a dict) mean: --method, then what they are made of."""
+    ceiling = ["ground_truth"] if flags["run"] == "ground_truth" else []
+    return "_".join([flags["method"], *ceiling, *_variant_of(flags)])
+
+
+def _variant_of(flags):
+    """Parts of a name: the images, unless they are the test set, and a null control."""
+    split = [flags["test_split"]] if flags["test_split"] != "new_test" else []
+    return split + ([flags["control"]] if flags["control"] else [])
 
 
 def require(path, what, hint):
@@ -206,10 +220,10 @@ def save_npy(path, array):
         np.save(file, array)
 
 
-def load_npy(path, what, hint):
-    """Load an array without pickles; missing or damaged files raise UserError."""
+def load_npy(path, what, hint, mmap_mode=None):
+    """Load an array without pickles, with mmap_mode='r' as a map of the file; UserError if missing or damaged."""
     try:
-        return np.load(require(path, what, hint), allow_pickle=False)
+        return np.load(require(path, what, hint), allow_pickle=False, mmap_mode=mmap_mode)
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path}: not a readable .npy file ({error}); delete it and {hint}") from None
 
@@ -259,12 +273,20 @@ def save_scores(folder, image_ids, arrays, config):
 
 
 def load_scores(folder, stem="nsdgeneral"):
-    """Read (image_ids (N,), scores (N, ...)) of one score folder; ids must be ascending and match the rows."""
+    """Read (image_ids (N,), scores (N, ...) mapped from the file, so that memory does not grow with N).
+
+    Ids must be ascending and match the rows, values finite: UserError otherwise.
+    """
     hint = "run the score stage (bash scripts/score.sh)"
-    scores = load_npy(folder / f"{stem}.npy", "scores", hint)
+    scores = load_npy(folder / f"{stem}.npy", "scores", hint, mmap_mode="r")
     ids = load_npy(folder / "image_ids.npy", "the scores' image ids", hint)
     if len(ids) != len(scores) or np.any(np.diff(ids) <= 0):
         raise UserError(f"{folder}: {len(scores)} score rows for {len(ids)} ids (wanted: as many, ascending); {hint}")
+    for row, values in enumerate(scores):
+        if not np.isfinite(values).all():
+            raise UserError(f"{folder / stem}.npy: NaN or infinite values in row {row} (image id {ids[row]}), wanted "
+                            "finite scores; check the training (train_logs/<run>/metrics.jsonl), then score with "
+                            "--overwrite")
     return ids, scores
 
 
@@ -306,6 +328,14 @@ def seed_everything(seed):
 def derive_seed(*parts):
     """One 63-bit seed from several integers, e.g. (seed, epoch, rank) or (seed, image_id, sample)."""
     return int(np.random.SeedSequence([int(part) for part in parts]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def reproducible_products():
+    """Let MKL add up in an order that does not depend on the number of threads.
+
+    MKL reads this at its first matrix product, so it is called before any. What the environment says goes first.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 def pick_device(name="auto"):

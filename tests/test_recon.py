@@ -68,7 +68,7 @@ def test_writes_pictures_index_and_config(root, models):
     assert [(row["file"], int(row["row"]), int(row["image_id"]), int(row["sample"])) for row in index] == [
         (name, i // 2, IDS[i // 2], i % 2) for i, name in enumerate(found)]
     config = json.loads((folder / "config.json").read_text())
-    assert config["guidance_scale"] == 300000 and config["feats"] == ["g_2", "g_4"] and config["dtype"] == "fp32"
+    assert config["guidance_scale"] == 300000 and config["feats"] == ["g_2", "g_4"] and config["precision"] == "fp32"
     assert not list(folder.glob(".*"))
 
 

@@ -145,8 +145,9 @@ def test_gradient_agrees_with_finite_differences(double_pipe, condition, z, grad
             clean = (x - (1 - abar).sqrt() * (eps_cond if x0 == "cond" else eps)) / abar.sqrt()
             return slope_of_brightness((pipe.vae.decode(clean / pipe.vae.config.scaling_factor).sample + 1) / 2)
 
-        eps, gradient = pipe.guidance_gradient(x, t, context, w, [slope_of_brightness], grad, x0)
-        torch.testing.assert_close(eps, constant[1])
+        eps_empty, eps_cond, gradient = pipe.guidance_gradient(x, t, context, w, [slope_of_brightness], grad, x0)
+        torch.testing.assert_close(eps_cond, constant[0])
+        torch.testing.assert_close(eps_empty + w * (eps_cond - eps_empty), constant[1])
         for seed in range(3):
             direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(seed))
             h = 1e-4
@@ -210,10 +211,14 @@ def test_no_guidance_costs_nothing(pipe, condition, settings, monkeypatch):
     assert torch.equal(guided, pipe(condition, IDS, seed=SEED, num_inference_steps=STEPS))
 
 
-def test_one_pass_serves_both_guidances(pipe, condition, monkeypatch):
+@pytest.mark.parametrize("grad, x0, halves", [("xt", "cond", True), ("xt", "cfg", False), ("x0", "cond", False)])
+def test_one_pass_serves_both_guidances(pipe, condition, monkeypatch, grad, x0, halves):
+    """Every row goes through the UNet once a step; in halves where only one of them needs a graph."""
     decodes, passes = counted(monkeypatch, pipe.vae, "decode"), counted(monkeypatch, pipe.unet, "forward")
-    pipe(condition, IDS, num_inference_steps=10, terms=[redness, redness], guidance_strength=0.3, guidance_scale=1.0)
-    assert passes == [2 * len(IDS)] * 10 and len(decodes) == 3 + 1
+    pipe(condition, IDS, num_inference_steps=10, terms=[redness, redness], guidance_strength=0.3, guidance_scale=1.0,
+         grad=grad, x0=x0)
+    guided = [len(IDS)] * 6 if halves else [2 * len(IDS)] * 3
+    assert passes == guided + [2 * len(IDS)] * 7 and len(decodes) == 3 + 1
 
 
 def test_norm_rule_shifts_x0_by_a_share_of_sigma():

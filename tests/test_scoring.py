@@ -128,7 +128,7 @@ def test_own_head_of_a_run_that_has_none_is_refused(world, capsys):
 ])
 def test_names_of_scores(flags, name):
     default = {"subj": "subj01", "hidden_dim": 1024, "num_sessions": 40, "tag": "", "run": "finetune", "head": None,
-               "control": None}
+               "control": None, "test_split": "new_test"}
     assert utils.scores_name(default | flags, "c") == name
 
 

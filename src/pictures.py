@@ -1,0 +1,125 @@
+"""A folder of reconstructions: %05d.png (%05d = row of the image; further samples %05d_s1.png, ...), index.csv and the
+config.json that says what they were made of. recon.py fills it, evaluate.py reads it.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+import utils
+
+FILE_NAME = re.compile(r"(\d{5,})(?:_s(\d+))?\.png")
+END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk, the same in every PNG
+
+
+def file_name(row, sample):
+    return f"{row:05d}.png" if sample == 0 else f"{row:05d}_s{sample}.png"
+
+
+def check_folder(folder, config, overwrite):
+    """Raise UserError when `folder` holds pictures of another config and `overwrite` is off."""
+    if overwrite:
+        return
+    if (folder / "config.json").exists():
+        old = utils.load_json(folder / "config.json")
+        changed = [key for key in config if key != "commit" and config[key] != old.get(key)]
+        if changed:
+            changes = ", ".join(f"{key} {old.get(key)} -> {config[key]}" for key in changed)
+            raise utils.UserError(f"{folder}: pictures of other settings ({changes}); --overwrite them, or choose "
+                                  "another --method or --outdir")
+    elif pictures := pictures_in(folder):
+        raise utils.UserError(f"{folder}: {len(pictures)} pictures without their config.json; --overwrite them, or "
+                              "choose another --method or --outdir")
+
+
+def clear_folder(folder, config, overwrite):
+    """Make `folder` ready: without what `overwrite` replaces and what a kill left half-written, with its config."""
+    if overwrite:
+        for file in (*pictures_in(folder), folder / "index.csv", folder / "config.json"):
+            file.unlink(missing_ok=True)
+    for file in folder.glob(".*.tmp"):
+        file.unlink()
+    if not (folder / "config.json").exists():
+        utils.save_json(folder / "config.json", config)
+
+
+def pictures_in(folder):
+    return [file for file in folder.glob("*.png") if FILE_NAME.fullmatch(file.name)]
+
+
+def is_whole(file):
+    """Whether a picture exists and ends as a PNG does."""
+    try:
+        with open(file, "rb") as stream:
+            stream.seek(-len(END_OF_PNG), 2)
+            return stream.read() == END_OF_PNG
+    except OSError:  # none, or shorter than that
+        return False
+
+
+def save(folder, row, sample, picture):
+    """Write one picture, (H, W, 3) uint8: whole or not at all."""
+    with utils.atomic_path(folder / file_name(row, sample)) as temporary:
+        Image.fromarray(picture).save(temporary, format="PNG")
+
+
+def write_index(folder, image_ids, seed):
+    """List every picture of the folder, those of earlier runs too."""
+    names = (FILE_NAME.fullmatch(file.name) for file in pictures_in(folder))
+    found = sorted((int(name[1]), int(name[2] or 0)) for name in names)
+    utils.save_csv(folder / "index.csv", [
+        {"row": row, "image_id": image_ids[row], "file": file_name(row, sample), "sample": sample, "seed": seed}
+        for row, sample in found])
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+class ImageSet(NamedTuple):
+    """The reconstructions of one folder: 73k ids (N,), ascending, and each id's files, one per sample."""
+
+    folder: Path
+    image_ids: np.ndarray
+    files: list[list[Path]]
+
+
+def read_images(folder):
+    """Read the index.csv of a folder of reconstructions; samples that not every image has are left out."""
+    index = folder / "index.csv"
+    rows = utils.load_csv(index, "the list of reconstructions", "reconstruct first (bash scripts/recon.sh)")
+    if not rows or not {"image_id", "file"} <= rows[0].keys():
+        raise utils.UserError(f"{index}: no rows with image_id and file; run recon again, which writes it")
+    files = {}
+    for row in rows:
+        files.setdefault(int(row["image_id"]), []).append(folder / row["file"])
+    ids, n_samples = sorted(files), min(map(len, files.values()))
+    if n_samples < max(map(len, files.values())):
+        print(f"{folder}: some images have more samples than others; the first {n_samples} of each are compared")
+    return ImageSet(folder, np.array(ids, np.int64), [files[i][:n_samples] for i in ids])
+
+
+def name_of(folder):
+    """Name a set by its folder: '.../cp_4096_v1/300000/0.2' -> 'cp_4096_v1 300000 0.2', '.../mine' -> 'mine'."""
+    parts = list(folder.parts)
+    first = len(parts) - 1
+    while first > 0 and parts[first].replace(".", "", 1).isdigit():
+        first -= 1
+    return " ".join(parts[first:])
+
+
+def read_png(file):
+    """One picture as (H, W, 3) uint8; missing and damaged files raise UserError."""
+    try:
+        with Image.open(utils.require(file, "a reconstruction of index.csv", "run recon again")) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except OSError as error:  # PIL's error for what is no image, or a part of one
+        raise utils.UserError(f"{file}: not a readable picture ({error}); delete it and run recon again") from None
+
+
+def as_float(pictures):
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float in [0, 1]."""
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 255
