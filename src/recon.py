@@ -233,6 +233,11 @@ def resolve(args, team):
     for name in ("batch_size", "limit", "num_samples", "num_inference_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
+    for name in ("sag_scale", "cfg_scale"):
+        if not 0 <= getattr(args, name) < float("inf"):
+            raise utils.UserError(f"--{name} {getattr(args, name):g}: wanted a number from 0")
+    if not np.isfinite(args.guidance_scale):
+        raise utils.UserError(f"--guidance_scale {args.guidance_scale:g}: wanted a finite number")
     if team.device.type == "cpu" and args.offload:
         raise utils.UserError("--offload: there is no GPU to keep networks off; leave it out")
     args.precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[team.precision]
@@ -264,9 +269,9 @@ def read_scores(paths, args):
 
 def pick_rows(image_ids, args):
     """Rows that --ids and --limit ask for, ascending."""
-    unknown = sorted(set(args.ids or []) - set(image_ids.tolist()))
-    if unknown:
-        raise utils.UserError(f"--ids {unknown[0]}: not a test image of {args.subj}; wanted 0-based 73k ids out of its "
+    unknown = np.setdiff1d(args.ids or [], image_ids)
+    if unknown.size:
+        raise utils.UserError(f"--ids {unknown[0]:.0f}: not a test image of {args.subj}; wanted 0-based 73k ids out of its "
                               f"{len(image_ids)}, {image_ids[0]}..{image_ids[-1]}")
     rows = np.flatnonzero(np.isin(image_ids, args.ids)) if args.ids else np.arange(len(image_ids))
     return rows[:args.limit].tolist()

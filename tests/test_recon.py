@@ -1,15 +1,25 @@
 """recon.py on random scores and random tiny models: which pictures it draws, where, and what it refuses."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import pictures as picture_files
 import recon
 import utils
 from tiny_sd import LATENT, TOKENS, WIDTH, write_tiny_clip, write_tiny_sd
 
+REPO = Path(__file__).resolve().parent.parent
 N = 5
 IDS = np.array([3, 10, 11, 500, 72_999])
 
@@ -35,13 +45,23 @@ def score_folder(root, feat, control=None):
 
 def run(root, models, *flags):
     """Run recon and return its exit status."""
-    words = ["--root", root, "--sd_model", models[0], "--clip_model", models[1], "--num_inference_steps", 4,
+    return utils.run_cli(recon.main, words(root, models, *flags))
+
+
+def words(root, models, *flags):
+    """The command line of a small run."""
+    found = ["--root", root, "--sd_model", models[0], "--clip_model", models[1], "--num_inference_steps", 4,
              "--feats", "g_2", "g_4", "--device", "cpu", "--batch_size", 2, "--z", "none", *flags]
-    return utils.run_cli(recon.main, [str(word) for word in words])
+    return [str(word) for word in found]
 
 
 def pictures(folder):
     return {file.name: np.asarray(Image.open(file)).astype(int) for file in sorted(folder.glob("*.png"))}
+
+
+def files(folder):
+    """{name: bytes} of everything in a folder, hidden files too."""
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
 def folder_of(root, scale="300000", strength="0.2", method="cp_4096_v1"):
@@ -50,12 +70,6 @@ def folder_of(root, scale="300000", strength="0.2", method="cp_4096_v1"):
 
 def unguided_folder(root, method="cp_4096_v1"):
     return folder_of(root, "0", "0", method)
-
-
-def assert_same(some, others, tolerance=1):
-    """Equal up to rounding; batches of another size add up in another order."""
-    assert some.keys() == others.keys()
-    assert all(np.abs(some[name] - others[name]).max() <= tolerance for name in some)
 
 
 def test_writes_pictures_index_and_config(root, models):
@@ -72,14 +86,101 @@ def test_writes_pictures_index_and_config(root, models):
     assert not list(folder.glob(".*"))
 
 
-def test_a_subset_draws_the_same_pictures(root, models):
-    gentle = ("--guidance_rule", "norm", "--guidance_strength", 0.5)
-    run(root, models, *gentle, "--outdir", root / "all", "--batch_size", 5)
-    run(root, models, *gentle, "--outdir", root / "some", "--ids", 500, 10)
-    run(root, models, *gentle, "--outdir", root / "first", "--limit", 2, "--batch_size", 1)
-    everything = pictures(root / "all")
-    assert_same(pictures(root / "some"), {name: everything[name] for name in ("00001.png", "00003.png")})
-    assert_same(pictures(root / "first"), {name: everything[name] for name in ("00000.png", "00001.png")})
+def pixels_at_once(monkeypatch, pictures_at_once):
+    monkeypatch.setattr(recon, "CPU_BATCH", pictures_at_once * LATENT**2)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 64])
+def test_a_subset_draws_the_same_pictures_to_the_bit(root, models, monkeypatch, at_once):
+    """Whatever the subset, its order, the batch size and the samples beside; at_once: pictures a CPU draws at once."""
+    pixels_at_once(monkeypatch, at_once)
+    guided = ("--guidance_strength", 0.5, "--guidance_scale", 300)
+    run(root, models, *guided, "--outdir", root / "all", "--batch_size", 5, "--num_samples", 2)
+    run(root, models, *guided, "--outdir", root / "some", "--ids", 500, 10)
+    run(root, models, *guided, "--outdir", root / "first", "--limit", 2, "--batch_size", 1)
+    everything = files(root / "all")
+    for folder, names in (("some", ("00001.png", "00003.png")), ("first", ("00000.png", "00001.png"))):
+        found = files(root / folder)
+        assert [name for name in found if name.endswith("png")] == list(names)
+        assert all(found[name] == everything[name] for name in names)
+
+
+def test_two_processes_write_the_files_of_one(root, models, tmp_path):
+    """A real launch, with the project's own configuration; each process has half of the threads."""
+    guided = ("--guidance_strength", 0.5, "--guidance_scale", 300, "--num_samples", 2)
+    command = [sys.executable, REPO / "src/recon.py", *words(root, models, *guided, "--outdir", root / "one")]
+    subprocess.run(command, check=True, capture_output=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", REPO / "scripts/accelerate/ddp.yaml",
+              "--num_processes", "2", REPO / "src/recon.py"]
+    shared = [*launch, *words(root, models, *guided, "--outdir", root / "two")]
+    done = subprocess.run(shared, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("10 pictures wanted, 0 exist") == 1
+    assert files(root / "one") == files(root / "two")
+
+
+def test_a_killed_run_ends_as_an_uninterrupted_one(root, models):
+    flags = words(root, models, "--num_samples", 60, "--num_inference_steps", 10, "--outdir", root / "killed")
+    command = [sys.executable, REPO / "src/recon.py", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((root / "killed").glob("*.png")) and process.poll() is None:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = len(list((root / "killed").glob("*.png")))
+    assert 0 < done < 300
+    (root / "killed/.00000.png.1.tmp").write_bytes(b"what a kill in the middle of a picture leaves")
+    subprocess.run(command, check=True, capture_output=True)
+    command[-1] = str(root / "whole")
+    subprocess.run(command, check=True, capture_output=True)
+    assert files(root / "killed") == files(root / "whole")
+
+
+def test_a_cut_picture_is_drawn_again(root, models):
+    run(root, models)
+    before = files(folder_of(root))
+    for name, length in (("00001.png", 100), ("00002.png", 0)):
+        (folder_of(root) / name).write_bytes(before[name][:length])
+    assert run(root, models) == 0
+    assert files(folder_of(root)) == before
+    assert all(picture_files.is_whole(file) for file in folder_of(root).glob("*.png"))
+
+
+def test_memory_does_not_grow_with_the_number_of_test_images(root, models):
+    def peak(n):
+        rng = np.random.default_rng(0)
+        for feat, shape in {"c": (TOKENS, WIDTH), "g_2": (5, 12), "g_4": (5, 12)}.items():
+            rows = {"nsdgeneral": rng.standard_normal((n, *shape))}
+            utils.save_scores(score_folder(root, feat), np.arange(n), rows, {})
+        tracemalloc.start()  # sees NumPy's arrays; PyTorch's are those of a batch
+        assert run(root, models, "--limit", 2, "--outdir", root / f"of_{n}") == 0
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return size
+
+    peak(10)  # imports and caches
+    few, many = peak(10), peak(20_000)  # the latter's scores are 19 MB in all
+    assert many - few < 2e6
+
+
+@pytest.mark.parametrize("flags", [("--sag_scale", 0.75), ("--guidance_decoder", "half"), ("--resolution", 24),
+                                   ("--guidance_grad", "x0"), ("--guidance_x0", "cfg")])
+def test_options_of_the_sampler_reach_it(root, models, flags, capsys):
+    strong = ("--guidance_scale", 3000, "--limit", 1)
+    run(root, models, *strong, "--outdir", root / "plain")
+    assert run(root, models, *strong, *flags, "--outdir", root / "other") == 0
+    assert ("cosine of its gradient with the full decoder's 0." in capsys.readouterr().out) == ("half" in flags)
+    assert files(root / "plain")["00000.png"] != files(root / "other")["00000.png"]
+    side = 24 if "--resolution" in flags else 2 * LATENT
+    assert pictures(root / "other")["00000.png"].shape == (side, side, 3)
+
+
+def test_true_features_have_their_own_scores_and_folder(root, models):
+    for feat, shape in {"c": (TOKENS, WIDTH), "g_2": (5, 12), "g_4": (5, 12)}.items():
+        folder = utils.Paths(root, root).scores("subj01", f"ground_truth_subj01_{feat}_val", feat)
+        utils.save_scores(folder, IDS, {"nsdgeneral": np.ones((N, *shape))}, {})
+    assert run(root, models, "--run", "ground_truth", "--test_split", "val", "--limit", 1) == 0
+    assert pictures(folder_of(root, method="cp_4096_v1_ground_truth_val")) and not folder_of(root).exists()
 
 
 def test_guidance_and_condition_change_the_picture(root, models):
@@ -117,7 +218,7 @@ def test_interrupted_run_continues(root, models, capsys):
     assert run(root, models) == 0
     assert "5 pictures wanted, 4 exist" in capsys.readouterr().out
     assert (folder / "00000.png").stat().st_mtime_ns == kept
-    assert_same(pictures(folder), before)
+    assert all(np.array_equal(picture, before[name]) for name, picture in pictures(folder).items())
     assert len(utils.load_csv(folder / "index.csv", "index", "")) == N
 
 
@@ -171,7 +272,7 @@ def test_z_starts_the_drawing(root, models):
     run(root, models, *flags, "--method", "file", "--z", file)
     run(root, models, *flags, "--method", "pure")
     scores, from_file, pure = (pictures(unguided_folder(root, m)) for m in ("scores", "file", "pure"))
-    assert_same(scores, from_file, tolerance=0)
+    assert all(np.array_equal(picture, from_file[name]) for name, picture in scores.items())
     assert scores and any(np.abs(scores[name] - pure[name]).max() > 1 for name in pure)
 
 
@@ -184,7 +285,44 @@ def test_scores_of_other_ids_are_refused(root, models, capsys):
     assert str(folder / "image_ids.npy") in message and str(score_folder(root, "c") / "image_ids.npy") in message
 
 
+@pytest.mark.parametrize("feat, row", [("c", 0), ("g_4", 4)])
+def test_scores_that_are_not_finite_are_refused(root, models, feat, row, capsys):
+    file = score_folder(root, feat) / "nsdgeneral.npy"
+    array = np.load(file)
+    array[row, 1, 2] = np.nan
+    np.save(file, array)
+    assert run(root, models) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and str(file) in message and f"row {row} (image id {IDS[row]})" in message
+    assert not folder_of(root).exists()
+
+
+@pytest.mark.parametrize("batch_size, hint", [(8, "lower it (--batch_size 4)"), (1, "--guidance_decoder half")])
+def test_a_batch_that_does_not_fit_says_what_to_lower(root, models, batch_size, hint, monkeypatch, capsys):
+    def draw(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(recon, "draw", draw)
+    assert run(root, models, "--batch_size", batch_size) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and f"--batch_size {batch_size}: does not fit" in message and hint in message
+
+
+def test_a_model_without_a_component_is_refused(root, models, tmp_path, capsys):
+    (tmp_path / "half_a_model").mkdir()
+    for part in ("tokenizer", "text_encoder", "scheduler", "vae", "model_index.json"):
+        (tmp_path / "half_a_model" / part).symlink_to(models[0] / part)
+    assert run(root, (tmp_path / "half_a_model", models[1])) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and "has no unet" in error[0]
+
+
 @pytest.mark.parametrize("flags, message", [
+    (("--resolution", 17), "--resolution 17: wanted a multiple of 2"),
+    (("--offload",), "--offload: there is no GPU"),
+    (("--num_samples", 0), "--num_samples 0"),
+    (("--feats", "g_2", "g_6"), "Linear-6/nsdgeneral.npy: scores not found"),
+    (("--sag_scale", -1), "--sag_scale -1"),
     (("--ids", 4), "--ids 4"),
     (("--limit", 0), "--limit 0"),
     (("--guidance_strength", 1.5), "--guidance_strength 1.5"),

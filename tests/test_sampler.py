@@ -3,12 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers.pipelines.deprecated.stable_diffusion_sag import StableDiffusionSAGPipeline
+from scipy.ndimage import gaussian_filter
 from transformers import CLIPVisionModel
 
 import utils
 from models import ClipFeatures
-from sampler import MAX_SHIFT, ClipFeatureLoss, load_pipeline, norm_rule
+from sampler import (
+    MAX_SHIFT,
+    ClipFeatureLoss,
+    gaussian_blur,
+    gradient_cosine,
+    load_guidance_decoder,
+    load_pipeline,
+    norm_rule,
+)
 from tiny_sd import LATENT, TOKENS, WIDTH, write_tiny_clip, write_tiny_sd
 
 IDS, SEED, STEPS = [7, 70_000, 12], 5, 8
@@ -89,6 +99,61 @@ def test_with_z_is_image_to_image(pipe, folder, condition, z, strength):
     theirs = reference(prompt_embeds=condition, negative_prompt=[""] * len(IDS), image=z, strength=strength,
                        generator=generators, num_inference_steps=STEPS, guidance_scale=7.5, output_type="pt").images
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("sag_scale", [0.75, 3.0])
+def test_sag_is_diffusers(pipe, folder, condition, sag_scale):
+    settings = dict(num_inference_steps=STEPS, output_type="pt", prompt_embeds=condition)
+    reference = diffusers_pipeline(StableDiffusionSAGPipeline, folder)
+    theirs = reference(negative_prompt=[""] * len(IDS), latents=pipe.start_noise(IDS, 0, SEED), guidance_scale=7.5,
+                       sag_scale=sag_scale, **settings).images
+    ours = pipe(condition, IDS, seed=SEED, num_inference_steps=STEPS, sag_scale=sag_scale)
+    plain = pipe(condition, IDS, seed=SEED, num_inference_steps=STEPS)
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
+    assert (ours - plain).abs().max() > 1e-2
+    assert torch.equal(pipe(condition, IDS, seed=SEED, num_inference_steps=STEPS), plain)  # nothing is left behind
+
+
+@pytest.mark.parametrize("grad, x0", [("xt", "cond"), ("xt", "cfg"), ("x0", "cond")])
+def test_sag_beside_guidance_sees_the_unconditional_rows(pipe, condition, grad, x0):
+    """However the rows went through the UNet: with a gradient too small to matter, SAG alone remains."""
+    settings = dict(seed=SEED, num_inference_steps=STEPS, sag_scale=2.0)
+    faint = pipe(condition, IDS, terms=[redness], guidance_scale=1e-9, guidance_strength=1.0, grad=grad, x0=x0,
+                 **settings)
+    torch.testing.assert_close(faint, pipe(condition, IDS, **settings), atol=2e-4, rtol=0)
+
+
+def test_blur_is_gaussian(z):
+    expected = np.stack([[gaussian_filter(channel, 1.0, radius=4, mode="mirror") for channel in row]
+                         for row in z.numpy()])
+    torch.testing.assert_close(gaussian_blur(z), torch.from_numpy(expected))
+
+
+def test_x0_is_the_schedulers(pipe, condition, z):
+    pipe.scheduler.set_timesteps(STEPS)
+    eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
+    for t in pipe.scheduler.timesteps:
+        expected = pipe.scheduler.step(eps, t, z).pred_original_sample
+        torch.testing.assert_close(pipe.predict_x0(z, eps, t), expected)
+
+
+def test_resolution_is_the_side_of_the_image(pipe, condition, z):
+    assert pipe(condition, IDS, num_inference_steps=1, resolution=20).shape[2:] == (20, 20)
+    assert torch.equal(pipe(condition, IDS, z=z, num_inference_steps=2, resolution=2 * LATENT),
+                       pipe(condition, IDS, z=z, num_inference_steps=2))
+    for wrong, why in ((19, "multiple of 2.*such as 18"), (1, "such as 2"), (20, "z is of")):
+        with pytest.raises(utils.UserError, match=f"--resolution {wrong}.*{why}"):
+            pipe(condition, IDS, z=z, resolution=wrong)
+
+
+def test_model_offload_draws_the_same_and_keeps_the_vae_beside_the_unet(folder, condition):
+    """The hooks of diffusers, with the CPU in the GPU's part: a guided step must not send the UNet away."""
+    settings = dict(num_inference_steps=4, terms=[redness], guidance_strength=0.5, guidance_scale=10.0)
+    plain, offloaded = (load_pipeline(folder, torch.device("cpu"), offload=offload) for offload in (False, True))
+    assert torch.equal(plain(condition, IDS, **settings), offloaded(condition, IDS, **settings))
+    hooks = {name: network._hf_hook for name, network in offloaded.components.items() if hasattr(network, "_hf_hook")}
+    assert set(hooks) == {"text_encoder", "unet", "vae"}
+    assert hooks["unet"].prev_module_hook.model is offloaded.text_encoder and hooks["vae"].prev_module_hook is None
 
 
 def test_strength_zero_decodes_z(pipe, condition, z):
@@ -236,6 +301,46 @@ def test_norm_rule_shifts_x0_by_a_share_of_sigma():
     assert torch.equal(norm_rule(eps, torch.zeros_like(eps), abar, 0.3), eps)
 
 
+@pytest.mark.parametrize("strength", [0.4, 1.0])
+def test_norm_rule_does_not_depend_on_the_number_of_steps(double_pipe, condition, strength):
+    """25 and 100 steps lower the loss alike: within 15 %, where four times the steps would make it several times."""
+    pipe = double_pipe
+
+    def effect(steps):
+        settings = dict(seed=SEED, num_inference_steps=steps, cfg_scale=1.0)
+        guided = pipe(condition, IDS, terms=[redness], guidance_scale=0.3, guidance_strength=strength, rule="norm",
+                      **settings)
+        return (redness(pipe(condition, IDS, **settings)) - redness(guided)).mean().item()
+
+    few, many = effect(25), effect(100)
+    assert few > 0 and many == pytest.approx(few, rel=0.15)
+
+
+def test_cheaper_decoders_steer_alike(pipe, condition, tmp_path):
+    half = load_guidance_decoder("half", pipe)
+    settings = dict(seed=SEED, num_inference_steps=STEPS)
+    start, terms = pipe.start(IDS, 0, SEED), [lambda image: image[:, 0].mean((1, 2))]
+    halved = torch.nn.functional.interpolate(start[0], scale_factor=0.5, mode="area")
+    torch.testing.assert_close(half(start[0]), pipe.decode(halved))
+    same, alike = (gradient_cosine(pipe, condition, start, 7.5, terms, "xt", "cond", decoder)
+                   for decoder in (pipe.decode, half))
+    assert same == pytest.approx(1) and 0.5 < alike < 1
+    guided = [pipe(condition, IDS, terms=terms, guidance_scale=300.0, guidance_strength=1.0, decoder=decoder,
+                   **settings) for decoder in (half, pipe.decode)]
+    plain = pipe(condition, IDS, **settings)
+    assert all((terms[0](image) < terms[0](plain)).all() for image in guided) and not torch.equal(*guided)
+
+    torch.manual_seed(3)
+    tiny = AutoencoderTiny(encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8],
+                           num_encoder_blocks=[1, 1], num_decoder_blocks=[1, 1])
+    tiny.save_pretrained(tmp_path)
+    decoded = load_guidance_decoder(str(tmp_path), pipe)(start[0])
+    expected = (tiny.eval().decode(start[0]).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(decoded, expected)
+    with pytest.raises(utils.UserError, match="--guidance_decoder .*nothing"):
+        load_guidance_decoder(f"{tmp_path}/nothing/", pipe)
+
+
 @pytest.mark.parametrize("rule, scale", [("raw", 100.0), ("norm", 0.2)])
 def test_guidance_lowers_its_loss(pipe, condition, rule, scale):
     settings = dict(seed=SEED, num_inference_steps=STEPS, cfg_scale=1.0)
@@ -277,6 +382,8 @@ def test_wrong_shapes_and_models_are_user_errors(pipe, condition, z, tmp_path):
     with pytest.raises(utils.UserError, match="--z"):
         pipe(condition, IDS, z=z[:, :3])
     with pytest.raises(utils.UserError, match="--sd_model"):
+        load_pipeline(f"{tmp_path}/nothing/", torch.device("cpu"))
+    with pytest.raises(utils.UserError, match="--sd_model.*has no vae, text_encoder"):
         load_pipeline(tmp_path, torch.device("cpu"))
     clip = ClipFeatures(CLIPVisionModel.from_pretrained(write_tiny_clip(tmp_path)), layers=(2,))
     with pytest.raises(utils.UserError, match="g_2.*--clip_model"):
