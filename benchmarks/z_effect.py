@@ -70,17 +70,19 @@ def main(argv=None):
 
 
 def read_table(folder, truths, clip):
-    """metrics_per_image.csv as {column: list}; on the demo world also whether each attribute is recognised (0 or 1)."""
+    """metrics_per_image.csv as {column: list}; on the demo world also the share of an image's pictures in which each
+    attribute is recognised."""
     file = utils.require(folder / "metrics_per_image.csv", "metrics per image", "run evaluate.py on this folder first")
     with open(file, newline="") as source:
         rows = list(csv.DictReader(source))
     table = {name: [row[name] for row in rows] for name in rows[0]}
     if truths is not None:
         images = read_images(folder)
-        pictures = torch.cat([as_float(read_png(files[0])[None]) for files in images.files])
+        pictures = torch.cat([as_float(read_png(file)[None]) for files in images.files for file in files])
         for name, values in read_attributes(pictures, clip).items():
-            seen = [truths[i][name] for i in images.image_ids]
-            table[f"right {name}"] = [value == true for value, true in zip(values, seen, strict=True)]
+            seen = [truths[i][name] for i in images.image_ids for _ in images.files[0]]
+            right = [value == true for value, true in zip(values, seen, strict=True)]
+            table[f"right {name}"] = np.reshape(right, (len(images.files), -1)).mean(axis=1)
     return table
 
 

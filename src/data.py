@@ -313,6 +313,11 @@ def roi_masks(paths, subj):
 # --- training -----------------------------------------------------------------------------------------------------
 
 
+def split_trials(paths, subj, num_sessions, fraction, seed):
+    """A subject's trials that train and those that validate, (train, val); see split_by_image."""
+    return split_by_image(load_trials(paths, subj, "train", num_sessions), fraction, seed)
+
+
 def split_by_image(trials, fraction, seed):
     """Split trials into (train, val) without a common image; about `fraction` of the images, at least one, in val.
 
@@ -441,7 +446,7 @@ class TestSet(NamedTuple):
 def load_test_set(paths, subj, control=None, seed=0, held_out=None):
     """Read a subject's test set: the shared images, or the validation images that a training held out.
 
-    held_out: (num_sessions, val_fraction, seed) of that training; None is the test split.
+    held_out: (num_sessions, val_fraction, seed) of that training, as in split_trials; None is the test split.
     control makes a null control of the same size and repeats (same images and ids):
 
     "shuffle": every response is one to another image, trials permuted; "noise": normal noise with each voxel's mean and
@@ -450,8 +455,7 @@ def load_test_set(paths, subj, control=None, seed=0, held_out=None):
     if held_out is None:
         trials = load_trials(paths, subj, "test")
     else:
-        num_sessions, fraction, split_seed = held_out
-        trials = split_by_image(load_trials(paths, subj, "train", num_sessions), fraction, split_seed)[1]
+        trials = split_trials(paths, subj, *held_out)[1]
     return average_repeats(open_betas(paths, subj), trials, control, seed)
 
 

@@ -271,8 +271,8 @@ def pick_rows(image_ids, args):
     """Rows that --ids and --limit ask for, ascending."""
     unknown = np.setdiff1d(args.ids or [], image_ids)
     if unknown.size:
-        raise utils.UserError(f"--ids {unknown[0]:.0f}: not a test image of {args.subj}; wanted 0-based 73k ids out of its "
-                              f"{len(image_ids)}, {image_ids[0]}..{image_ids[-1]}")
+        raise utils.UserError(f"--ids {unknown[0]:.0f}: not a test image of {args.subj}; wanted 0-based 73k ids out of "
+                              f"its {len(image_ids)}, {image_ids[0]}..{image_ids[-1]}")
     rows = np.flatnonzero(np.isin(image_ids, args.ids)) if args.ids else np.arange(len(image_ids))
     return rows[:args.limit].tolist()
 

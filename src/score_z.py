@@ -62,11 +62,11 @@ def training_statistics(source):
     """
     args, config = source.args, source.config
     made_from = {key: config[key] for key in ("checkpoint_sha256", "subj", "head", "num_sessions", "seed")}
-    made_from["adapt_epochs"] = config.get("adapt_epochs")
+    made_from |= {"adapt_epochs": config.get("adapt_epochs"), "held_out": list(source.held_out)}
     file = source.paths.run(source.run) / f"z_statistics_{args.subj}_{config['head']}_{args.num_sessions}sess.pth"
     if file.exists() and (kept := utils.load_checkpoint(file))["made_from"] == made_from:
         return [tuple(part.numpy() for part in kept[key]) for key in ("predictions", "latents")]
-    trials = data.load_trials(source.paths, args.subj, "train", args.num_sessions)
+    trials, _ = data.split_trials(source.paths, args.subj, *source.held_out)
     images = trials["image_id"].unique()
     chosen = np.random.default_rng(args.seed).choice(images, min(N_TRAINING_IMAGES, len(images)), replace=False)
     seen = data.average_repeats(data.open_betas(source.paths, args.subj), trials[trials["image_id"].isin(chosen)])

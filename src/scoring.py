@@ -54,6 +54,7 @@ class Source:
     model: torch.nn.Module
     subj: str  # whose voxel encoder is used
     test: data.TestSet
+    held_out: tuple  # which of --subj's training images validated the run: arguments of data.split_trials
 
 
 def open_source(args, feat, **settings):
@@ -85,11 +86,9 @@ def open_source(args, feat, **settings):
         print(f"{folder}: scored before with this checkpoint, kept")
         return None
 
-    held_out = None
-    if args.test_split == "val":
-        trained = state["config"]
-        held_out = (args.num_sessions, trained["val_fraction"], trained["seed"])
-    test = data.load_test_set(paths, args.subj, args.control, args.seed, held_out)
+    trained_seed = args.seed if head == "adapt" else state["config"]["seed"]
+    held_out = (args.num_sessions, state["config"]["val_fraction"], trained_seed)
+    test = data.load_test_set(paths, args.subj, args.control, args.seed, held_out if args.test_split == "val" else None)
     if head == "adapt":
         model = adapt(args, paths, feat, run, state, config["checkpoint_sha256"])
         subj = args.subj
@@ -105,7 +104,7 @@ def open_source(args, feat, **settings):
                                   f"voxels, the betas of {args.subj} have {test.betas.shape[1]}; use --head adapt, or "
                                   f"fine-tune on {args.subj}")
     model.eval().to(utils.pick_device(args.device))
-    return Source(args, paths, run, folder, config, model, subj, test)
+    return Source(args, paths, run, folder, config, model, subj, test, held_out)
 
 
 def adapt(args, paths, feat, run, state, checkpoint_hash):

@@ -179,8 +179,8 @@ def gather_run(args, paths, feat, name, config, team, subjects, num_sessions, pr
     targets = {key: data.open_feature(paths, other) for key, other in {"target": feat, **further}.items()}
     tables = {"train": {}, "val": {}}
     for subj in subjects:
-        trials = data.load_trials(paths, subj, "train", num_sessions)
-        tables["train"][subj], tables["val"][subj] = data.split_by_image(trials, args.val_fraction, args.seed)
+        tables["train"][subj], tables["val"][subj] = data.split_trials(paths, subj, num_sessions, args.val_fraction,
+                                                                       args.seed)
     loaders = [data.EpochBatches(part, betas, targets, args.batch_size, args.seed, team.rank, team.size)
                for part in tables.values()]
     n_voxels = {subj: betas[subj].shape[1] for subj in subjects}

@@ -121,6 +121,8 @@ def test_own_head_of_a_run_that_has_none_is_refused(world, capsys):
     ({}, "pretrained_subj01_40sess_ext1_c_1024_mlp"),
     ({"tag": "b", "control": "noise"}, "pretrained_subj01_40sess_ext1_c_1024_mlp_b_noise"),
     ({"run": "ridge"}, "ridge_subj01_40sess_ext1_c"),
+    ({"run": "ridge", "test_split": "val", "control": "mean"}, "ridge_subj01_40sess_ext1_c_val_mean"),
+    ({"run": "ground_truth"}, "ground_truth_subj01_c"),
     ({"run": "pretrain", "num_sessions": 1}, "multisubject_subj01_ext1_c_1024_mlp_adapt1sess"),
     ({"run": "pretrain:subj02"}, "multisubject_subj02_ext1_c_1024_mlp"),
     ({"run": "finetune:subj05", "head": "subj05"}, "pretrained_subj05_40sess_ext1_c_1024_mlp_head05"),
@@ -130,6 +132,34 @@ def test_names_of_scores(flags, name):
     default = {"subj": "subj01", "hidden_dim": 1024, "num_sessions": 40, "tag": "", "run": "finetune", "head": None,
                "control": None, "test_split": "new_test"}
     assert utils.scores_name(default | flags, "c") == name
+
+
+# --- true features, validation images -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("feat", "script"), [("c", score_c), ("z", score_z)])
+def test_ground_truth_writes_the_true_features(world, feat, script):
+    assert score(world, "--ground_truth", script=script) == 0
+    truth = data.open_feature(world, feat)[np.array(SHARED)]
+    np.testing.assert_array_equal(scores(world, f"ground_truth_subj01_{feat}"), truth)
+
+
+def test_ground_truth_of_a_null_control_is_refused(world, capsys):
+    assert score(world, "--ground_truth", "--control", "mean") == 2
+    assert "--control mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ground_truth", [False, True])
+def test_validation_images_are_those_the_training_held_out(world, ground_truth):
+    flags = ("--ground_truth",) if ground_truth else ()
+    if ground_truth:  # has no run that says how many were held out: the default is
+        train_trials, val_trials = data.split_trials(world, "subj01", 3, 0.05, 42)
+    else:
+        train_trials, val_trials = data.split_trials(world, "subj01", 3, 0.2, 42)
+    assert score(world, *flags, "--test_split", "val") == 0
+    name = "ground_truth_subj01_c_val" if ground_truth else FINETUNED + "_val"
+    ids, _ = utils.load_scores(world.root / "scores_all/subj01" / name)
+    assert set(ids) == set(val_trials["image_id"]) and not set(ids) & {*train_trials["image_id"], *SHARED}
 
 
 # --- z ------------------------------------------------------------------------------------------------------------
@@ -145,18 +175,18 @@ def test_z_has_the_training_latents_statistics_and_no_test_statistic(world):
     model.load_state_dict(state["model"])
     model.eval()
 
-    def predict(split):
-        trials = data.load_trials(world, "subj01", split)
+    def predict(trials):
         with h5py.File(world.betas("subj01")) as file:
             betas = file["betas"][()]
         images = sorted(set(trials["image_id"]))
         mean = np.stack([betas[trials["row"][trials["image_id"] == i]].mean(axis=0) for i in images])
         return images, model.predict({"subj01": torch.from_numpy(mean)})["nsdgeneral"].numpy()
 
-    images, on_training = predict("train")
+    images, on_training = predict(data.split_trials(world, "subj01", 3, 0.2, 42)[0])
     with h5py.File(world.feature("z")) as file:
         latents = file["data"][images].astype(np.float32).reshape(-1, 4, 8, 8)
-    expected = (predict("test")[1] - on_training.mean(0)) / on_training.std(0) * latents.std(0) + latents.mean(0)
+    predicted = predict(data.load_trials(world, "subj01", "test"))[1]
+    expected = (predicted - on_training.mean(0)) / on_training.std(0) * latents.std(0) + latents.mean(0)
     np.testing.assert_allclose(scores(world, Z_RUN), expected, rtol=1e-2, atol=2e-3)
     assert config(world, Z_RUN)["transductive"] is False
 
@@ -166,7 +196,7 @@ def test_transductive_is_recorded_and_uses_test_statistics(world):
     z = scores(world, Z_RUN)
     assert config(world, Z_RUN)["transductive"] is True
     with h5py.File(world.feature("z")) as file:
-        images = sorted(set(data.load_trials(world, "subj01", "train")["image_id"]))
+        images = sorted(set(data.split_trials(world, "subj01", 3, 0.2, 42)[0]["image_id"]))
         latents = file["data"][images].astype(np.float32).reshape(-1, 4, 8, 8)
     np.testing.assert_allclose(z.mean(0), latents.mean(0), atol=1e-2)
     np.testing.assert_allclose(z.std(0), latents.std(0), rtol=1e-2)

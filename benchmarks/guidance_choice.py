@@ -1,0 +1,123 @@
+"""Which guidance? The same validation images under many settings: rule, scale, window, gradient, decoder; a table.
+
+    bash scripts/score.sh --test_split val ...          # or --ground_truth --test_split val for --run ground_truth
+    python benchmarks/guidance_choice.py --root demo --sd_model demo/models/sd --clip_model demo/models/clip
+
+Validation images are training images that no training step saw, so nothing is chosen on test images. Every setting
+draws --num_samples pictures of each from the same noise and c, z, g (kept in outputs_all/subj0X/choice/, reused when
+run again). Prints and writes a markdown table (--table): each measure's mean, and in brackets the difference from
+unguided where its 95 % interval leaves out 0: bootstrap over images, pairs kept together.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
+
+import numpy as np
+from z_effect import read_table
+
+import evaluate
+import options
+import recon
+import utils
+
+UNGUIDED = {"guidance_scale": 0}
+RAW = {"guidance_rule": "raw", "guidance_scale": 300, "guidance_strength": 0.4}
+NORM = {"guidance_rule": "norm", "guidance_scale": 0.2, "guidance_strength": 0.4}
+SETTINGS = [
+    UNGUIDED,
+    *({**RAW, "guidance_scale": scale} for scale in (100, 300, 600, 1200)),
+    *({**RAW, "guidance_strength": window} for window in (0.2, 0.7, 1.0)),
+    {**RAW, "guidance_scale": 100, "guidance_strength": 1.0},
+    *({**RAW, "guidance_grad": "x0", "guidance_scale": scale} for scale in (100, 300, 600)),
+    {**RAW, "guidance_x0": "cfg", "guidance_scale": 100},
+    {**RAW, "guidance_x0": "cfg"},
+    *({**NORM, "guidance_scale": scale} for scale in (0.05, 0.1, 0.2, 0.4)),
+    *({**NORM, "guidance_strength": window} for window in (0.2, 0.7, 1.0)),
+    {**NORM, "guidance_scale": 0.1, "guidance_strength": 1.0},
+    *({**NORM, "guidance_grad": "x0", "guidance_scale": scale} for scale in (0.1, 0.2)),
+    {**NORM, "guidance_x0": "cfg"},
+    {**RAW, "guidance_decoder": "half"},
+    {**NORM, "guidance_decoder": "half"},
+    {**UNGUIDED, "sag_scale": 0.3},
+    {**UNGUIDED, "sag_scale": 0.75},
+]
+MEASURES = {"right background": "background", "right object": "object", "right colour": "colour",
+            "right place": "place", "clip_two_way": "CLIP two-way", "pixcorr": "PixCorr", "ssim": "SSIM"}
+
+
+def get_parser():
+    parser = options.Parser(__doc__)
+    options.add_paths(parser)
+    options.add_subject(parser)
+    options.add_run(parser)
+    parser.add_argument("--run", type=options.run, default="finetune", metavar="STAGE[:SUBJ]",
+                        help="whose scores, as in recon.py")
+    for name in ("sd_model", "clip_model"):
+        parser.add_argument(f"--{name}", required=True, metavar="NAME|DIR", help="as in recon.py")
+    parser.add_argument("--num_samples", type=options.whole, default=4, metavar="SAMPLES")
+    parser.add_argument("--num_inference_steps", type=options.whole, default=25, metavar="STEPS")
+    parser.add_argument("--cfg_scale", type=float, default=5.0, metavar="X")
+    parser.add_argument("--strength", type=float, default=0.7, metavar="FRACTION")
+    parser.add_argument("--batch_size", type=options.whole, default=4, metavar="PICTURES")
+    parser.add_argument("--table", metavar="FILE", help="where the markdown goes (printed only)")
+    return parser
+
+
+def main(argv=None):
+    args = get_parser().parse_args(argv)
+    paths = utils.Paths.from_args(args)
+    given = [name for name in ("root", "subj", "hidden_dim", "num_sessions", "tag", "run", "sd_model", "clip_model",
+                               "num_samples", "num_inference_steps", "cfg_scale", "strength", "batch_size")
+             if getattr(args, name) != ""]
+    same = [word for name in given for word in (f"--{name}", str(getattr(args, name)))]
+    attributes = paths.root / "demo_attributes.json"
+    truths = utils.load_json(attributes) if attributes.exists() else None
+    tables = []
+    for setting in SETTINGS:
+        name = ",".join(f"{key.removeprefix('guidance_')}={value}" for key, value in setting.items())
+        folder = paths.root / "outputs_all" / args.subj / "choice" / args.run.replace(":", "_") / name
+        changed = [word for key, value in setting.items() for word in (f"--{key}", str(value))]
+        recon.main([*same, *changed, "--test_split", "val", "--outdir", str(folder)])
+        if not (folder / "metrics_per_image.csv").exists():
+            evaluate.main(["--root", args.root, "--images", str(folder), "--eval_clip", args.clip_model])
+        tables.append(read_table(folder, truths, args.clip_model))
+    text = as_markdown(tables)
+    if args.table:
+        Path(args.table).write_text(text + "\n")
+    print(text)
+
+
+def as_markdown(tables):
+    """A row per setting, a column per measure; tables: {measure: a value per image}, unguided first."""
+    shown = [name for name in MEASURES if name in tables[0]]
+    n = len(tables[0]["image_id"])
+    draws = np.random.default_rng(0).integers(n, size=(10000, n))
+    columns = ["rule", "scale", "window", "gradient", "x0", "decoder", "SAG"]
+    lines = ["| " + " | ".join([*columns, *(MEASURES[name] for name in shown)]) + " |",
+             "|---" * (len(columns) + len(shown)) + "|"]
+    for setting, table in zip(SETTINGS, tables, strict=True):
+        cells = [setting.get("guidance_rule", "none"), f"{setting['guidance_scale']:g}"]
+        if "guidance_rule" in setting:
+            cells += [f"{setting['guidance_strength']:g}", setting.get("guidance_grad", "xt"),
+                      setting.get("guidance_x0", "cond"), setting.get("guidance_decoder", "full")]
+        else:
+            cells += [""] * 4
+        cells.append(f"{setting['sag_scale']:g}" if "sag_scale" in setting else "")
+        for name in shown:
+            values, plain = (np.array(t[name], float) for t in (table, tables[0]))
+            low, high = np.quantile((values - plain)[draws].mean(axis=1), (0.025, 0.975))
+            percent = name not in ("pixcorr", "ssim")
+            cell = f"{100 * values.mean():.1f}" if percent else f"{values.mean():.3f}"
+            if low > 0 or high < 0:
+                gain = (values - plain).mean()
+                cell += f" ({100 * gain:+.1f})" if percent else f" ({gain:+.3f})"
+            cells.append(cell)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(utils.run_cli(main))
