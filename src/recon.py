@@ -99,7 +99,7 @@ def get_parser():
     group.add_argument("--offload", action=argparse.BooleanOptionalAction, default=False,
                        help="keep networks in main memory while they are not needed")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                       help="torch.compile the UNet and the decoder: slower start, faster steps")
+                       help="torch.compile the UNet where no gradient is taken: slower start, faster steps")
     options.add_compute(parser)
     options.add_tracking(parser)
     return parser
@@ -238,6 +238,8 @@ def resolve(args, team):
             raise utils.UserError(f"--{name} {getattr(args, name):g}: wanted a number from 0")
     if not np.isfinite(args.guidance_scale):
         raise utils.UserError(f"--guidance_scale {args.guidance_scale:g}: wanted a finite number")
+    if args.compile and args.sag_scale:
+        raise utils.UserError("--compile: can not watch the UNet's attention for --sag_scale; give one of them")
     if team.device.type == "cpu" and args.offload:
         raise utils.UserError("--offload: there is no GPU to keep networks off; leave it out")
     args.precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[team.precision]

@@ -28,7 +28,7 @@ def load_pipeline(model, device, dtype=torch.float32, offload=False, compiled=Fa
     """Load any Stable Diffusion 1.x folder or hub id as a GuidedPipeline on `device`.
 
     offload: keep each network in main memory while it is not needed (diffusers' model offload). compiled: torch.compile
-    the UNet and the decoder, at their first call. Raises UserError when the model can not be loaded.
+    the UNet's passes without gradient, at the first of them. Raises UserError when the model can not be loaded.
     """
     folder = Path(model)
     lacking = [name for name in COMPONENTS if not (folder / name).is_dir()] if folder.is_dir() else []
@@ -43,9 +43,8 @@ def load_pipeline(model, device, dtype=torch.float32, offload=False, compiled=Fa
     if device.type == "cpu":  # convolutions on a CPU are faster with the channels innermost
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
-    if compiled:
-        pipe.unet.compile()
-        pipe.vae.decoder.compile()
+    if compiled:  # not those with gradient: on a CPU, torch 2.13 compiles this UNet to a wrong one, without a word
+        pipe.unet_without_gradient = torch.compile(pipe.unet)
     if offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
@@ -135,6 +134,7 @@ class GuidedPipeline(DiffusionPipeline):
             raise utils.UserError(f"--sd_model: predicts {scheduler.config.prediction_type}, wanted epsilon; "
                                   "give a Stable Diffusion 1.x model")
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+        self.unet_without_gradient = unet
 
     @torch.no_grad()
     def __call__(
@@ -306,7 +306,8 @@ class GuidedPipeline(DiffusionPipeline):
         return _in_unit_range(self.vae.decode(scaled).sample.to(latents.dtype))
 
     def _unet(self, latents, t, context):
-        return self.unet(latents.to(self.unet.dtype), t, encoder_hidden_states=context).sample.to(latents.dtype)
+        unet = self.unet if torch.is_grad_enabled() else self.unet_without_gradient
+        return unet(latents.to(self.unet.dtype), t, encoder_hidden_states=context).sample.to(latents.dtype)
 
     # --- self-attention of the UNet's middle ----------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """The guided sampler against diffusers' own pipelines, finite differences and a loop written from the equations."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -346,6 +348,15 @@ def test_guidance_lowers_its_loss(pipe, condition, rule, scale):
     settings = dict(seed=SEED, num_inference_steps=STEPS, cfg_scale=1.0)
     guided = pipe(condition, IDS, terms=[redness], guidance_scale=scale, guidance_strength=1.0, rule=rule, **settings)
     assert (redness(guided) < redness(pipe(condition, IDS, **settings))).all()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_draws_the_same(pipe, folder, condition):
+    compiled = load_pipeline(folder, torch.device("cpu"), compiled=True)
+    compiled.set_progress_bar_config(disable=True)
+    settings = dict(num_inference_steps=4, terms=[redness], guidance_strength=0.5, guidance_scale=100.0)
+    expected = pipe(condition, IDS, **settings)
+    torch.testing.assert_close(compiled(condition, IDS, **settings), expected, atol=2e-4, rtol=0)
 
 
 def test_bf16_networks_sample_and_guide(folder, condition):
