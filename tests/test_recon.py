@@ -119,6 +119,18 @@ def test_two_processes_write_the_files_of_one(root, models, tmp_path):
     assert files(root / "one") == files(root / "two")
 
 
+def test_processes_draw_different_pictures(root, models, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(recon, "draw", lambda jobs, *rest: drawn.append(jobs))
+    monkeypatch.setattr(recon.Team, "wait", lambda self: None)
+    monkeypatch.setattr(picture_files, "write_index", lambda *args: None)
+    for rank in (1, 0, 2):
+        monkeypatch.setattr(recon.Team, "assemble", lambda *device, rank=rank: recon.Team("cpu", rank, 3))
+        assert run(root, models, "--num_samples", 2) == 0
+    assert sorted(job for jobs in drawn for job in jobs) == [(row, sample) for row in range(N) for sample in range(2)]
+    assert max(map(len, drawn)) - min(map(len, drawn)) <= 1
+
+
 def test_a_killed_run_ends_as_an_uninterrupted_one(root, models):
     flags = words(root, models, "--num_samples", 60, "--num_inference_steps", 10, "--outdir", root / "killed")
     command = [sys.executable, REPO / "src/recon.py", *flags]
