@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 
 import numpy as np
-from z_effect import read_table
 
 import evaluate
 import options
 import recon
 import utils
+from z_effect import read_table
 
 UNGUIDED = {"guidance_scale": 0}
 RAW = {"guidance_rule": "raw", "guidance_scale": 300, "guidance_strength": 0.4}
