@@ -350,6 +350,24 @@ def test_guidance_lowers_its_loss(pipe, condition, rule, scale):
     assert (redness(guided) < redness(pipe(condition, IDS, **settings))).all()
 
 
+@pytest.mark.parametrize("rule, scale, grad", [("raw", 100.0, "xt"), ("raw", 100.0, "x0"), ("norm", 0.2, "xt")])
+def test_guided_loss_falls_along_the_path(pipe, condition, rule, scale, grad):
+    """What the losses see is better at every step than on the path of a gradient too small to matter, ever more so."""
+    def losses(scale):
+        seen = []
+
+        def term(image):
+            seen.append(redness(image.detach()).mean().item())
+            return redness(image)
+
+        pipe(condition, IDS, seed=SEED, num_inference_steps=STEPS, terms=[term], guidance_scale=scale, rule=rule,
+             grad=grad, guidance_strength=1.0)
+        return np.array(seen)
+
+    gain = losses(1e-9) - losses(scale)
+    assert len(gain) == STEPS and gain[0] == 0 and (gain[1:] > 0).all() and gain[-1] > gain[1]
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_compiled_draws_the_same(pipe, folder, condition):
     compiled = load_pipeline(folder, torch.device("cpu"), compiled=True)
@@ -359,11 +377,14 @@ def test_compiled_draws_the_same(pipe, folder, condition):
     torch.testing.assert_close(compiled(condition, IDS, **settings), expected, atol=2e-4, rtol=0)
 
 
-def test_bf16_networks_sample_and_guide(folder, condition):
-    pipe = load_pipeline(folder, torch.device("cpu"), torch.bfloat16)
-    pipe.set_progress_bar_config(disable=True)
-    image = pipe(condition, IDS, num_inference_steps=4, terms=[redness], guidance_strength=0.5, guidance_scale=10.0)
-    assert image.dtype == torch.float32 and torch.isfinite(image).all()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_networks_sample_and_guide(pipe, folder, condition, dtype):
+    half = load_pipeline(folder, torch.device("cpu"), dtype)
+    half.set_progress_bar_config(disable=True)
+    settings = dict(num_inference_steps=4, terms=[redness], guidance_strength=0.5, guidance_scale=10.0)
+    image = half(condition, IDS, **settings)
+    assert image.dtype == torch.float32
+    torch.testing.assert_close(image, pipe(condition, IDS, **settings), atol=0.1, rtol=0)
 
 
 # --- the CLIP term ----------------------------------------------------------------------------------------------
