@@ -41,8 +41,7 @@ def clear_folder(folder, config, overwrite):
     if overwrite:
         for file in (*pictures_in(folder), folder / "index.csv", folder / "config.json"):
             file.unlink(missing_ok=True)
-    for file in folder.glob(".*.tmp"):
-        file.unlink()
+    utils.remove_leftovers(folder)
     if not (folder / "config.json").exists():
         utils.save_json(folder / "config.json", config)
 

@@ -203,6 +203,18 @@ def atomic_path(path):
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder):
+    """Remove the temporary files of atomic_path whose process is gone: killed while it wrote."""
+    for file in Path(folder).glob(".*.tmp"):
+        pid = file.name.split(".")[-2]
+        try:
+            os.kill(int(pid), 0)  # signal 0 only asks whether there is such a process
+        except ProcessLookupError:
+            file.unlink(missing_ok=True)
+        except (ValueError, OSError):  # not one of ours, or of another user's process
+            pass
+
+
 def save_json(path, value):
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")

@@ -163,7 +163,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(root, models):
     process.wait()
     done = len(list((root / "killed").glob("*.png")))
     assert 0 < done < 300
-    (root / "killed/.00000.png.1.tmp").write_bytes(b"what a kill in the middle of a picture leaves")
+    (root / f"killed/.00000.png.{process.pid}.tmp").write_bytes(b"what a kill in the middle of a picture leaves")
     subprocess.run(command, check=True, capture_output=True)
     command[-1] = str(root / "whole")
     subprocess.run(command, check=True, capture_output=True)

@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -117,3 +120,13 @@ def test_dry_run_prints_and_stops(capsys):
 def test_wrong_features(text):
     with pytest.raises(argparse.ArgumentTypeError):
         options.feature(text)
+
+
+def test_leftovers_of_living_processes_stay(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getpid()):
+        (tmp_path / f".a.png.{pid}.tmp").touch()
+    (tmp_path / ".mine.tmp").touch()
+    utils.remove_leftovers(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {f".a.png.{os.getpid()}.tmp", ".mine.tmp"}
