@@ -16,9 +16,10 @@ SHORT = ["--images", "2", "--reference_images", "2", "--rounds", "1", "--num_inf
 def test_fast_and_slow_sampler_draw_the_same():
     """The demo's models: one image at a time, a second pass for guidance and a whole CLIP against the batch."""
     bench = bench_recon.Bench(bench_recon.get_parser().parse_args(SHORT), torch.device("cpu"), torch.float32)
+    bench.to_double()
     ours, reference = bench.ours(2), bench.reference(2)
     assert bench.guided == 3 and ours.std() > 0.05
-    torch.testing.assert_close(ours, reference, atol=2e-3, rtol=0)
+    torch.testing.assert_close(ours, reference, atol=1e-5, rtol=0)
 
 
 def test_bench_recon_prints_its_ratios(capsys):
