@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 SD=$ROOT/models/sd CLIP=$ROOT/models/clip
 hidden=(--hidden_dim 384)
 network=("${hidden[@]}" --n_blocks 2 --prior_depth 2 --batch_size 70 --num_workers 0)
-# Guidance as benchmarks/guidance_choice.md recommends (the paper's 300000 belongs to 512 pixels: the gradient of 64 is larger).
+# Guidance as benchmarks/README.md recommends (300000 belongs to 512 pixels: the gradient of 64 is larger).
 scale=300 strength=0.4
 images=("${hidden[@]}" --sd_model "$SD" --clip_model "$CLIP" --num_inference_steps 25 --cfg_scale 5 --strength 0.7
     --guidance_strength "$strength" --guidance_grad x0)
