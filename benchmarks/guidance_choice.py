@@ -84,11 +84,12 @@ def main(argv=None):
         if not (folder / "metrics_per_image.csv").exists():
             evaluate.main(["--root", args.root, "--images", str(folder), "--eval_clip", args.clip_model])
         tables.append(read_table(folder, truths, args.clip_model))
-    heading = [f"Written by `guidance_choice.py --run {args.run}`: {len(tables[0]['image_id'])} validation images of",
-               f"{args.subj}, {args.num_samples} pictures of each, {args.num_inference_steps} steps, CFG {args.cfg_scale:g},",
-               f"z from {args.strength:g}. In brackets: the difference from the first row, where its 95 % interval leaves",
-               "out 0.\n\n"]
-    text = "\n".join(heading) + as_markdown(tables)
+    n = len(tables[0]["image_id"])
+    text = "\n".join([
+        f"Written by `guidance_choice.py --run {args.run}`: {n} validation images of {args.subj},",
+        f"{args.num_samples} pictures of each, {args.num_inference_steps} steps, CFG {args.cfg_scale:g}, z from "
+        f"{args.strength:g}. In brackets: the",
+        "difference from the first row, where its 95 % interval leaves out 0.", "", as_markdown(tables)])
     if args.table:
         Path(args.table).write_text(text + "\n")
     print(text)
