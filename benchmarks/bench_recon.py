@@ -1,4 +1,4 @@
-"""Is reconstruction as fast as its networks allow? This sampler, the published procedure rendered plainly, the floor.
+"""Is sampling as fast as its networks allow? This sampler, the published procedure rendered plainly, the floor.
 
     python benchmarks/bench_recon.py                                       # the demo's tiny models; about three minutes
     python benchmarks/bench_recon.py --sd_model random --precision bf16 --batch_size 4       # SD 1.4's sizes, on a GPU
@@ -27,8 +27,7 @@ import distributed
 import options
 import utils
 from models import ClipFeatures
-from recon import CPU_BATCH
-from sampler import ClipFeatureLoss, GuidedPipeline, load_pipeline, raw_rule
+from sampler import ClipFeatureLoss, GuidedPipeline, guided_steps, load_pipeline, raw_rule, rows_on_cpu
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "models"
 LAYERS = (2, 4, 6, 8, 10, 12)
@@ -98,9 +97,9 @@ class Bench:
             pipe = load_pipeline(args.sd_model, device, precision)
             clip = CLIPVisionModel.from_pretrained(args.clip_model)
         pipe.set_progress_bar_config(disable=True)
-        self.pipe, self.clip = pipe, ClipFeatures(clip.to(device), LAYERS).to(device)
+        self.pipe, self.clip = pipe, ClipFeatures(clip, LAYERS).to(device, torch.float32)
         shape = pipe.latent_shape()
-        self.size = args.batch_size or (max(1, CPU_BATCH // (shape[1] * shape[2])) if device.type == "cpu" else 4)
+        self.size = args.batch_size or (rows_on_cpu(shape) if device.type == "cpu" else 4)
         n = max(args.images, args.reference_images, 64)
         generator = torch.Generator().manual_seed(args.seed)
         width = pipe.unet.config.cross_attention_dim
@@ -112,7 +111,7 @@ class Bench:
                       for k, feature in self.clip(image).items()}
         self.side = image.shape[2:]
         self.steps = int(args.num_inference_steps * args.strength)
-        self.guided = round(self.steps * args.guidance_strength)
+        self.guided = guided_steps(args.guidance_strength, self.steps)
 
     def to_double(self):
         """Go on in float64."""

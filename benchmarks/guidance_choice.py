@@ -81,7 +81,8 @@ def main(argv=None):
         folder = paths.root / "outputs_all" / args.subj / "choice" / args.run.replace(":", "_") / name
         changed = [word for key, value in setting.items() for word in (f"--{key}", str(value))]
         recon.main([*same, *changed, "--test_split", "val", "--outdir", str(folder)])
-        if not (folder / "metrics_per_image.csv").exists():
+        metrics = folder / "metrics_per_image.csv"
+        if not metrics.exists() or metrics.stat().st_mtime < (folder / "index.csv").stat().st_mtime:
             evaluate.main(["--root", args.root, "--images", str(folder), "--eval_clip", args.clip_model])
         tables.append(read_table(folder, truths, args.clip_model))
     n = len(tables[0]["image_id"])

@@ -27,23 +27,26 @@ class Team:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
 
     @classmethod
-    def assemble(cls, device="auto", precision="auto"):
+    def assemble(cls, device="auto", precision="auto", patience=None):
         """Join the processes the launcher started, or stay alone.
 
         device: as utils.pick_device; a launcher with several processes gives each its own. precision: fp32, bf16, fp16
-        or auto, which is fp32 on a CPU, bf16 on a GPU that has it, else fp16.
+        or auto, which is fp32 on a CPU, bf16 on a GPU that has it, else fp16. patience: timedelta for which a process
+        waits for another; None is PyTorch's, minutes.
         """
         if "LOCAL_RANK" not in os.environ:
             accelerator, device, rank, size = None, utils.pick_device(device), 0, 1
         else:
             from accelerate import Accelerator
             from accelerate.state import AcceleratorState
+            from accelerate.utils import InitProcessGroupKwargs
 
             # a DeepSpeed plugin remembers the model before: every network gets a fresh one, in the same process group
             AcceleratorState._reset_state()
             deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
             on_cpu = utils.pick_device(device).type == "cpu"
-            accelerator = Accelerator(cpu=on_cpu and not deepspeed, mixed_precision="no")
+            accelerator = Accelerator(cpu=on_cpu and not deepspeed, mixed_precision="no",
+                                      kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)])
             device, rank, size = accelerator.device, accelerator.process_index, accelerator.num_processes
         team = cls(device, rank, size, accelerator, pick_precision(precision, torch.device(device)))
         if team.deepspeed and team.precision == torch.float16:

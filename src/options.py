@@ -74,9 +74,16 @@ def vision_layer(text):
 def whole(text):
     """An integer that may be written 3e5."""
     value = float(text)
-    if value != int(value):
+    if not value.is_integer():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(value)
+
+
+def seed(text):
+    """A whole number from 0."""
+    if whole(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed; wanted a whole number from 0")
+    return whole(text)
 
 
 def add_paths(parser):
@@ -138,7 +145,7 @@ def head(text):
 
 def add_compute(parser):
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1")
-    parser.add_argument("--seed", type=whole, default=42, metavar="N")
+    parser.add_argument("--seed", type=seed, default=42, metavar="N")
 
 
 def add_precision(parser):

@@ -27,7 +27,7 @@ def check_folder(folder, config, overwrite):
     if (folder / "config.json").exists():
         old = utils.load_json(folder / "config.json")
         changed = [key for key in config if key != "commit" and config[key] != old.get(key)]
-        if changed:
+        if changed and pictures_in(folder):
             changes = ", ".join(f"{key} {old.get(key)} -> {config[key]}" for key in changed)
             raise utils.UserError(f"{folder}: pictures of other settings ({changes}); --overwrite them, or choose "
                                   "another --method or --outdir")
@@ -37,12 +37,15 @@ def check_folder(folder, config, overwrite):
 
 
 def clear_folder(folder, config, overwrite):
-    """Make `folder` ready: without what `overwrite` replaces and what a kill left half-written, with its config."""
+    """Make `folder` ready: without what `overwrite` replaces and what a kill left half-written, with its config.
+
+    The config of a run that did not come to its first picture is replaced too.
+    """
     if overwrite:
         for file in (*pictures_in(folder), folder / "index.csv", folder / "config.json"):
             file.unlink(missing_ok=True)
     utils.remove_leftovers(folder)
-    if not (folder / "config.json").exists():
+    if not pictures_in(folder):
         utils.save_json(folder / "config.json", config)
 
 

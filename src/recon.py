@@ -24,6 +24,7 @@ the gradient, at most 0.6; it needs no retuning when the loss or the model chang
 
 import argparse
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -38,17 +39,19 @@ from models import ClipFeatures
 from sampler import (
     CPU_BATCH,
     GRADS,
+    MAX_SHIFT,
     RULES,
     X0S,
     ClipFeatureLoss,
     gradient_cosine,
     load_guidance_decoder,
     load_pipeline,
+    rows_on_cpu,
 )
 
 DEFAULT_SCALE = {"raw": 300000.0, "norm": 0.3}
-# what may differ between two runs that fill one folder: it does not change any picture
-FREE_OPTIONS = ("root", "data_path", "device", "batch_size", "limit", "ids", "num_samples", "outdir", "overwrite",
+# what may differ between two runs that fill one folder: it does not change any picture (but on a GPU the last digits)
+FREE_OPTIONS = ("root", "data_path", "batch_size", "limit", "ids", "num_samples", "outdir", "overwrite",
                 "offload", "dry_run", "wandb_log", "wandb_project")
 
 
@@ -97,7 +100,8 @@ def get_parser():
     group.add_argument("--batch_size", type=options.whole, default=4, metavar="PICTURES",
                        help=f"drawn at once on a GPU (a CPU takes {CPU_BATCH} latent pixels at once, always)")
     group.add_argument("--offload", action=argparse.BooleanOptionalAction, default=False,
-                       help="keep networks in main memory while they are not needed")
+                       help="keep networks in main memory between batches, and the text encoder after its one pass; a "
+                            "guided step needs UNet and VAE together")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                        help="torch.compile the UNet where no gradient is taken: slower start, faster steps")
     options.add_compute(parser)
@@ -114,7 +118,7 @@ def main(argv=None):
     utils.check_tracking(args.wandb_log)
     utils.reproducible_products()
     paths = utils.Paths.from_args(args)
-    team = Team.assemble(args.device, args.precision)
+    team = Team.assemble(args.device, args.precision, timedelta(days=1))  # shares may take hours longer than others
     resolve(args, team)
     folder = Path(args.outdir).resolve() if args.outdir else paths.images(
         args.subj, utils.images_name(vars(args)), args.guidance_scale, args.guidance_strength)
@@ -124,6 +128,17 @@ def main(argv=None):
     config = config_of(args, hashes)
     pictures.check_folder(folder, config, args.overwrite)
     team.wait()  # until everybody has looked
+    try:
+        fill(folder, rows, scores, image_ids, config, team, args)
+    except torch.OutOfMemoryError:
+        raise utils.UserError(out_of_memory(args)) from None
+    except OSError as error:
+        raise utils.UserError(f"{error.filename or folder}: could not be written ({error.strerror}); make room or "
+                              "choose another --outdir; what is drawn is kept") from error
+
+
+def fill(folder, rows, scores, image_ids, config, team, args):
+    """Draw what `folder` lacks of the pictures of `rows`, shared among the team's processes."""
     if team.is_main:
         pictures.clear_folder(folder, config, args.overwrite)
     team.wait()
@@ -131,39 +146,46 @@ def main(argv=None):
     missing = [job for job in jobs if not pictures.is_whole(folder / pictures.file_name(*job))]
     team.print(f"{folder}: {len(jobs)} pictures wanted, {len(jobs) - len(missing)} exist")
     team.wait()  # until everybody has counted
-    try:
-        draw(team.take(missing), scores, image_ids, folder, team, args)
-    except torch.OutOfMemoryError:
-        raise utils.UserError(out_of_memory(args)) from None
+    draw(team.take(missing), scores, image_ids, folder, team, args)
     team.wait()
     if team.is_main:
         pictures.write_index(folder, image_ids, args.seed)
 
 
 def draw(jobs, scores, image_ids, folder, team, args):
-    """Draw every (row, sample) of `jobs` and write it to `folder` as soon as its batch is done."""
+    """Draw every (row, sample) of `jobs` and write it to `folder` as soon as its batch is done.
+
+    W&B shows what the first process draws. Raises UserError, at the end, for pictures that are not finite.
+    """
     if not jobs:
         return
-    networks = load_networks(team, args)
+    networks, diverged = load_networks(team, args), []
     size = rows_at_once(networks[0], scores, team.device, args)
-    name = f"recon_{args.subj}_{utils.images_name(vars(args))}"
-    tracker = utils.Tracker(folder, name, vars(args), args.wandb_log, args.wandb_project) if team.is_main else None
+    begun = len(pictures.pictures_in(folder)) or None
+    name = f"recon_{args.subj}_{pictures.name_of(folder)}".replace(" ", "_")
+    tracker = (utils.Tracker(folder, name, vars(args), args.wandb_log, args.wandb_project, resume_after=begun)
+               if team.is_main else None)
     for start in tqdm(range(0, len(jobs), size), desc=f"batches of {size}", disable=not team.is_main):
         batch = jobs[start:start + size]
         filled = batch + [batch[-1]] * (size - len(batch)) if team.device.type == "cpu" else batch
-        images = draw_batch(filled, scores, image_ids, networks, team, args, first=start == 0)[:len(batch)]
-        if not torch.isfinite(images).all():
-            raise utils.UserError(f"--guidance_scale {args.guidance_scale:g}, --precision {args.precision}: the "
-                                  "sampler diverged (NaN), wanted finite pictures; lower the scale or use --precision "
-                                  "fp32")
-        arrays = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
-        for job, array in zip(batch, arrays, strict=True):
+        if start == 0 and team.is_main and args.feats and args.guidance_decoder != "full":
+            print_cosine(batch[:8], scores, image_ids, networks, team, args)
+        images = draw_batch(filled, scores, image_ids, networks, team, args)[:len(batch)]
+        finite = torch.isfinite(images).flatten(1).all(1).tolist()
+        diverged += [image_ids[row] for (row, _), fine in zip(batch, finite, strict=True) if not fine]
+        arrays = (images.nan_to_num() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+        drawn = [pair for pair, fine in zip(zip(batch, arrays, strict=True), finite, strict=True) if fine]
+        for job, array in drawn:
             pictures.save(folder, *job, array)
         if tracker is not None:
-            captions = [f"id {image_ids[row]}, sample {sample}" for row, sample in batch]
-            tracker.log_images("recon/pictures", list(arrays), captions, step=start)
+            captions = [f"id {image_ids[row]}, sample {sample}" for (row, sample), _ in drawn]
+            tracker.log_images("recon/pictures", [array for _, array in drawn], captions)
     if tracker is not None:
         tracker.finish()
+    if diverged:
+        raise utils.UserError(f"--guidance_scale {args.guidance_scale:g}, --precision {args.precision}: the sampler "
+                              f"diverged (NaN) on {len(diverged)} of {len(jobs)} pictures (first: image id "
+                              f"{diverged[0]}), wanted finite ones; lower the scale or use --precision fp32")
 
 
 def load_networks(team, args):
@@ -176,21 +198,39 @@ def load_networks(team, args):
     return pipe, clip_features.to(team.device, torch.float32), load_guidance_decoder(args.guidance_decoder, pipe)
 
 
-def draw_batch(jobs, scores, image_ids, networks, team, args, first):
-    """Images (B, 3, H, W) in [0, 1] of B jobs; of the first batch, how a cheaper decoder does is printed."""
-    pipe, clip_features, decoder = networks
+def draw_batch(jobs, scores, image_ids, networks, team, args):
+    """Images (B, 3, H, W) in [0, 1] of B jobs."""
+    pipe = networks[0]
+    condition, begin, seen = inputs_of(jobs, scores, image_ids, networks, team, args)
+    return pipe(condition, **begin, cfg_scale=args.cfg_scale, sag_scale=args.sag_scale, **seen, rule=args.guidance_rule,
+                guidance_scale=args.guidance_scale, guidance_strength=args.guidance_strength)
+
+
+def inputs_of(jobs, scores, image_ids, networks, team, args):
+    """The condition (B, T, D) of B jobs, where their paths start and what the losses see: arguments of the sampler."""
+    _, clip_features, decoder = networks
     rows, samples = (list(column) for column in zip(*jobs, strict=True))
     at = {feat: torch.from_numpy(array[rows]).to(team.device) for feat, array in scores.items()}  # (B, ...) each
     begin = dict(image_ids=image_ids[rows].tolist(), sample=samples, seed=args.seed, z=at.get("z"),
                  strength=args.strength, resolution=args.resolution, num_inference_steps=args.num_inference_steps)
     terms = [ClipFeatureLoss(clip_features, {k: at[f"g_{k}"] for k in layers_of(args)})] if args.feats else []
-    seen = dict(terms=terms, grad=args.guidance_grad, x0=args.guidance_x0, decoder=decoder)
-    if first and args.feats and args.guidance_decoder != "full":
-        cosine = gradient_cosine(pipe, at["c"], pipe.start(**begin), args.cfg_scale, **seen)
-        team.print(f"--guidance_decoder {args.guidance_decoder}: cosine of its gradient with the full decoder's "
-                   f"{cosine:.3f} (first step, mean of {len(rows)} pictures)")
-    return pipe(at["c"], **begin, cfg_scale=args.cfg_scale, sag_scale=args.sag_scale, **seen, rule=args.guidance_rule,
-                guidance_scale=args.guidance_scale, guidance_strength=args.guidance_strength)
+    return at["c"], begin, dict(terms=terms, grad=args.guidance_grad, x0=args.guidance_x0, decoder=decoder)
+
+
+def print_cosine(jobs, scores, image_ids, networks, team, args):
+    """Print how far the gradient through --guidance_decoder agrees with the full one, job by job to need no memory."""
+    pipe, cosines = networks[0], []
+    try:
+        for job in jobs:
+            condition, begin, seen = inputs_of([job], scores, image_ids, networks, team, args)
+            latents, timesteps = pipe.start(**begin)
+            if len(timesteps):
+                cosines.append(gradient_cosine(pipe, condition, (latents, timesteps), args.cfg_scale, **seen))
+    except torch.OutOfMemoryError:
+        print("--guidance_decoder: its gradient is not compared, the full decoder does not fit the GPU")
+    if cosines:
+        print(f"--guidance_decoder {args.guidance_decoder}: cosine of its gradient with the full decoder's "
+              f"{np.mean(cosines):.3f} (first step, mean of {len(cosines)} pictures)")
 
 
 def layers_of(args):
@@ -206,16 +246,15 @@ def rows_at_once(pipe, scores, device, args):
     """
     if device.type != "cpu":
         return args.batch_size
-    _, height, width = pipe.latent_shape(args.resolution, scores["z"].shape[1:] if "z" in scores else None)
-    return max(1, CPU_BATCH // (height * width))
+    return rows_on_cpu(pipe.latent_shape(args.resolution, scores["z"].shape[1:] if "z" in scores else None))
 
 
 def out_of_memory(args):
     """What to do about a batch that does not fit."""
     if args.batch_size > 1:
         return f"--batch_size {args.batch_size}: does not fit the GPU; lower it (--batch_size {args.batch_size // 2})"
-    return ("--batch_size 1: does not fit the GPU; use a lower --precision, --guidance_decoder half, --guidance_grad "
-            "x0 or --offload")
+    return ("--batch_size 1: does not fit the GPU; use a lower --precision, --guidance_grad x0 or --guidance_decoder "
+            "half")
 
 
 def resolve(args, team):
@@ -233,15 +272,24 @@ def resolve(args, team):
     for name in ("batch_size", "limit", "num_samples", "num_inference_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
-    for name in ("sag_scale", "cfg_scale"):
+    for name in ("sag_scale", "cfg_scale", "guidance_scale"):
         if not 0 <= getattr(args, name) < float("inf"):
             raise utils.UserError(f"--{name} {getattr(args, name):g}: wanted a number from 0")
-    if not np.isfinite(args.guidance_scale):
-        raise utils.UserError(f"--guidance_scale {args.guidance_scale:g}: wanted a finite number")
+    if args.guidance_rule == "norm" and args.guidance_scale > MAX_SHIFT:
+        raise utils.UserError(f"--guidance_scale {args.guidance_scale:g}: with --guidance_rule norm wanted at most "
+                              f"{MAX_SHIFT}, the share of the noise level by which a step moves its prediction")
+    for name in ("sd_model", "clip_model"):  # a folder is the same however it is written
+        if Path(getattr(args, name)).is_dir():
+            setattr(args, name, str(Path(getattr(args, name)).resolve()))
+    if args.z == "none":
+        args.strength = 1.0  # all steps are run
+    elif args.z != "scores" and not args.z.endswith(".npy"):
+        raise utils.UserError(f"--z {args.z}: wanted scores, none, or an .npy file beside its image_ids.npy")
     if args.compile and args.sag_scale:
         raise utils.UserError("--compile: can not watch the UNet's attention for --sag_scale; give one of them")
     if team.device.type == "cpu" and args.offload:
         raise utils.UserError("--offload: there is no GPU to keep networks off; leave it out")
+    args.device = team.device.type
     args.precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[team.precision]
 
 

@@ -20,7 +20,8 @@ RULES, GRADS, X0S = ("raw", "norm"), ("xt", "x0"), ("cond", "cfg")
 MAX_SHIFT = 0.6  # the norm rule moves x0 by at most this many sigma (rms)
 LAYER_WEIGHTS = {2: 1.5, 4: 1.2}  # NeuralDiffuser's emphasis on early CLIP layers; the others weigh 1
 LOSS_SCALE = 2.0**12  # keeps small gradients above fp16's smallest number; a power of two, so exact elsewhere
-CPU_BATCH = 4096  # latent pixels that a CPU draws at once: 16 pictures of 64 x 64 pixels, one of 512 x 512
+CPU_BATCH = 4096  # latent pixels that a CPU draws at once: 16 latents of 16 x 16, one of 64 x 64
+SAG_TAPS = 9  # latent pixels over which self-attention guidance blurs
 COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 
 
@@ -62,6 +63,9 @@ def load_guidance_decoder(name, pipe):
     if name == "half":
         return lambda latents: pipe.decode(F.avg_pool2d(latents, 2))
     try:
+        found = AutoencoderTiny.load_config(name).get("_class_name")
+        if found != "AutoencoderTiny":
+            raise ValueError(f"it is an {found}")
         tiny = AutoencoderTiny.from_pretrained(name, torch_dtype=pipe.unet.dtype)
     except (OSError, ValueError) as error:
         raise utils.UserError(f"--guidance_decoder {name}: could not be loaded ({str(error).splitlines()[0]}); give "
@@ -80,7 +84,8 @@ class ClipFeatureLoss:
     def __init__(self, clip_features, targets):
         """clip_features: models.ClipFeatures; targets: {layer k: (B, T, D)}, the decoded g_k of the batch."""
         self.clip_features, self.targets = clip_features, targets
-        inverse_norms = torch.stack([1 / target.flatten(1).norm(dim=1) for target in targets.values()])  # (layers, B)
+        norms = torch.stack([target.flatten(1).norm(dim=1) for target in targets.values()])  # (layers, B)
+        inverse_norms = 1 / norms.clamp_min(torch.finfo(norms.dtype).eps)
         emphasis = torch.tensor([LAYER_WEIGHTS.get(layer, 1.0) for layer in targets]).to(inverse_norms)
         self.weights = inverse_norms / inverse_norms.sum(0) * emphasis[:, None]  # (layers, B)
 
@@ -176,7 +181,10 @@ class GuidedPipeline(DiffusionPipeline):
         self._check_shapes(condition, z)
         context = self.context_of(condition)
         latents, timesteps = self.start(image_ids, sample, seed, z, strength, resolution, num_inference_steps)
-        n_guided = round(guidance_strength * len(timesteps)) if terms and guidance_scale else 0
+        if sag_scale and min(latents.shape[2:]) <= SAG_TAPS // 2:
+            raise utils.UserError(f"--sag_scale {sag_scale:g}: blurs over {SAG_TAPS} latent pixels, the latents are "
+                                  f"{tuple(latents.shape[2:])}; raise --resolution, or leave it out")
+        n_guided = guided_steps(guidance_strength, len(timesteps)) if terms and guidance_scale else 0
         apply_rule = raw_rule if rule == "raw" else norm_rule
         with self._watched_attention(sag_scale) as tokens:
             for step, t in enumerate(self.progress_bar(timesteps)):
@@ -214,9 +222,13 @@ class GuidedPipeline(DiffusionPipeline):
 
         Timesteps stay on the CPU: indexing by them must not wait for a GPU.
         """
+        most = self.scheduler.config.num_train_timesteps - self.scheduler.config.steps_offset
+        if num_inference_steps > most:
+            raise utils.UserError(f"--num_inference_steps {num_inference_steps}: the model knows {most}; lower it")
         self.scheduler.set_timesteps(num_inference_steps)
         shape = self.latent_shape(resolution, None if z is None else z.shape[1:])
-        noise = self.start_noise(image_ids, sample, seed, shape).to(self._execution_device)
+        precision = torch.promote_types(torch.float32, self.unet.dtype)  # latents are never rounded to half
+        noise = self.start_noise(image_ids, sample, seed, shape).to(self._execution_device, precision)
         if z is None:
             return noise, self.scheduler.timesteps
         z = z.to(noise)
@@ -341,8 +353,11 @@ class GuidedPipeline(DiffusionPipeline):
         return F.interpolate((received > 1).to(tokens.dtype).view(-1, 1, height, width), size)
 
     def _check_shapes(self, condition, z):
-        found = tuple(condition.shape[1:])
-        wanted = (self.tokenizer.model_max_length, self.unet.config.cross_attention_dim)
+        found, tokens = tuple(condition.shape[1:]), self.tokenizer.model_max_length
+        if tokens > 10**6:  # what transformers says of a tokenizer that does not say
+            raise utils.UserError("--sd_model: its tokenizer does not say how many tokens a caption has; download the "
+                                  "tokenizer folder again")
+        wanted = (tokens, self.unet.config.cross_attention_dim)
         if found != wanted:
             raise utils.UserError(f"scores of c: rows of shape {found}, --sd_model wants {wanted}; "
                                   "use the model whose text encoder made the features")
@@ -351,7 +366,17 @@ class GuidedPipeline(DiffusionPipeline):
                                   f"({self.unet.config.in_channels}, h, w)")
 
 
-def gaussian_blur(latents, taps=9, sigma=1.0):
+def guided_steps(guidance_strength, n_steps):
+    """How many of the steps, from the first, --guidance_strength means: at least one where it is not 0."""
+    return min(n_steps, max(1, round(guidance_strength * n_steps))) if guidance_strength else 0
+
+
+def rows_on_cpu(latent_shape):
+    """Pictures of latents (C, h, w) that a CPU draws at once."""
+    return max(1, CPU_BATCH // (latent_shape[1] * latent_shape[2]))
+
+
+def gaussian_blur(latents, taps=SAG_TAPS, sigma=1.0):
     """(B, C, h, w) smoothed over h and w, reflected at the border; taps and sigma in latent pixels, SAG's."""
     offsets = torch.arange(taps, dtype=latents.dtype, device=latents.device) - taps // 2
     weights = torch.exp(-0.5 * (offsets / sigma).square())
@@ -364,7 +389,7 @@ def gaussian_blur(latents, taps=9, sigma=1.0):
 def gradient_cosine(pipe, condition, start, cfg_scale, terms, grad, x0, decoder):
     """Cosine, a float, between the first step's guidance gradient through `decoder` and through the VAE's.
 
-    condition: (B, T, D); start: what pipe.start returned for these rows. Mean over the rows.
+    condition: (B, T, D); start: what pipe.start returned for these rows, a step at least. Mean over the rows.
     """
     latents, timesteps = start
     with torch.no_grad():

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -195,7 +196,7 @@ def atomic_path(path):
     """Yield a temporary path beside `path`; rename it into place on success, remove it on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_this_host()}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -204,15 +205,18 @@ def atomic_path(path):
 
 
 def remove_leftovers(folder):
-    """Remove the temporary files of atomic_path whose process is gone: killed while it wrote."""
-    for file in Path(folder).glob(".*.tmp"):
-        pid = file.name.split(".")[-2]
+    """Remove the temporary files of atomic_path whose process, on this host, is gone: killed while it wrote."""
+    for file in Path(folder).glob(f".*.{_this_host()}.*.tmp"):
         try:
-            os.kill(int(pid), 0)  # signal 0 only asks whether there is such a process
+            os.kill(int(file.name.split(".")[-2]), 0)  # signal 0 only asks whether there is such a process
         except ProcessLookupError:
             file.unlink(missing_ok=True)
-        except (ValueError, OSError):  # not one of ours, or of another user's process
+        except (ValueError, OSError):  # not one of ours, or another user's process
             pass
+
+
+def _this_host():
+    return socket.gethostname().replace(".", "-")
 
 
 def save_json(path, value):
@@ -343,7 +347,7 @@ def derive_seed(*parts):
 
 
 def reproducible_products():
-    """Let MKL add up in an order that does not depend on the number of threads.
+    """Let MKL (PyTorch's on x86) add up in an order that does not depend on the number of threads.
 
     MKL reads this at its first matrix product, so it is called before any. What the environment says goes first.
     """
@@ -356,7 +360,11 @@ def pick_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: no CUDA device is visible; use --device cpu or check nvidia-smi")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: not a device ({str(error).splitlines()[0]}); wanted auto, cpu, cuda or "
+                        "cuda:1") from None
 
 
 # --- tracking ----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from PIL import Image
 
 import pictures as picture_files
 import recon
+import sampler
 import utils
 from tiny_sd import LATENT, TOKENS, WIDTH, write_tiny_clip, write_tiny_sd
 
@@ -104,7 +105,7 @@ def test_writes_pictures_index_and_config(root, models):
 
 
 def pixels_at_once(monkeypatch, pictures_at_once):
-    monkeypatch.setattr(recon, "CPU_BATCH", pictures_at_once * LATENT**2)
+    monkeypatch.setattr(sampler, "CPU_BATCH", pictures_at_once * LATENT**2)
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -112,8 +113,7 @@ def test_a_subset_draws_the_same_pictures_to_the_bit(root, models, monkeypatch, 
     """Whatever the subset, its order, the batch size and the samples beside; at_once: pictures a CPU draws at once."""
     pixels_at_once(monkeypatch, at_once)
     rows, draw_batch = [], recon.draw_batch
-    monkeypatch.setattr(recon, "draw_batch", lambda jobs, *rest, **named: rows.append(len(jobs)) or
-                        draw_batch(jobs, *rest, **named))
+    monkeypatch.setattr(recon, "draw_batch", lambda jobs, *rest: rows.append(len(jobs)) or draw_batch(jobs, *rest))
     run(root, models, *GUIDED, "--outdir", root / "all", "--batch_size", 5, "--num_samples", 2)
     run(root, models, *GUIDED, "--outdir", root / "some", "--ids", 500, 10)
     run(root, models, *GUIDED, "--outdir", root / "first", "--limit", 2, "--batch_size", 1)
@@ -129,12 +129,13 @@ def test_two_processes_write_the_files_of_one(demo):
     """A real launch, with the project's own configuration; each process has half of the threads."""
     root, models = demo
     flags = (*GUIDED, "--feats", "g_2", "--num_samples", 2)
+    environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}  # of other tests
     command = [sys.executable, REPO / "src/recon.py", *words(root, models, *flags, "--outdir", root / "one")]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    subprocess.run(command, check=True, capture_output=True, env=environment | {"OMP_NUM_THREADS": "2"})
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", REPO / "scripts/accelerate/ddp.yaml",
               "--num_processes", "2", REPO / "src/recon.py"]
     shared = [*launch, *words(root, models, *flags, "--outdir", root / "two")]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    one_thread = environment | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(shared, capture_output=True, text=True, check=False, env=one_thread)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("10 pictures wanted, 0 exist") == 1
@@ -163,7 +164,8 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(root, models):
     process.wait()
     done = len(list((root / "killed").glob("*.png")))
     assert 0 < done < 300
-    (root / f"killed/.00000.png.{process.pid}.tmp").write_bytes(b"what a kill in the middle of a picture leaves")
+    cut = root / f"killed/.00000.png.{utils._this_host()}.{process.pid}.tmp"
+    cut.write_bytes(b"what a kill in the middle of a picture leaves")
     subprocess.run(command, check=True, capture_output=True)
     command[-1] = str(root / "whole")
     subprocess.run(command, check=True, capture_output=True)
@@ -333,13 +335,58 @@ def test_scores_that_are_not_finite_are_refused(root, models, feat, row, capsys)
 
 @pytest.mark.parametrize("batch_size, hint", [(8, "lower it (--batch_size 4)"), (1, "--guidance_decoder half")])
 def test_a_batch_that_does_not_fit_says_what_to_lower(root, models, batch_size, hint, monkeypatch, capsys):
-    def draw(*args):
+    def decode(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(recon, "draw", draw)
+    monkeypatch.setattr(sampler.GuidedPipeline, "decode", decode)
     assert run(root, models, "--batch_size", batch_size) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and f"--batch_size {batch_size}: does not fit" in message and hint in message
+    message = error_of(capsys)
+    assert f"--batch_size {batch_size}: does not fit" in message and hint in message
+    monkeypatch.undo()
+    assert run(root, models, "--precision", "bf16", "--limit", 1) == 0  # nothing was drawn that could differ
+
+
+def test_a_cheaper_decoder_is_not_compared_where_the_full_one_does_not_fit(root, models, monkeypatch, capsys):
+    def no_room(*args, **seen):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(recon, "gradient_cosine", no_room)
+    assert run(root, models, "--guidance_decoder", "half", "--limit", 1) == 0
+    assert "is not compared" in capsys.readouterr().out and len(pictures(folder_of(root))) == 1
+
+
+def test_what_never_came_to_a_picture_does_not_bind(root, models):
+    assert run(root, models, "--resolution", 17) == 2
+    assert run(root, models, "--limit", 1) == 0
+
+
+def test_a_diverged_picture_does_not_keep_the_others_back(root, models, monkeypatch, capsys):
+    draw_batch = recon.draw_batch
+
+    def one_diverges(jobs, *rest):
+        images = draw_batch(jobs, *rest)
+        images[2] = float("nan")
+        return images
+
+    monkeypatch.setattr(recon, "draw_batch", one_diverges)
+    assert run(root, models) == 2
+    assert "diverged (NaN) on 1 of 5 pictures (first: image id 11)" in error_of(capsys)
+    assert list(pictures(folder_of(root))) == ["00000.png", "00001.png", "00003.png", "00004.png"]
+
+
+def test_a_full_disk_is_one_line(root, models, monkeypatch, capsys):
+    def save(*args):
+        raise OSError(28, "No space left on device", "00000.png")
+
+    monkeypatch.setattr(picture_files, "save", save)
+    assert run(root, models) == 2
+    assert "No space left on device" in error_of(capsys)
+
+
+def error_of(capsys):
+    """The one error line of a run."""
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    return error
 
 
 def test_a_model_without_a_component_is_refused(root, models, tmp_path, capsys):
@@ -358,6 +405,13 @@ def test_a_model_without_a_component_is_refused(root, models, tmp_path, capsys):
     (("--num_samples", 0), "--num_samples 0"),
     (("--feats", "g_2", "g_6"), "Linear-6/nsdgeneral.npy: scores not found"),
     (("--sag_scale", -1), "--sag_scale -1"),
+    (("--sag_scale", 1, "--resolution", 8), "--sag_scale 1: blurs over 9"),
+    (("--guidance_rule", "norm", "--guidance_scale", 2), "wanted at most 0.6"),
+    (("--num_inference_steps", 1000), "--num_inference_steps 1000: the model knows 999"),
+    (("--guidance_decoder", "MODEL/vae"), "it is an AutoencoderKL"),
+    (("--device", "tpu9"), "--device tpu9: not a device"),
+    (("--z", "somewhere"), "--z somewhere: wanted scores, none, or an .npy"),
+    (("--outdir", "/proc/nowhere"), "/proc/nowhere"),
     (("--ids", 4), "--ids 4"),
     (("--limit", 0), "--limit 0"),
     (("--guidance_strength", 1.5), "--guidance_strength 1.5"),
@@ -368,12 +422,13 @@ def test_a_model_without_a_component_is_refused(root, models, tmp_path, capsys):
     (("--root", "nowhere"), "--root nowhere"),
 ])
 def test_mistakes_give_one_line_and_exit_2(root, models, flags, message, capsys):
-    assert run(root, models, *flags) == 2
+    assert run(root, models, *(str(flag).replace("MODEL", str(models[0])) for flag in flags)) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1 and message in error[0]
 
 
-@pytest.mark.parametrize("flags", [("--feats", "g_3"), ("--feats", "c"), ("--subj", "9"), ("--guidance", "1")])
+@pytest.mark.parametrize("flags", [("--feats", "g_3"), ("--feats", "c"), ("--subj", "9"), ("--guidance", "1"),
+                                   ("--seed", "-1"), ("--limit", "inf")])
 def test_flags_that_do_not_parse_exit_2(root, models, flags):
     with pytest.raises(SystemExit) as stop:
         run(root, models, *flags)

@@ -126,7 +126,9 @@ def test_leftovers_of_living_processes_stay(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for pid in (dead.pid, os.getpid()):
-        (tmp_path / f".a.png.{pid}.tmp").touch()
-    (tmp_path / ".mine.tmp").touch()
+        (tmp_path / f".a.png.{utils._this_host()}.{pid}.tmp").touch()
+    others = {".mine.tmp", f".a.png.another-host.{dead.pid}.tmp"}
+    for name in others:
+        (tmp_path / name).touch()
     utils.remove_leftovers(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {f".a.png.{os.getpid()}.tmp", ".mine.tmp"}
+    assert {file.name for file in tmp_path.iterdir()} == {f".a.png.{utils._this_host()}.{os.getpid()}.tmp", *others}
