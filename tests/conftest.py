@@ -1,16 +1,9 @@
-"""What every test shares."""
+"""What every test shares: MKL adds up as recon.py lets it, here and in every process that a test starts.
 
-import os
+MKL reads the setting once. Without this, whether a process has it would depend on which test came first, and processes
+that are compared to the bit would differ.
+"""
 
-import pytest
+import utils
 
-
-@pytest.fixture(autouse=True)
-def environment_of_children():
-    """recon.main sets MKL_CBWR for its process; here the processes of later tests would inherit it."""
-    before = os.environ.get("MKL_CBWR")
-    yield
-    if before is None:
-        os.environ.pop("MKL_CBWR", None)
-    else:
-        os.environ["MKL_CBWR"] = before
+utils.reproducible_products()
