@@ -62,6 +62,8 @@ def get_parser():
     parser.add_argument("--cfg_scale", type=float, default=5.0, metavar="X")
     parser.add_argument("--strength", type=float, default=0.7, metavar="FRACTION")
     parser.add_argument("--batch_size", type=options.whole, default=4, metavar="PICTURES")
+    parser.add_argument("--decoders", nargs="+", metavar="half|DIR",
+                        help="compare these --guidance_decoders (TAESDs: distil_decoder.py) instead of the settings")
     parser.add_argument("--table", metavar="FILE", help="where the markdown goes (printed only)")
     return parser
 
@@ -75,9 +77,13 @@ def main(argv=None):
     same = [word for name in given for word in (f"--{name}", str(getattr(args, name)))]
     attributes = paths.root / "demo_attributes.json"
     truths = utils.load_json(attributes) if attributes.exists() else None
-    tables = []
-    for setting in SETTINGS:
-        name = ",".join(f"{key.removeprefix('guidance_')}={value}" for key, value in setting.items())
+    settings, tables = SETTINGS, []
+    if args.decoders:
+        settings = [UNGUIDED, RAW, NORM]
+        settings += [{**rule, "guidance_decoder": name} for name in args.decoders for rule in (RAW, NORM)]
+    for setting in settings:
+        name = ",".join(f"{key.removeprefix('guidance_')}={str(value).replace('/', '_')}"
+                        for key, value in setting.items())
         folder = paths.root / "outputs_all" / args.subj / "choice" / args.run.replace(":", "_") / name
         changed = [word for key, value in setting.items() for word in (f"--{key}", str(value))]
         recon.main([*same, *changed, "--test_split", "val", "--outdir", str(folder)])
@@ -90,13 +96,13 @@ def main(argv=None):
         f"Written by `guidance_choice.py --run {args.run}`: {n} validation images of {args.subj},",
         f"{args.num_samples} pictures of each, {args.num_inference_steps} steps, CFG {args.cfg_scale:g}, z from "
         f"{args.strength:g}. In brackets: the",
-        "difference from the first row, where its 95 % interval leaves out 0.", "", as_markdown(tables)])
+        "difference from the first row, where its 95 % interval leaves out 0.", "", as_markdown(settings, tables)])
     if args.table:
         Path(args.table).write_text(text + "\n")
     print(text)
 
 
-def as_markdown(tables):
+def as_markdown(settings, tables):
     """A row per setting, a column per measure; tables: {measure: a value per image}, unguided first."""
     shown = [name for name in MEASURES if name in tables[0]]
     n = len(tables[0]["image_id"])
@@ -104,11 +110,11 @@ def as_markdown(tables):
     columns = ["rule", "scale", "window", "gradient", "x0", "decoder", "SAG"]
     lines = ["| " + " | ".join([*columns, *(MEASURES[name] for name in shown)]) + " |",
              "|---" * (len(columns) + len(shown)) + "|"]
-    for setting, table in zip(SETTINGS, tables, strict=True):
+    for setting, table in zip(settings, tables, strict=True):
         cells = [setting.get("guidance_rule", "none"), f"{setting['guidance_scale']:g}"]
         if "guidance_rule" in setting:
             cells += [f"{setting['guidance_strength']:g}", setting.get("guidance_grad", "xt"),
-                      setting.get("guidance_x0", "cond"), setting.get("guidance_decoder", "full")]
+                      setting.get("guidance_x0", "cond"), Path(setting.get("guidance_decoder", "full")).name]
         else:
             cells += [""] * 4
         cells.append(f"{setting['sag_scale']:g}" if "sag_scale" in setting else "")

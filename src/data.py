@@ -138,6 +138,33 @@ def read_betas(betas, rows):
     return voxels
 
 
+class AveragedRows:
+    """Responses to images, (N, V): row i is the plain mean of the trials of image i, read when it is asked for.
+
+    Stands in for the Rows of single-trial betas. `table` has a line per image [image_id, row, n_repeats], row being the
+    number here; images are in ascending order of their ids.
+    """
+
+    def __init__(self, betas, trials):
+        """betas: Rows of one subject; trials: a table of its trials."""
+        trials = trials.sort_values(["image_id", "row"])
+        image_ids, self.first, self.n_repeats = np.unique(trials["image_id"].to_numpy(), return_index=True,
+                                                          return_counts=True)
+        self.betas, self.path, self.rows = betas, betas.path, trials["row"].to_numpy()
+        self.shape = (len(image_ids), betas.shape[1])
+        self.table = pd.DataFrame({"image_id": image_ids, "row": np.arange(len(image_ids)),
+                                   "n_repeats": self.n_repeats})
+
+    def __getitem__(self, images):
+        """images: (n,) integers -> (n, V) float32."""
+        counts = self.n_repeats[images]
+        starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+        trials = np.concatenate([np.arange(first, first + n) for first, n in
+                                 zip(self.first[images], counts, strict=True)])
+        sums = np.add.reduceat(self.betas[self.rows[trials]].astype(np.float32, copy=False), starts, axis=0)
+        return sums / counts[:, None].astype(np.float32)
+
+
 # --- what subjects saw --------------------------------------------------------------------------------------------
 
 

@@ -212,4 +212,88 @@ def latent_ssim(latents, target):
         return ssim(latents.float(), target.float(), data_range=float(6 * target.std()), win_size=window)
 
 
+class EncodingObjective:
+    """What a brain encoding model (GNet) minimises: squared errors of responses, and the size of its readout weights.
+
+    Per voxel the squared error is weighted by clamp(r^2, .1, 1), r being this batch's correlation: voxels that can be
+    predicted count more (DESIGN section 8). Images are shifted by up to `shift` pixels and get a little noise; they are
+    not mirrored, since the visual field is not. Validation correlates over all of its images.
+    """
+
+    judge = "loss_r"  # 1 - median validation r over voxels: its best epoch is where training stops early
+
+    def __init__(self, side=227, rois=None, l1=0.1, shift=4, noise=0.02):
+        """side: of the network's input, pixels; rois: {subject: {name: bool (V,)}}, of which validation logs r."""
+        self.side, self.rois, self.l1, self.shift, self.noise = side, rois or {}, l1, shift, noise
+
+    def __call__(self, model, batch, progress, generator=None, team=ALONE):
+        """Return (loss, logs) of one joint batch, as BrainObjective does.
+
+        batch: {"voxels": {subject: responses (b, V)}, "target": what was seen, (B, H, W, 3) from 0 to 255}.
+        """
+        images = batch["target"].permute(0, 3, 1, 2) / 255  # (B, 3, H, W)
+        images = F.interpolate(images, (self.side, self.side), mode="bilinear", antialias=True)
+        if model.training:
+            images = self.jitter(images, generator)
+        measured, sizes = batch["voxels"], [len(rows) for rows in batch["voxels"].values()]
+        shown = team.take_voxels(dict(zip(measured, images.split(sizes), strict=True)))
+        predicted, offset = {}, 0
+        for subj, rows in model(shown).items():
+            predicted[subj] = team.join(rows.float(), len(measured[subj]), offset)
+            offset += len(measured[subj])
+        errors, logs = [], {}
+        for subj, rows in predicted.items():
+            error = (rows - measured[subj]).square().mean(0)  # (V,)
+            weight = correlation(rows.detach(), measured[subj]).square().clamp(0.1, 1)
+            errors.append((weight * error).mean())
+            if not model.training:
+                logs |= moments(subj, rows.detach(), measured[subj], len(images))
+        readouts = [p.abs().mean() for name, p in model.named_parameters() if name.endswith("weight")
+                    and "readouts" in name]
+        loss = torch.stack(errors).mean()
+        logs["loss_mse"] = loss.detach()
+        return loss + self.l1 * torch.stack(readouts).mean(), logs
+
+    def jitter(self, images, generator):
+        """Images (B, 3, H, W), each moved by up to `shift` pixels, its border repeated, with noise."""
+        device = images.device if generator is None else generator.device
+        by = torch.randint(2 * self.shift + 1, (len(images), 2), generator=generator, device=device).tolist()
+        padded, side = F.pad(images, [self.shift] * 4, mode="replicate"), self.side
+        moved = torch.stack([image[:, y:y + side, x:x + side] for image, (y, x) in zip(padded, by, strict=True)])
+        noise = torch.randn(moved.shape, generator=generator, device=device).to(moved)
+        return moved + self.noise * noise
+
+    def summarise(self, means):
+        """Turn validation's moments into r, the median over voxels: of all (loss_r = 1 - r), of each ROI (r_<ROI>)."""
+        sums, scalars = {key: value for key, value in means.items() if isinstance(key, tuple)}, {}
+        for subj in dict.fromkeys(key[0] for key in sums):
+            n, p, m, pp, mm, pm = (sums[subj, name] for name in MOMENTS)
+            p, m = p / n, m / n
+            deviations = (pp / n - p.square()).clamp_min(0) * (mm / n - m.square()).clamp_min(0)
+            r = (pm / n - p * m) / deviations.sqrt().clamp_min(1e-12)
+            scalars.setdefault("r", []).append(r)
+            for roi, mask in self.rois.get(subj, {}).items():
+                scalars.setdefault(f"r_{roi}", []).append(r[torch.as_tensor(mask, device=r.device)])
+        scalars = {key: torch.cat(values).median() for key, values in scalars.items()}
+        if scalars:
+            scalars["loss_r"] = 1 - scalars["r"]
+        return {key: value for key, value in means.items() if not isinstance(key, tuple)} | scalars
+
+
+MOMENTS = ("n", "p", "m", "pp", "mm", "pm")  # sums over images of predicted and measured responses, and products
+
+
+def moments(subj, predicted, measured, of):
+    """Sums over the rows of (b, V) responses, {(subject, name of MOMENTS): (V,)}, per each of `of` images."""
+    p, m = predicted.double(), measured.double()
+    sums = (p.new_tensor(len(p)), p.sum(0), m.sum(0), (p * p).sum(0), (m * m).sum(0), (p * m).sum(0))
+    return {(subj, name): value / of for name, value in zip(MOMENTS, sums, strict=True)}
+
+
+def correlation(a, b):
+    """Pearson correlation of the columns of (B, V), (V,); 0 where one does not vary."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    return (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)
+
+
 OBJECTIVES = {"brain": BrainObjective, "latent": LatentObjective}  # by the kind of network (models.build_model)

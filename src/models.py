@@ -7,6 +7,8 @@ returns its scores by file name: nsdgeneral (the feature) and, for c and g, retr
 """
 
 import math
+import pickle
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from diffusers import DDIMScheduler
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionModel
 
 import utils
@@ -353,6 +356,158 @@ class LatentDecoder(nn.Module):
         return self.upsample(small), tokens.flatten(2).transpose(1, 2)
 
 
+# --- from images to voxels ----------------------------------------------------------------------------------------
+
+
+def gnet_input(images, side=227):
+    """Images (B, 3, H, W) in [0, 1] at GNet's side: antialiased bilinear, differentiable."""
+    if images.shape[-2:] == (side, side):
+        return images
+    return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+
+
+def signed_log(x):
+    """GNet's nonlinearity s(x) = log(1 + |x|) tanh(x), before and after pooling."""
+    return torch.log1p(x.abs()) * torch.tanh(x)
+
+
+def gnet_block(channels_in, channels_out, padding=1):
+    block = nn.Sequential(nn.BatchNorm2d(channels_in, momentum=0.25), nn.Dropout2d(0.5),
+                          nn.Conv2d(channels_in, channels_out, 3, padding=padding), nn.ReLU())
+    nn.init.xavier_normal_(block[2].weight, gain=2**0.5)
+    nn.init.zeros_(block[2].bias)
+    return block
+
+
+class VoxelReadout(nn.Module):
+    """One subject's voxels: each pools the feature maps with a field of its own and weighs the features (FWRF).
+
+    1307 parameters a voxel: fields of 25 x 25 and 13 x 13 (softmax over places), 512 weights, a bias.
+    """
+
+    CHUNK = 1024  # voxels at a time: bounds the memory, (B, features, CHUNK) floats
+
+    def __init__(self, n_voxels, features=(256, 256), places=(625, 169)):
+        super().__init__()
+        self.fields = nn.ParameterList(torch.zeros(n_voxels, n) for n in places)
+        self.weight = nn.Parameter(0.01 * torch.randn(n_voxels, sum(features)))
+        self.bias = nn.Parameter(torch.zeros(n_voxels))
+
+    def forward(self, maps, voxels=None):
+        """maps: [(B, F1, 25, 25), (B, F2, 13, 13)]; voxels: indices (n,) of those wanted, None = all. -> (B, n)."""
+        maps = [signed_log(feature_map.flatten(2)) for feature_map in maps]  # (B, F, P)
+        wanted = torch.arange(len(self.bias), device=self.bias.device) if voxels is None else voxels
+        chunks = wanted.split(self.CHUNK)
+        read = self._read
+        if len(chunks) > 1 and torch.is_grad_enabled():  # or the pooled features of every chunk would be kept
+            read = partial(checkpoint, self._read, use_reentrant=False)
+        return torch.cat([read(chunk, *maps) for chunk in chunks], dim=1)
+
+    def _read(self, voxels, *maps):
+        fields = [field[voxels].softmax(1) for field in self.fields]  # (n, P)
+        pooled = [feature_map @ field.T for feature_map, field in zip(maps, fields, strict=True)]
+        pooled = signed_log(torch.cat(pooled, dim=1))  # (B, F, n)
+        return (pooled * self.weight[voxels].T).sum(1) + self.bias[voxels]
+
+
+class GNet(nn.Module):
+    """A brain encoding model: images -> voxels (St-Yves et al. 2023, Nat. Commun. 14:3329).
+
+    AlexNet's first two convolutions (`prefilter`), a trunk that all subjects share, a VoxelReadout for each. Trunk:
+    1,034,944 parameters with pass_through 64, 3,027,520 with 192 (the published checkpoint).
+    """
+
+    SIDE = 227  # pixels
+    BLOCKS = ("c3", "c4a", "c4b", "c5a", "c5b", "c6a", "c6b")
+
+    def __init__(self, n_voxels, trunk_width=64, pass_through=64, frozen_prefilter=False):
+        """n_voxels: {subject: V}. frozen_prefilter: the prefilter keeps the weights that it is given."""
+        super().__init__()
+        self.n_voxels, self.trunk_width, self.pass_through = dict(n_voxels), trunk_width, pass_through
+        self.frozen_prefilter = frozen_prefilter
+        self.register_buffer("input_mean", torch.full((1, 3, 1, 1), 0.5))
+        self.prefilter = nn.Sequential(
+            nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, stride=2),
+            nn.Conv2d(64, 192, 5, padding=2), nn.ReLU())
+        self.prefilter.requires_grad_(not frozen_prefilter)
+        gabor_filters_(self.prefilter[0])
+        width = trunk_width + pass_through
+        self.c3 = gnet_block(192, 128, padding=0)
+        self.c4a, self.c4b = gnet_block(128, width), gnet_block(width, width)
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.c5a, self.c5b = gnet_block(width, width), gnet_block(width, width)
+        self.c6a, self.c6b = gnet_block(width, width), gnet_block(width, trunk_width)
+        features = (128 + 2 * trunk_width, 4 * trunk_width)
+        self.readouts = nn.ModuleDict({subj: VoxelReadout(v, features) for subj, v in n_voxels.items()})
+
+    @property
+    def model_args(self):
+        return {"kind": "gnet", "n_voxels": self.n_voxels, "trunk_width": self.trunk_width,
+                "pass_through": self.pass_through, "frozen_prefilter": self.frozen_prefilter}
+
+    def features(self, images):
+        """(B, 3, 227, 227) in [0, 1] -> maps (B, 128 + 2 tw, 25, 25) and (B, 4 tw, 13, 13)."""
+        tw = self.trunk_width
+        c3 = self.c3(self.prefilter(images - self.input_mean))  # (B, 128, 25, 25)
+        c4a = self.c4a(c3)
+        c4b = self.c4b(c4a)
+        c5a = self.c5a(self.pool(c4b))  # (B, tw + pt, 13, 13)
+        c5b = self.c5b(c5a)
+        c6a = self.c6a(c5b)
+        c6b = self.c6b(c6a)
+        return [torch.cat([c3, c4a[:, :tw], c4b[:, :tw]], 1),
+                torch.cat([c5a[:, :tw], c5b[:, :tw], c6a[:, :tw], c6b], 1)]
+
+    def forward(self, images, subject=None, voxels=None):
+        """Predict z-scored responses to images in [0, 1] of any size.
+
+        images: (B, 3, H, W), with a subject: its V voxels, or those of the index `voxels` (n,): (B, n). Or
+        {subject: (b, 3, H, W)}: {subject: (b, V)}, with one pass of the trunk over all rows.
+        """
+        if subject is not None:
+            return self.readouts[subject](self.features(gnet_input(images, self.SIDE)), voxels)
+        sizes = [len(part) for part in images.values()]
+        maps = self.features(torch.cat([gnet_input(part, self.SIDE) for part in images.values()]))
+        parts = zip(*(feature_map.split(sizes) for feature_map in maps), strict=True)
+        return {subj: self.readouts[subj](list(part)) for subj, part in zip(images, parts, strict=True)}
+
+
+@torch.no_grad()
+def gabor_filters_(conv):
+    """Fill a first convolution (n, 3, k, k) with Gabor filters, what such layers learn: a start without AlexNet.
+
+    Gray ones of 8 orientations, 2 wavelengths and 2 phases, then coloured blobs and edges at random.
+    """
+    n, _, k, _ = conv.weight.shape
+    y, x = torch.meshgrid(*[torch.arange(k) - (k - 1) / 2] * 2, indexing="ij")
+    envelope = torch.exp(-(x**2 + y**2) / (2 * (k / 4.5) ** 2))
+    generator = torch.Generator().manual_seed(0)
+    for i in range(n):
+        angle = torch.tensor(math.pi * (i % 8) / 8)
+        wavelength, phase = k * (0.6, 1.2)[i // 8 % 2], math.pi / 2 * (i // 16 % 2)
+        colour = torch.ones(3) if i < n // 2 else torch.randn(3, generator=generator)
+        carrier = torch.cos(2 * math.pi * (x * angle.cos() + y * angle.sin()) / wavelength + phase)
+        if i >= 3 * n // 4:
+            carrier = torch.ones_like(x)  # blobs
+        elif i < n // 2 and i >= n // 4:
+            carrier = -carrier  # the other polarity: a ReLU follows
+        kernel = colour[:, None, None] * envelope * carrier
+        conv.weight[i] = kernel / kernel.norm()
+    conv.bias.zero_()
+
+
+def load_prefilter(gnet, file):
+    """Copy the first two convolutions of AlexNet (torchvision's state dict) into `gnet`; UserError if it has none."""
+    try:
+        weights = torch.load(utils.require(file, "--prefilter: AlexNet's weights", "give torchvision's alexnet .pth"),
+                             map_location="cpu", weights_only=True)
+        for ours, theirs in ((0, "features.0"), (3, "features.3")):
+            gnet.prefilter[ours].load_state_dict({key: weights[f"{theirs}.{key}"] for key in ("weight", "bias")})
+    except (KeyError, TypeError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise utils.UserError(f"--prefilter {file}: not AlexNet's weights ({str(error).splitlines()[0]}), wanted "
+                              "features.0 and features.3 of torchvision's alexnet") from None
+
+
 # --- the whole models ---------------------------------------------------------------------------------------------
 
 
@@ -458,7 +613,7 @@ class RidgeModel(nn.Module):
         return {"nsdgeneral": prediction, "retrieval": prediction}
 
 
-MODELS = {"brain": BrainModel, "latent": LatentModel, "ridge": RidgeModel}
+MODELS = {"brain": BrainModel, "latent": LatentModel, "ridge": RidgeModel, "gnet": GNet}
 
 
 def build_model(model_args):

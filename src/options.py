@@ -102,6 +102,11 @@ def add_subject(parser):
 def add_run(parser):
     """Flags that, with the subject and the feature, name a run."""
     parser.add_argument("--hidden_dim", type=whole, default=1024, metavar="UNITS", help="width of the shared space")
+    add_sessions(parser)
+
+
+def add_sessions(parser):
+    """Flags that say which trials a run learns from, and keep variants apart."""
     parser.add_argument("--num_sessions", type=whole, metavar="SESSIONS",
                         help="training sessions of --subj, the first so many (all: 40, 32 or 30, by subject)")
     parser.add_argument("--tag", type=tag, default="", metavar="NAME",

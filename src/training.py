@@ -52,17 +52,21 @@ def get_parser(doc):
     network.add_argument("--dropout", type=float, default=0.15, metavar="P")
     network.add_argument("--prior_depth", type=options.whole, default=6, metavar="N",
                          help="layers of the diffusion prior (c and g; z has none)")
-    network.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                         help="torch.compile the network: slow to start, faster on a GPU")
+    optimum = add_loop(parser)
+    optimum.add_argument("--clip_scale", type=float, default=1.0, metavar="W", help="weight of the contrast")
+    optimum.add_argument("--prior_scale", type=float, default=30.0, metavar="W",
+                         help="weight of the prior's MSE (c and g)")
+    optimum.add_argument("--mixup_pct", type=float, default=0.33, metavar="FRACTION", help="of the epochs, with MixCo")
+    return parser
+
+
+def add_loop(parser):
+    """Flags of the loop itself: what `fit` reads, and what is validated on. Returns the group of the optimisation."""
     optimum = parser.add_argument_group("optimisation")
     optimum.add_argument("--batch_size", type=options.whole, default=42, metavar="TRIALS",
                          help="over all subjects and all processes")
     optimum.add_argument("--num_epochs", type=options.whole, default=30, metavar="N")
     optimum.add_argument("--max_lr", type=float, default=3e-4, metavar="LR", help="peak of the one-cycle schedule")
-    optimum.add_argument("--clip_scale", type=float, default=1.0, metavar="W", help="weight of the contrast")
-    optimum.add_argument("--prior_scale", type=float, default=30.0, metavar="W",
-                         help="weight of the prior's MSE (c and g)")
-    optimum.add_argument("--mixup_pct", type=float, default=0.33, metavar="FRACTION", help="of the epochs, with MixCo")
     optimum.add_argument("--val_fraction", type=float, default=options.VAL_FRACTION, metavar="FRACTION",
                          help="of the training images")
     keeping = parser.add_argument_group("keeping")
@@ -71,7 +75,9 @@ def get_parser(doc):
                          help="continue the run if its folder holds a checkpoint")
     keeping.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="start it again")
     keeping.add_argument("--num_workers", type=options.whole, default=2, metavar="N", help="data loader processes")
-    return parser
+    keeping.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                         help="torch.compile the network: slow to start, faster on a GPU")
+    return optimum
 
 
 # what may differ between a run and its continuation: how it is run, not what it computes
@@ -94,8 +100,8 @@ class Run:
     val: data.EpochBatches
     n_voxels: dict  # subject -> voxel count
     shapes: dict  # of one row of each target: {"target": (T, D)}
-    target_statistics: tuple  # mean (T, D) and standard deviation of the training images' targets
-    pretrained: object  # checkpoint file of the pretraining run, or None
+    target_statistics: tuple = ()  # mean (T, D) and standard deviation of the training images' targets
+    pretrained: object = None  # checkpoint file of the pretraining run, or None
 
     def say(self, text, show=True):
         """Keep a line in the run's log.txt, and print it unless the progress bar shows the same."""
@@ -152,10 +158,10 @@ def open_run(args, feat, **further):
 
 def check_flags(args):
     for name in ("num_epochs", "ckpt_every", "batch_size", "hidden_dim", "n_blocks", "prior_depth"):
-        if getattr(args, name) < 1:
+        if getattr(args, name, 1) < 1:
             raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
     for name in ("dropout", "mixup_pct", "val_fraction"):
-        if not 0 <= getattr(args, name) <= 1 or (name == "dropout" and args.dropout == 1):
+        if not 0 <= getattr(args, name, 0) <= 1 or (name == "dropout" and getattr(args, name, 0) == 1):
             raise utils.UserError(f"--{name} {getattr(args, name):g}: wanted a fraction from 0 to 1")
     if not args.max_lr > 0:
         raise utils.UserError(f"--max_lr {args.max_lr:g}: wanted more than 0")
@@ -282,7 +288,7 @@ def fit(run, model, objective):
         while epoch < args.num_epochs:
             sums, step, timing = train_epoch(run, net, objective, schedule, loader, epoch, step, sums, stop, bar)
             if step == len(run.train):
-                logs = average(sums, "train") | timing | {"train/lr": schedule.get_last_lr()[0]}
+                logs = average(sums, "train", objective) | timing | {"train/lr": schedule.get_last_lr()[0]}
                 if not np.isfinite(logs["train/loss"]):
                     raise utils.UserError(f"the loss became NaN in epoch {epoch + 1}; the last checkpoint is intact: "
                                           "lower --max_lr and use --resume, or look for NaN in the targets")
@@ -373,7 +379,7 @@ def validate(run, net, objective, progress):
             with team.autocast():
                 loss, logs = objective(net, batch, progress, generator, team)
             add(sums, {"loss": loss, **logs}, len(batch["target"]))
-    return average(sums, "val")
+    return average(sums, "val", objective)
 
 
 def add(sums, logs, n):
@@ -382,8 +388,11 @@ def add(sums, logs, n):
         sums[key] = sums.get(key, 0) + value * n
 
 
-def average(sums, prefix):
-    return {f"{prefix}/{key}": float(value) / sums["trials"] for key, value in sums.items() if key != "trials"}
+def average(sums, prefix, objective):
+    """{prefix/name: float}, means over trials; an objective with `summarise` makes its scalars of the means itself."""
+    means = {key: value / sums["trials"] for key, value in sums.items() if key != "trials"}
+    means = getattr(objective, "summarise", dict)(means)
+    return {f"{prefix}/{key}": float(value) for key, value in means.items()}
 
 
 class FromStep(torch.utils.data.Sampler):

@@ -134,10 +134,13 @@ def run_name(stage, subj, feat, hidden_dim, num_sessions=40, tag=""):
 
     stage: 'pretrain' (all subjects but `subj`), 'finetune' (`subj` alone, from the pretrained run), 'scratch' or
     'ridge' (the linear baseline, which has no hidden_dim), or 'ground_truth' (no run, but the true features of the
-    images that `subj` saw). tag: the user's own, to keep variants apart.
+    images that `subj` saw). feat: 'gnet' with 'scratch' is the encoding model of `subj`, with 'pretrain' the one that
+    all subjects share. tag: the user's own, to keep variants apart.
     """
     if stage == "ground_truth":
         return f"ground_truth_{subj}_{feat}"
+    if feat == "gnet":
+        return "gnet_" + ("multisubject" if stage == "pretrain" else subj) + (f"_{tag}" if tag else "")
     prefix = {"pretrain": "multisubject", "finetune": "pretrained"}.get(stage, stage)
     sessions = "" if stage == "pretrain" else f"_{num_sessions}sess"
     width = "" if stage == "ridge" else f"_{hidden_dim}" + ("_mlp" if feat == "c" else "")

@@ -21,6 +21,8 @@ import utils
     (("finetune", "subj05", "c", 512, 1), "pretrained_subj05_1sess_ext1_c_512_mlp"),
     (("scratch", "subj05", "g_2", 512, 40, "v2"), "scratch_subj05_40sess_ext1_g_2_512_v2"),
     (("ridge", "subj01", "c", 1024, 1), "ridge_subj01_1sess_ext1_c"),
+    (("scratch", "subj01", "gnet", None), "gnet_subj01"),
+    (("pretrain", "subj01", "gnet", None, 40, "v2"), "gnet_multisubject_v2"),
 ])
 def test_run_names(arguments, name):
     assert utils.run_name(*arguments) == name

@@ -1,0 +1,93 @@
+"""Train GNet, a brain encoding model: from the seen image to the responses of every voxel.
+
+image (B, 3, 227, 227) -> AlexNet's first two convolutions -> trunk, shared by the subjects
+    -> per voxel a field over each of two grids of features, a weight per feature: responses {subject: (B, V)}
+Squared error weighted by clamp(r^2, .1, 1) per voxel, plus .1 of the mean size of the readout's weights.
+
+    python src/train_gnet.py --subj 1                      # subject 1 alone: train_logs/gnet_subj01/
+    python src/train_gnet.py --multi_subject               # one trunk for all subjects: train_logs/gnet_multisubject/
+    python src/train_gnet.py --subj 1 --prefilter alexnet-owt-7be5be79.pth --pass_through 192
+
+Reads betas, averaged over an image's repeats, wds/*/train and nsd_stimuli.hdf5. best.pth is the epoch with the best
+median validation r over voxels (early stopping), on the validation images of c, z and g.
+"""
+
+import argparse
+import sys
+
+import data
+import options
+import training
+import utils
+from distributed import Team
+from losses import EncodingObjective
+from models import GNet, load_prefilter
+
+
+def get_parser():
+    parser = options.Parser(__doc__)
+    options.add_paths(parser)
+    options.add_subject(parser)
+    options.add_sessions(parser)
+    options.add_compute(parser)
+    options.add_precision(parser)
+    options.add_tracking(parser)
+    training.add_loop(parser)
+    parser.set_defaults(max_lr=1e-3)
+    parser.add_argument("--multi_subject", action=argparse.BooleanOptionalAction, default=False,
+                        help="one trunk for all subjects (--num_sessions then counts for --subj alone)")
+    parser.add_argument("--trunk_width", type=options.whole, default=64, metavar="CHANNELS",
+                        help="channels of a block that voxels read")
+    parser.add_argument("--pass_through", type=options.whole, default=64, metavar="CHANNELS",
+                        help="further channels of a block, for the next one only (the published network: 192)")
+    parser.add_argument("--prefilter", metavar="FILE",
+                        help="torchvision's AlexNet weights: freezes the first two convolutions (trained without)")
+    parser.add_argument("--l1", type=float, default=0.1, metavar="W", help="weight of the readout's mean |weight|")
+    return parser
+
+
+def main(argv=None):
+    args = get_parser().parse_args(argv)
+    run = open_run(args)
+    if run is None:
+        return
+    model = GNet(run.n_voxels, args.trunk_width, args.pass_through, frozen_prefilter=args.prefilter is not None)
+    if args.prefilter:
+        load_prefilter(model, args.prefilter)
+    rois = {subj: data.roi_masks(utils.Paths.from_args(args), subj) for subj in run.n_voxels}
+    training.fit(run, model, EncodingObjective(GNet.SIDE, rois, args.l1))
+
+
+def open_run(args):
+    """The Run of this training, or None when its folder holds it, finished."""
+    utils.check_tracking(args.wandb_log)
+    training.check_flags(args)
+    paths = utils.Paths.from_args(args)
+    stage = "pretrain" if args.multi_subject else "scratch"
+    name = utils.run_name(stage, args.subj, "gnet", None, tag=args.tag)
+    config = training.settings_of(args, "gnet") | {"feat": "gnet", "run": name}
+    team = Team.assemble(args.device, args.precision)
+    if training.finished(paths.run(name), config, args):
+        team.print(f"{name}: finished before, kept (--overwrite trains it again)")
+        return None
+    subjects = data.subjects(paths) if args.multi_subject else [args.subj]
+    tables, responses = {"train": {}, "val": {}}, {"train": {}, "val": {}}
+    for subj in subjects:
+        sessions = args.num_sessions if subj == args.subj else None
+        parts = data.split_trials(paths, subj, sessions, args.val_fraction, args.seed)
+        for part, trials in zip(("train", "val"), parts, strict=True):
+            rows = data.AveragedRows(data.open_betas(paths, subj), trials)
+            tables[part][subj], responses[part][subj] = rows.table, rows
+    stimuli = {"target": data.open_stimuli(paths)}
+    loaders = [data.EpochBatches(tables[part], responses[part], stimuli, args.batch_size, args.seed, team.rank,
+                                 team.size) for part in ("train", "val")]
+    utils.seed_everything(utils.derive_seed(args.seed, 0))  # the network's weights are drawn next
+    n_voxels = {subj: rows.shape[1] for subj, rows in responses["train"].items()}
+    run = training.Run(name, "gnet", paths.run(name), config, args, team, tables, *loaders, n_voxels, {})
+    n_train, n_val = (sum(map(len, part.values())) for part in tables.values())
+    run.say(f"{n_train} training and {n_val} validation images of {', '.join(subjects)}; {team}")
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(utils.run_cli(main))

@@ -1,0 +1,217 @@
+"""GNet: the network against plain loops, its objective against numpy, and trainings of seconds."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import data
+import train_gnet
+import utils
+from losses import EncodingObjective
+from models import GNet, VoxelReadout, build_model, gnet_input, load_prefilter
+from tiny_nsd import N_VOXELS, write_tiny_nsd
+from tiny_runs import stop_at
+
+FLAGS = ["--batch_size", "4", "--num_epochs", "2", "--num_sessions", "3", "--val_fraction", "0.3", "--trunk_width",
+         "4", "--pass_through", "4", "--num_workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_tiny_nsd(tmp_path_factory.mktemp("world"))[0]
+
+
+def train(paths, *flags):
+    return utils.run_cli(train_gnet.main, ["--root", str(paths.root), *FLAGS, *map(str, flags)])
+
+
+@pytest.mark.parametrize("pass_through, shared", [(64, 1_034_944), (192, 3_027_520)])
+def test_parameter_counts_are_the_published(pass_through, shared):
+    gnet = GNet({"subj01": 3}, pass_through=pass_through)
+    trunk = sum(p.numel() for name, p in gnet.named_parameters() if not name.startswith(("prefilter", "readouts")))
+    assert trunk == shared
+    assert sum(p.numel() for p in gnet.readouts.parameters()) == 3 * 1307
+
+
+def test_maps_have_the_published_sizes_and_voxels_can_be_chosen():
+    gnet = GNet({"subj01": 5, "subj02": 4}).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        maps = gnet.features(gnet_input(images))
+        assert [tuple(feature_map.shape) for feature_map in maps] == [(2, 256, 25, 25), (2, 256, 13, 13)]
+        everything = gnet(images, "subj01")
+        torch.testing.assert_close(gnet(images, "subj01", torch.tensor([4, 1])), everything[:, [4, 1]])
+        joint = gnet({"subj01": images, "subj02": images[:1]})
+    torch.testing.assert_close(joint["subj01"], everything, atol=1e-5, rtol=1e-4)
+    assert joint["subj02"].shape == (1, 4)
+
+
+def test_readout_is_the_papers_formula(monkeypatch):
+    """s(sum_p softmax(field)_p s(map_fp)) weighted, voxel by voxel and feature by feature; in chunks too."""
+    torch.manual_seed(0)
+    readout = VoxelReadout(5, features=(3, 2), places=(4, 6)).double()
+    for parameter in readout.parameters():
+        torch.nn.init.normal_(parameter)
+    maps = [torch.randn(2, 3, 2, 2, dtype=torch.float64), torch.randn(2, 2, 2, 3, dtype=torch.float64)]
+
+    def s(x):
+        return np.log(1 + abs(x)) * np.tanh(x)
+
+    wanted = np.zeros((2, 5))
+    for image in range(2):
+        for voxel in range(5):
+            total, feature = readout.bias[voxel].item(), 0
+            for field, feature_map in zip(readout.fields, maps, strict=True):
+                weights = np.exp(field[voxel].detach().numpy())
+                weights /= weights.sum()
+                for channel in feature_map[image].numpy():
+                    pooled = sum(w * s(x) for w, x in zip(weights, channel.ravel(), strict=True))
+                    total += readout.weight[voxel, feature].item() * s(pooled)
+                    feature += 1
+            wanted[image, voxel] = total
+    whole = readout(maps)
+    np.testing.assert_allclose(whole.detach().numpy(), wanted)
+    gradients = torch.autograd.grad(whole.square().sum(), list(readout.parameters()))
+    monkeypatch.setattr(VoxelReadout, "CHUNK", 2)
+    chunked = readout(maps)
+    torch.testing.assert_close(chunked, whole)
+    for one, other in zip(torch.autograd.grad(chunked.square().sum(), list(readout.parameters())), gradients,
+                          strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_network_is_rebuilt_from_its_arguments():
+    gnet = GNet({"subj02": 3}, 4, 8, frozen_prefilter=True)
+    again = build_model(json.loads(json.dumps(gnet.model_args)))
+    again.load_state_dict(gnet.state_dict())
+    assert not any(p.requires_grad for p in again.prefilter.parameters())
+
+
+def test_the_prefilter_is_alexnets(tmp_path):
+    shapes = {"features.0.weight": (64, 3, 11, 11), "features.0.bias": (64,), "features.3.weight": (192, 64, 5, 5),
+              "features.3.bias": (192,), "classifier.6.bias": (10,)}
+    weights = {key: torch.randn(shape) for key, shape in shapes.items()}
+    torch.save(weights, tmp_path / "alexnet.pth")
+    gnet = GNet({"subj01": 1}, 4, 4)
+    load_prefilter(gnet, tmp_path / "alexnet.pth")
+    assert torch.equal(gnet.prefilter[3].weight, weights["features.3.weight"])
+    for wrong in ({"features.0.weight": torch.zeros(1)}, {"x": object()}):  # another network; a pickle with a class
+        torch.save(wrong, tmp_path / "wrong.pth")
+        with pytest.raises(utils.UserError, match="--prefilter"):
+            load_prefilter(gnet, tmp_path / "wrong.pth")
+
+
+def test_averaged_rows_are_the_means_of_an_images_trials(world):
+    betas, trials = data.open_betas(world, "subj01"), data.load_trials(world, "subj01", "train")
+    rows = data.AveragedRows(betas, trials)
+    means = [betas[group["row"].to_numpy()].mean(0) for _, group in trials.groupby("image_id")]
+    assert rows.table["image_id"].tolist() == sorted(set(trials["image_id"]))
+    picked = np.array([3, 0, 3])
+    np.testing.assert_allclose(rows[picked], np.stack(means)[picked], rtol=1e-5, atol=1e-6)
+
+
+class Predictor(torch.nn.Module):
+    """Predicts fixed responses, in the order it is asked."""
+
+    def __init__(self, responses):
+        super().__init__()
+        self.responses = responses
+        self.readouts = torch.nn.ModuleDict({"s": torch.nn.Linear(2, 2)})
+
+    def forward(self, images):
+        return {"s": self.responses[:len(images["s"])]}
+
+
+def test_loss_and_validation_r_against_numpy():
+    rng = np.random.default_rng(0)
+    predicted, measured = rng.standard_normal((2, 9, 3)).astype(np.float32)
+    measured[:, 0] += 2 * predicted[:, 0]
+    objective = EncodingObjective(side=8, rois={"s": {"V1": np.array([True, True, False])}}, l1=0.1)
+    sums, n = {}, 0
+    for rows in (slice(0, 5), slice(5, 9)):  # r over both batches, not the mean of theirs
+        model = Predictor(torch.from_numpy(predicted[rows])).eval()
+        p, m = predicted[rows], measured[rows]
+        batch = {"voxels": {"s": torch.from_numpy(m)}, "target": torch.zeros(len(m), 4, 4, 3)}
+        loss, logs = objective(model, batch, 0)
+        r = np.array([np.corrcoef(p[:, v], m[:, v])[0, 1] for v in range(3)])
+        wanted = (((p - m) ** 2).mean(0) * np.clip(r**2, 0.1, 1)).mean()
+        wanted += 0.1 * model.readouts["s"].weight.abs().mean().item()
+        np.testing.assert_allclose(loss.item(), wanted, rtol=1e-5)
+        for key, value in logs.items():
+            sums[key] = sums.get(key, 0) + value * len(p)
+        n += len(p)
+    found = objective.summarise({key: value / n for key, value in sums.items()})
+    r = np.array([np.corrcoef(predicted[:, v], measured[:, v])[0, 1] for v in range(3)])
+    np.testing.assert_allclose(float(found["r"]), np.median(r), rtol=1e-6)
+    np.testing.assert_allclose(float(found["r_V1"]), np.sort(r[:2])[0], rtol=1e-6)  # torch's median is the lower one
+    np.testing.assert_allclose(float(found["loss_r"]), 1 - np.median(r), rtol=1e-6)
+
+
+def test_jitter_shifts_and_does_not_mirror():
+    image = torch.zeros(1, 3, 21, 21)
+    image[..., 10, 10], image[..., 10, 12] = 1, 0.5  # what is left stays left
+    objective = EncodingObjective(side=21, noise=0)
+    moved = objective.jitter(image.repeat(200, 1, 1, 1), torch.Generator().manual_seed(0))
+    bright = (moved[:, 0] == 1).nonzero()
+    assert len(bright) == 200 and all(moved[i, 0, y, x + 2] == 0.5 for i, y, x in bright.tolist())
+    assert {(y, x) for _, y, x in bright.tolist()} <= {(y, x) for y in range(6, 15) for x in range(6, 15)}
+    assert len({x for *_, x in bright.tolist()}) == 9
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_training_keeps_a_run_with_r_of_every_roi(world, joint):
+    flags = ["--multi_subject"] if joint else []
+    assert train(world, *flags) == 0
+    folder = world.run("gnet_multisubject" if joint else "gnet_subj01")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and {"train/loss", "val/loss", "val/loss_r", "val/r", "val/r_V1"} <= rows[-1].keys()
+    best = utils.load_checkpoint(folder / "best.pth")
+    assert best["best"] == min(row["val/loss_r"] for row in rows)
+    assert best["n_voxels"] == (N_VOXELS if joint else {"subj01": N_VOXELS["subj01"]})
+    build_model(best["model_args"]).load_state_dict(best["model"])
+    assert train(world, *flags) == 0  # finished before, kept
+
+
+def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one(world):
+    assert train(world, "--tag", "whole") == 0
+    call = stop_at(2, EncodingObjective)
+    try:
+        assert train(world, "--tag", "stopped") == 128 + 15
+    finally:
+        EncodingObjective.__call__ = call
+    assert train(world, "--tag", "stopped", "--resume") == 0
+    whole, stopped = (utils.load_checkpoint(world.run(f"gnet_subj01_{tag}") / "last.pth") for tag in
+                      ("whole", "stopped"))
+    for key, value in whole["model"].items():
+        assert torch.equal(value, stopped["model"][key]), key
+
+
+def test_the_trunk_learns_responses(tmp_path):
+    """Responses that follow the images' brightness are fitted."""
+    paths, _ = write_tiny_nsd(tmp_path)
+    stimuli, trials = data.open_stimuli(paths), data.load_trials(paths, "subj01", "train")
+    with h5py.File(paths.stimuli / "nsd_stimuli.hdf5", "r+") as file:
+        level = np.linspace(0, 255, len(stimuli)).astype(np.uint8)
+        file["imgBrick"][...] = np.random.default_rng(0).permutation(level)[:, None, None, None]
+        brightness = file["imgBrick"][:, 0, 0, 0] / 127.5 - 1
+    with h5py.File(paths.betas("subj01"), "r+") as file:
+        rows = trials["row"].to_numpy()
+        file["betas"][np.sort(rows)] = np.repeat(brightness[trials["image_id"].to_numpy()[np.argsort(rows)]][:, None],
+                                                 N_VOXELS["subj01"], 1)
+    assert train(paths, "--num_epochs", 30, "--max_lr", 3e-3) == 0
+    rows = [json.loads(line) for line in (paths.run("gnet_subj01") / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["train/loss_mse"] < 0.3 * rows[0]["train/loss_mse"]
+    assert max(row["val/r"] for row in rows) > 0.8
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--prefilter", "nothing.pth"], "--prefilter"), (["--batch_size", "0"], "--batch_size"),
+    (["--num_sessions", "9"], "--num_sessions"), (["--subj", "3"], "wds/subj03"),
+])
+def test_mistakes_give_one_line_and_exit_2(world, flags, message, capsys):
+    assert train(world, "--tag", "wrong", *flags) == 2
+    found = capsys.readouterr().err.strip().splitlines()
+    assert message in found[-1] and "Traceback" not in "".join(found)
