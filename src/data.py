@@ -13,6 +13,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 import h5py
+import nibabel
 import numpy as np
 import pandas as pd
 import scipy.io
@@ -25,6 +26,7 @@ import utils
 SUBJECTS = [f"subj{number:02d}" for number in range(1, 9)]
 # columns of a shard's behav.npy (1, 17); the global trial is the row of the subject's betas
 BEHAV_IMAGE_ID, BEHAV_SESSION, BEHAV_TRIAL, BEHAV_SHARED, BEHAV_COLUMNS = 0, 2, 5, 16, 17
+PRF_LABELS = {"V1": (1, 2), "V2": (3, 4), "V3": (5, 6), "V4": (7,)}  # of prf-visualrois: ventral and dorsal halves
 # feature files written by other programs are flat and do not say their shape: c, g and z of Stable Diffusion 1.x
 KNOWN_FEATURE_SHAPES = {59136: (77, 768), 38400: (50, 768), 16384: (4, 64, 64)}
 
@@ -321,9 +323,17 @@ def load_captions(paths):
 
 
 def roi_masks(paths, subj):
-    """Regions of interest of a subject: dict name -> bool (V,) over the voxels of its betas."""
+    """Regions of interest of a subject: dict name -> bool (V,) over the voxels of its betas.
+
+    From MindEye2's brain_region_masks.hdf5, or from NSD's own volumes where that is not there. Where both are, they
+    must agree: UserError otherwise, since then the betas' voxels are in another order than one of them.
+    """
     file = paths.data_path / "brain_region_masks.hdf5"
-    utils.require(file, "ROI masks", "download it (README, data), or check --data_path")
+    volumes = paths.rois(subj) / "nsdgeneral.nii.gz"
+    if not file.exists() and volumes.exists():
+        return _masks_of_volumes(paths, subj)
+    utils.require(file, "ROI masks", f"download it (README, data), check --data_path, or put NSD's {volumes.name} and "
+                  f"prf-visualrois.nii.gz into {volumes.parent}")
     try:
         with h5py.File(file, "r") as regions:
             masks = {name: mask[()].astype(bool) for name, mask in regions[subj].items()}
@@ -334,7 +344,40 @@ def roi_masks(paths, subj):
         if mask.shape != (n_voxels,):
             raise utils.UserError(f"{file}: mask {name} of {subj} has shape {mask.shape}, its betas {n_voxels} voxels; "
                                   "check that both are of one data set")
+    if volumes.exists():
+        others = _masks_of_volumes(paths, subj)
+        for name in PRF_LABELS:
+            if name in masks and not np.array_equal(masks[name], others[name]):
+                raise utils.UserError(
+                    f"{file}: {name} of {subj} has {masks[name].sum()} voxels, of which {volumes.parent} says so of "
+                    f"{(masks[name] & others[name]).sum()} (its own {name} has {others[name].sum()}), wanted the same; "
+                    "check that both are of one data set")
     return masks
+
+
+def _masks_of_volumes(paths, subj):
+    """The masks from NSD's nsdgeneral and prf-visualrois volumes, (X, Y, Z); voxels in C order, as the betas are."""
+    folder = paths.rois(subj)
+    volumes = {}
+    for name in ("nsdgeneral", "prf-visualrois"):
+        file = utils.require(folder / f"{name}.nii.gz", "ROI volume", "download it (README, data)")
+        try:
+            volumes[name] = np.asarray(nibabel.load(file).dataobj)
+        except Exception as error:  # nibabel and gzip raise many types for damaged files
+            raise utils.UserError(f"{file}: not a readable NIfTI volume ({error}); download it again") from None
+    general, labels = volumes.values()
+    if general.shape != labels.shape:
+        raise utils.UserError(f"{folder}: nsdgeneral is of {general.shape}, prf-visualrois of {labels.shape}, wanted "
+                              "the same; download both again")
+    inside = general.ravel() == 1  # C order; -1 is outside
+    n_voxels = open_betas(paths, subj).shape[1]
+    if inside.sum() != n_voxels:
+        raise utils.UserError(f"{folder}/nsdgeneral.nii.gz: {inside.sum()} voxels, the betas of {subj} have "
+                              f"{n_voxels}; check that both are of one subject and one data set")
+    label = labels.ravel()[inside]
+    masks = {name: np.isin(label, values) for name, values in PRF_LABELS.items()}
+    early = np.any(list(masks.values()), axis=0)
+    return {"nsd_general": np.ones(n_voxels, bool), **masks, "higher_vis": ~early}
 
 
 # --- training -----------------------------------------------------------------------------------------------------

@@ -114,6 +114,10 @@ class Paths:
     def betas(self, subj):
         return self.data_path / f"betas_all_{subj}_fp32_renorm.hdf5"
 
+    def rois(self, subj):
+        """Folder of NSD's ROI volumes."""
+        return self.root / "nsddata/ppdata" / subj / "func1pt8mm/roi"
+
     def run(self, name):
         return self.root / "train_logs" / name
 
