@@ -3,11 +3,17 @@
 import sys
 from pathlib import Path
 
+import h5py
+import numpy as np
 import torch
+
+from sampler import load_guidance_decoder, load_pipeline
+from tiny_nsd import N_IMAGES, write_tiny_nsd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_recon
+import distil_decoder
 
 SHORT = ["--images", "2", "--reference_images", "2", "--rounds", "1", "--num_inference_steps", "8",
          "--guidance_strength", "0.5", "--batch_size", "2", "--device", "cpu"]
@@ -26,3 +32,18 @@ def test_bench_recon_prints_its_ratios(capsys):
     bench_recon.main(SHORT)
     printed = capsys.readouterr().out
     assert "a/c = " in printed and "a/b = " in printed and "decoder with gradient" in printed
+
+
+def test_a_distilled_decoder_is_one_for_guidance(tmp_path, capsys):
+    """A few steps of distilling, on random latents of the demo's size: it loads and decodes to the image's size."""
+    paths, _ = write_tiny_nsd(tmp_path)
+    with h5py.File(paths.feature("z"), "w") as file:
+        file["data"] = np.random.default_rng(0).standard_normal((N_IMAGES + 100, 4 * 16 * 16)).astype(np.float16)
+        file["data"].attrs["shape"] = (4, 16, 16)
+    folder = tmp_path / "taesd"
+    distil_decoder.main(["--root", str(tmp_path), "--sd_model", str(bench_recon.DEMO / "sd"), "--out", str(folder),
+                         "--steps", "3", "--batch_size", "2", "--width", "8", "--device", "cpu"])
+    assert "dB PSNR on 100 other latents" in capsys.readouterr().out
+    pipe = load_pipeline(bench_recon.DEMO / "sd", torch.device("cpu"))
+    image = load_guidance_decoder(str(folder), pipe)(torch.randn(2, 4, 16, 16))
+    assert image.shape == (2, 3, 64, 64) and 0 <= image.min() and image.max() <= 1
