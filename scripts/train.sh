@@ -1,20 +1,17 @@
 #!/usr/bin/env bash
 # Train the encoders of FEATS: pretrain on every subject but SUBJ, then fine-tune on SUBJ. Flags go to every training.
 #   SUBJ=2 bash scripts/train.sh                      STAGES=finetune FEATS="c g_2" bash scripts/train.sh --num_epochs 10
-# STAGES=gnet trains the encoding model GNet of SUBJ instead (--multi_subject: of all subjects).
 #   WANDB_LOG=1 bash scripts/train.sh                 STAGES=ridge bash scripts/train.sh    (the linear baseline)
+#   STAGES=gnet bash scripts/train.sh                 (the brain encoding model of SUBJ; --multi_subject: of everybody)
 source "$(dirname "$0")/common.sh"
 
 for stage in "${STAGES[@]}"; do
-    if [[ $stage == gnet ]]; then
-        run "${LAUNCH[@]}" "$REPO/src/train_gnet.py" --subj "$SUBJ" --resume "${LOGGED[@]}" "$@"
-        continue
-    fi
     case $stage in
         pretrain) flags=(--multi_subject) ;;
         finetune) flags=(--multisubject_ckpt auto) ;;
         scratch) flags=() ;;
         ridge) flags=(--model ridge) ;;
+        gnet) run "${LAUNCH[@]}" "$REPO/src/train_gnet.py" --subj "$SUBJ" --resume "${LOGGED[@]}" "$@"; continue ;;
         *) echo "error: STAGES: $stage is not a stage; wanted pretrain, finetune, scratch, ridge or gnet" >&2; exit 2 ;;
     esac
     flags+=(--subj "$SUBJ" --resume "${LOGGED[@]}")

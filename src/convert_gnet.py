@@ -25,8 +25,6 @@ KEYS = ("best_params", "input_mean", "voxel_mask", "val_cc")
 ARRAY_PARTS = [(getattr(np._core.multiarray, name), f"numpy.{core}.multiarray.{name}")
                for name in ("_reconstruct", "scalar") for core in ("core", "_core")]
 ARRAY_PARTS += [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdO"}]
-BLOCKS = {"c3": "", "c4a": "conv4a.", "c4b": "conv4b.", "c5a": "conv5a.", "c5b": "conv5b.", "c6a": "conv6a.",
-          "c6b": "conv6b."}
 
 
 def get_parser():
@@ -86,21 +84,22 @@ def convert(published, file):
         state = {"input_mean": shared["mu"].reshape(1, 3, 1, 1)}
         for ours, theirs in (("prefilter.0", "pre.conv1.0"), ("prefilter.3", "pre.conv2.0")):
             state |= {f"{ours}.{part}": shared[f"{theirs}.{part}"] for part in ("weight", "bias")}
-        for block, theirs in BLOCKS.items():
-            conv = f"enc.{theirs}" + ("conv1" if theirs else "conv3")
+        for block in GNet.BLOCKS:
+            conv, norm = f"enc.conv{block[1:]}.conv1", f"enc.conv{block[1:]}.bn1."
+            if block == "c3":
+                conv, norm = "enc.conv3", "enc.bn1."
             state |= {f"{block}.2.{part}": shared[f"{conv}.{part}"] for part in ("weight", "bias")}
-            norm = f"enc.{theirs}bn1."
             state |= {f"{block}.0.{key.removeprefix(norm)}": value for key, value in shared.items()
                       if key.startswith(norm)}
-        for (subj, _), readout in zip(n_voxels.items(), readouts.values(), strict=True):
+        for subj, readout in zip(n_voxels, readouts.values(), strict=True):
             state |= {f"readouts.{subj}.fields.{i}": readout[f"rf{i}"].flatten(1) for i in (0, 1)}
             state |= {f"readouts.{subj}.weight": readout["w"], f"readouts.{subj}.bias": readout["b"].flatten()}
         model = GNet(n_voxels, trunk_width, width - trunk_width, frozen_prefilter=True)
         model.load_state_dict(state)
-        counts = {subj: int((np.asarray(published["voxel_mask"][number]) > 0).sum())
-                  for subj, number in zip(n_voxels, readouts, strict=True)}
-        val_r = {subj: torch.as_tensor(np.asarray(published["val_cc"][number]), dtype=torch.float32).flatten()
-                 for subj, number in zip(n_voxels, readouts, strict=True)}
+        counts, val_r = {}, {}
+        for subj, number in zip(n_voxels, readouts, strict=True):
+            counts[subj] = int((np.asarray(published["voxel_mask"][number]) > 0).sum())
+            val_r[subj] = torch.as_tensor(np.asarray(published["val_cc"][number]), dtype=torch.float32).flatten()
     except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise utils.UserError(f"{file}: not of the published structure ({type(error).__name__}: {reason}); download "

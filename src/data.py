@@ -143,28 +143,30 @@ def read_betas(betas, rows):
 class AveragedRows:
     """Responses to images, (N, V): row i is the plain mean of the trials of image i, read when it is asked for.
 
-    Stands in for the Rows of single-trial betas. `table` has a line per image [image_id, row, n_repeats], row being the
-    number here; images are in ascending order of their ids.
+    Stands in for the Rows of single-trial betas. image_ids (N,) ascend; `table` is the trials' of load_trials with a
+    line per image [image_id, row], row being the number here.
     """
 
     def __init__(self, betas, trials):
         """betas: Rows of one subject; trials: a table of its trials."""
         trials = trials.sort_values(["image_id", "row"])
-        image_ids, self.first, self.n_repeats = np.unique(trials["image_id"].to_numpy(), return_index=True,
-                                                          return_counts=True)
+        self.image_ids, self.first, self.n_repeats = np.unique(trials["image_id"].to_numpy(), return_index=True,
+                                                               return_counts=True)
         self.betas, self.path, self.rows = betas, betas.path, trials["row"].to_numpy()
-        self.shape = (len(image_ids), betas.shape[1])
-        self.table = pd.DataFrame({"image_id": image_ids, "row": np.arange(len(image_ids)),
-                                   "n_repeats": self.n_repeats})
+        self.shape = (len(self.image_ids), betas.shape[1])
+        self.table = pd.DataFrame({"image_id": self.image_ids, "row": np.arange(len(self.image_ids))})
 
     def __getitem__(self, images):
         """images: (n,) integers -> (n, V) float32."""
         counts = self.n_repeats[images]
-        starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
         trials = np.concatenate([np.arange(first, first + n) for first, n in
                                  zip(self.first[images], counts, strict=True)])
-        sums = np.add.reduceat(self.betas[self.rows[trials]].astype(np.float32, copy=False), starts, axis=0)
-        return sums / counts[:, None].astype(np.float32)
+        return self.average(read_betas(self.betas, self.rows[trials]), counts)
+
+    @staticmethod
+    def average(responses, counts):
+        """Means of consecutive groups of counts (n,) rows: (sum of counts, V) -> (n, V)."""
+        return np.add.reduceat(responses, np.cumsum(counts) - counts, axis=0) / counts[:, None].astype(np.float32)
 
 
 # --- what subjects saw --------------------------------------------------------------------------------------------
@@ -534,14 +536,12 @@ def average_repeats(betas, trials, control=None, seed=0):
 
     control: as load_test_set.
     """
-    trials = trials.sort_values(["image_id", "row"])
-    responses = read_betas(betas, trials["row"].to_numpy())  # (trials, V), grouped by image
-    image_ids, first, n_repeats = np.unique(trials["image_id"].to_numpy(), return_index=True, return_counts=True)
+    by_image = AveragedRows(betas, trials)
+    responses = read_betas(betas, by_image.rows)  # (trials, V), grouped by image
     if control is not None:
-        owner = np.repeat(np.arange(len(image_ids)), n_repeats)
+        owner = np.repeat(np.arange(len(by_image.image_ids)), by_image.n_repeats)
         responses = _null_responses(responses, owner, control, np.random.default_rng(seed))
-    means = np.add.reduceat(responses, first, axis=0) / n_repeats[:, None].astype(np.float32)
-    return TestSet(image_ids, means, n_repeats)
+    return TestSet(by_image.image_ids, by_image.average(responses, by_image.n_repeats), by_image.n_repeats)
 
 
 def _null_responses(betas, owner, control, rng):

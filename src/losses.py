@@ -222,17 +222,17 @@ class EncodingObjective:
 
     judge = "loss_r"  # 1 - median validation r over voxels: its best epoch is where training stops early
 
-    def __init__(self, side=227, rois=None, l1=0.1, shift=4, noise=0.02):
-        """side: of the network's input, pixels; rois: {subject: {name: bool (V,)}}, of which validation logs r."""
-        self.side, self.rois, self.l1, self.shift, self.noise = side, rois or {}, l1, shift, noise
+    def __init__(self, resize, rois=None, l1=0.1, shift=4, noise=0.02):
+        """resize: the network's, images (B, 3, H, W) -> (B, 3, side, side), to shift them at its side; rois: {subject:
+        {name: bool (V,)}}, of which validation logs r."""
+        self.resize, self.rois, self.l1, self.shift, self.noise = resize, rois or {}, l1, shift, noise
 
     def __call__(self, model, batch, progress, generator=None, team=ALONE):
         """Return (loss, logs) of one joint batch, as BrainObjective does.
 
         batch: {"voxels": {subject: responses (b, V)}, "target": what was seen, (B, H, W, 3) from 0 to 255}.
         """
-        images = batch["target"].permute(0, 3, 1, 2) / 255  # (B, 3, H, W)
-        images = F.interpolate(images, (self.side, self.side), mode="bilinear", antialias=True)
+        images = self.resize(batch["target"].permute(0, 3, 1, 2) / 255)  # (B, 3, side, side)
         if model.training:
             images = self.jitter(images, generator)
         measured, sizes = batch["voxels"], [len(rows) for rows in batch["voxels"].values()]
@@ -250,15 +250,16 @@ class EncodingObjective:
                 logs |= moments(subj, rows.detach(), measured[subj], len(images))
         readouts = [p.abs().mean() for name, p in model.named_parameters() if name.endswith("weight")
                     and "readouts" in name]
-        loss = torch.stack(errors).mean()
+        loss, size = torch.stack(errors).mean(), torch.stack(readouts).mean()
         logs["loss_mse"] = loss.detach()
-        return loss + self.l1 * torch.stack(readouts).mean(), logs
+        # processes' gradients are added up, and this one is no process's own rows: one of them has it
+        return loss + self.l1 * (size if team.is_main else size.detach()), logs
 
     def jitter(self, images, generator):
-        """Images (B, 3, H, W), each moved by up to `shift` pixels, its border repeated, with noise."""
+        """Images (B, 3, side, side), each moved by up to `shift` pixels, its border repeated, with noise."""
         device = images.device if generator is None else generator.device
         by = torch.randint(2 * self.shift + 1, (len(images), 2), generator=generator, device=device).tolist()
-        padded, side = F.pad(images, [self.shift] * 4, mode="replicate"), self.side
+        padded, side = F.pad(images, [self.shift] * 4, mode="replicate"), images.shape[-1]
         moved = torch.stack([image[:, y:y + side, x:x + side] for image, (y, x) in zip(padded, by, strict=True)])
         noise = torch.randn(moved.shape, generator=generator, device=device).to(moved)
         return moved + self.noise * noise

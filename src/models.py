@@ -396,8 +396,10 @@ class VoxelReadout(nn.Module):
     def forward(self, maps, voxels=None):
         """maps: [(B, F1, 25, 25), (B, F2, 13, 13)]; voxels: indices (n,) of those wanted, None = all. -> (B, n)."""
         maps = [signed_log(feature_map.flatten(2)) for feature_map in maps]  # (B, F, P)
-        wanted = torch.arange(len(self.bias), device=self.bias.device) if voxels is None else voxels
-        chunks = wanted.split(self.CHUNK)
+        if voxels is None:  # slices, which copy nothing
+            chunks = [slice(start, start + self.CHUNK) for start in range(0, len(self.bias), self.CHUNK)]
+        else:
+            chunks = voxels.split(self.CHUNK)
         read = self._read
         if len(chunks) > 1 and torch.is_grad_enabled():  # or the pooled features of every chunk would be kept
             read = partial(checkpoint, self._read, use_reentrant=False)
@@ -484,13 +486,11 @@ def gabor_filters_(conv):
     generator = torch.Generator().manual_seed(0)
     for i in range(n):
         angle = torch.tensor(math.pi * (i % 8) / 8)
-        wavelength, phase = k * (0.6, 1.2)[i // 8 % 2], math.pi / 2 * (i // 16 % 2)
+        wavelength, phase = k * (0.6, 1.2)[i // 8 % 2], -math.pi / 2 * (i // 16 % 2)
         colour = torch.ones(3) if i < n // 2 else torch.randn(3, generator=generator)
         carrier = torch.cos(2 * math.pi * (x * angle.cos() + y * angle.sin()) / wavelength + phase)
         if i >= 3 * n // 4:
             carrier = torch.ones_like(x)  # blobs
-        elif i < n // 2 and i >= n // 4:
-            carrier = -carrier  # the other polarity: a ReLU follows
         kernel = colour[:, None, None] * envelope * carrier
         conv.weight[i] = kernel / kernel.norm()
     conv.bias.zero_()

@@ -19,9 +19,8 @@ import data
 import options
 import training
 import utils
-from distributed import Team
 from losses import EncodingObjective
-from models import GNet, load_prefilter
+from models import GNet, gnet_input, load_prefilter
 
 
 def get_parser():
@@ -55,7 +54,7 @@ def main(argv=None):
     if args.prefilter:
         load_prefilter(model, args.prefilter)
     rois = {subj: data.roi_masks(utils.Paths.from_args(args), subj) for subj in run.n_voxels}
-    training.fit(run, model, EncodingObjective(GNet.SIDE, rois, args.l1))
+    training.fit(run, model, EncodingObjective(gnet_input, rois, args.l1))
 
 
 def open_run(args):
@@ -65,11 +64,10 @@ def open_run(args):
     paths = utils.Paths.from_args(args)
     stage = "pretrain" if args.multi_subject else "scratch"
     name = utils.run_name(stage, args.subj, "gnet", None, tag=args.tag)
-    config = training.settings_of(args, "gnet") | {"feat": "gnet", "run": name}
-    team = Team.assemble(args.device, args.precision)
-    if training.finished(paths.run(name), config, args):
-        team.print(f"{name}: finished before, kept (--overwrite trains it again)")
+    claimed = training.claim(args, paths, "gnet", name, "gnet")
+    if claimed is None:
         return None
+    config, team = claimed
     subjects = data.subjects(paths) if args.multi_subject else [args.subj]
     tables, responses = {"train": {}, "val": {}}, {"train": {}, "val": {}}
     for subj in subjects:
@@ -78,13 +76,9 @@ def open_run(args):
         for part, trials in zip(("train", "val"), parts, strict=True):
             rows = data.AveragedRows(data.open_betas(paths, subj), trials)
             tables[part][subj], responses[part][subj] = rows.table, rows
-    stimuli = {"target": data.open_stimuli(paths)}
-    loaders = [data.EpochBatches(tables[part], responses[part], stimuli, args.batch_size, args.seed, team.rank,
-                                 team.size) for part in ("train", "val")]
-    utils.seed_everything(utils.derive_seed(args.seed, 0))  # the network's weights are drawn next
-    n_voxels = {subj: rows.shape[1] for subj, rows in responses["train"].items()}
-    run = training.Run(name, "gnet", paths.run(name), config, args, team, tables, *loaders, n_voxels, {})
-    n_train, n_val = (sum(map(len, part.values())) for part in tables.values())
+    run = training.make_run(args, paths.run(name), "gnet", config, team, tables, responses,
+                            {"target": data.open_stimuli(paths)})
+    n_train, n_val = run.sizes
     run.say(f"{n_train} training and {n_val} validation images of {', '.join(subjects)}; {team}")
     return run
 

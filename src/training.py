@@ -103,6 +103,11 @@ class Run:
     target_statistics: tuple = ()  # mean (T, D) and standard deviation of the training images' targets
     pretrained: object = None  # checkpoint file of the pretraining run, or None
 
+    @property
+    def sizes(self):
+        """Lines of the training and of the validation table, all subjects together."""
+        return [sum(map(len, self.tables[part].values())) for part in ("train", "val")]
+
     def say(self, text, show=True):
         """Keep a line in the run's log.txt, and print it unless the progress bar shows the same."""
         if self.team.is_main:
@@ -131,13 +136,10 @@ def open_run(args, feat, **further):
     stage = "pretrain" if args.multi_subject else "finetune" if args.multisubject_ckpt else "scratch"
     stage = "ridge" if args.model == "ridge" else stage
     name = utils.run_name(stage, args.subj, feat, args.hidden_dim, args.num_sessions, args.tag)
-    config = settings_of(args, stage) | {"feat": feat, "run": name}
-    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-        args.overwrite = False  # a requeued job goes on with what it began
-    team = Team.assemble(args.device, args.precision)
-    if finished(paths.run(name), config, args):
-        team.print(f"{name}: finished before, kept (--overwrite trains it again)")
+    claimed = claim(args, paths, feat, name, stage)
+    if claimed is None:
         return None
+    config, team = claimed
 
     pretrained = None
     if stage == "finetune":
@@ -157,16 +159,31 @@ def open_run(args, feat, **further):
 
 
 def check_flags(args):
-    for name in ("num_epochs", "ckpt_every", "batch_size", "hidden_dim", "n_blocks", "prior_depth"):
-        if getattr(args, name, 1) < 1:
-            raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
+    """Raise UserError for a value out of range, of those flags that the script has."""
+    given = vars(args)
+    for name in ("num_epochs", "ckpt_every", "batch_size", "hidden_dim", "n_blocks", "prior_depth", "trunk_width"):
+        if name in given and given[name] < 1:
+            raise utils.UserError(f"--{name} {given[name]}: wanted at least 1")
     for name in ("dropout", "mixup_pct", "val_fraction"):
-        if not 0 <= getattr(args, name, 0) <= 1 or (name == "dropout" and getattr(args, name, 0) == 1):
-            raise utils.UserError(f"--{name} {getattr(args, name):g}: wanted a fraction from 0 to 1")
+        if name in given and (not 0 <= given[name] <= 1 or (name == "dropout" and given[name] == 1)):
+            raise utils.UserError(f"--{name} {given[name]:g}: wanted a fraction from 0 to 1")
     if not args.max_lr > 0:
         raise utils.UserError(f"--max_lr {args.max_lr:g}: wanted more than 0")
-    if args.num_workers < 0:
-        raise utils.UserError(f"--num_workers {args.num_workers}: wanted 0 or more")
+    for name in ("num_workers", "pass_through", "l1"):
+        if name in given and not given[name] >= 0:
+            raise utils.UserError(f"--{name} {given[name]:g}: wanted 0 or more")
+
+
+def claim(args, paths, feat, name, stage):
+    """(config, team) of the run that is about to be trained, or None when its folder already holds it, finished."""
+    config = settings_of(args, stage) | {"feat": feat, "run": name}
+    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        args.overwrite = False  # a requeued job goes on with what it began
+    team = Team.assemble(args.device, args.precision)
+    if finished(paths.run(name), config, args):
+        team.print(f"{name}: finished before, kept (--overwrite trains it again)")
+        return None
+    return config, team
 
 
 def settings_of(args, stage):
@@ -187,18 +204,26 @@ def gather_run(args, paths, feat, name, config, team, subjects, num_sessions, pr
     for subj in subjects:
         tables["train"][subj], tables["val"][subj] = data.split_trials(paths, subj, num_sessions, args.val_fraction,
                                                                        args.seed)
-    loaders = [data.EpochBatches(part, betas, targets, args.batch_size, args.seed, team.rank, team.size)
-               for part in tables.values()]
-    n_voxels = {subj: betas[subj].shape[1] for subj in subjects}
-    shapes = {key: rows.row_shape for key, rows in targets.items()}
-    utils.seed_everything(utils.derive_seed(args.seed, 0))  # the script draws its network's weights next
     statistics = target_statistics(targets["target"], tables["train"], args.seed)
-    run = Run(name, feat, paths.run(name), config, args, team, tables, *loaders, n_voxels, shapes, statistics,
-              pretrained)
-    n_train, n_val = (sum(map(len, part.values())) for part in tables.values())
+    run = make_run(args, paths.run(name), feat, config, team, tables, {"train": betas, "val": betas}, targets,
+                   target_statistics=statistics, pretrained=pretrained)
+    n_train, n_val = run.sizes
     run.say(f"{n_train} training and {n_val} validation trials of {', '.join(subjects)}; target {feat} "
-            f"{shapes['target']}; {team}")
+            f"{run.shapes['target']}; {team}")
     return run
+
+
+def make_run(args, folder, feat, config, team, tables, betas, targets, **more):
+    """A Run of what was opened: tables and betas {"train", "val": {subject: ...}}, targets {name: Rows}.
+
+    Seeds the random numbers, for the network that the script makes next.
+    """
+    loaders = [data.EpochBatches(tables[part], betas[part], targets, args.batch_size, args.seed, team.rank, team.size)
+               for part in ("train", "val")]
+    n_voxels = {subj: rows.shape[1] for subj, rows in betas["train"].items()}
+    shapes = {key: rows.row_shape for key, rows in targets.items()}
+    utils.seed_everything(utils.derive_seed(args.seed, 0))
+    return Run(config["run"], feat, folder, config, args, team, tables, *loaders, n_voxels, shapes, **more)
 
 
 def target_statistics(target, tables, seed, n=2000):

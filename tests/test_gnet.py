@@ -1,6 +1,7 @@
 """GNet: the network against plain loops, its objective against numpy, and trainings of seconds."""
 
 import json
+from functools import partial
 
 import h5py
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import data
 import train_gnet
 import utils
+from distributed import Team
 from losses import EncodingObjective
 from models import GNet, VoxelReadout, build_model, gnet_input, load_prefilter
 from tiny_nsd import N_VOXELS, write_tiny_nsd
@@ -113,6 +115,38 @@ def test_averaged_rows_are_the_means_of_an_images_trials(world):
     np.testing.assert_allclose(rows[picked], np.stack(means)[picked], rtol=1e-5, atol=1e-6)
 
 
+def test_a_damaged_response_is_named_by_its_trial(tmp_path):
+    paths, _ = write_tiny_nsd(tmp_path)
+    trials = data.load_trials(paths, "subj01", "train")
+    row = trials["row"].max()
+    with h5py.File(paths.betas("subj01"), "r+") as file:
+        file["betas"][row, 0] = np.nan
+    with pytest.raises(utils.UserError, match=f"row {row} holds NaN"):
+        data.AveragedRows(data.open_betas(paths, "subj01"), trials)[np.arange(10)]
+
+
+def test_a_requeued_job_does_not_start_over(world, monkeypatch):
+    assert train(world, "--tag", "queued") == 0
+    before = (world.run("gnet_subj01_queued") / "last.pth").stat().st_mtime_ns
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert train(world, "--tag", "queued", "--overwrite") == 0
+    assert (world.run("gnet_subj01_queued") / "last.pth").stat().st_mtime_ns == before
+
+
+def test_processes_add_up_to_the_gradient_of_one():
+    """The size of the weights is penalised once, however many processes add their gradients."""
+    batch = {"voxels": {"s": torch.randn(4, 2)}, "target": torch.zeros(4, 4, 4, 3)}
+    objective, gradients = EncodingObjective(partial(gnet_input, side=8), l1=1.0), []
+    model = Predictor(torch.zeros(4, 2)).eval()
+    for is_main in (True, False):
+        team = Team()
+        team.is_main = is_main
+        loss = objective(model, batch, 0, team=team)[0]
+        gradients.append(torch.autograd.grad(loss, model.readouts["s"].weight)[0] if loss.requires_grad else None)
+    torch.testing.assert_close(gradients[0], model.readouts["s"].weight.sign() / 4)
+    assert gradients[1] is None
+
+
 class Predictor(torch.nn.Module):
     """Predicts fixed responses, in the order it is asked."""
 
@@ -129,7 +163,8 @@ def test_loss_and_validation_r_against_numpy():
     rng = np.random.default_rng(0)
     predicted, measured = rng.standard_normal((2, 9, 3)).astype(np.float32)
     measured[:, 0] += 2 * predicted[:, 0]
-    objective = EncodingObjective(side=8, rois={"s": {"V1": np.array([True, True, False])}}, l1=0.1)
+    rois = {"s": {"V1": np.array([True, True, False])}}
+    objective = EncodingObjective(partial(gnet_input, side=8), rois, l1=0.1)
     sums, n = {}, 0
     for rows in (slice(0, 5), slice(5, 9)):  # r over both batches, not the mean of theirs
         model = Predictor(torch.from_numpy(predicted[rows])).eval()
@@ -153,7 +188,7 @@ def test_loss_and_validation_r_against_numpy():
 def test_jitter_shifts_and_does_not_mirror():
     image = torch.zeros(1, 3, 21, 21)
     image[..., 10, 10], image[..., 10, 12] = 1, 0.5  # what is left stays left
-    objective = EncodingObjective(side=21, noise=0)
+    objective = EncodingObjective(gnet_input, noise=0)
     moved = objective.jitter(image.repeat(200, 1, 1, 1), torch.Generator().manual_seed(0))
     bright = (moved[:, 0] == 1).nonzero()
     assert len(bright) == 200 and all(moved[i, 0, y, x + 2] == 0.5 for i, y, x in bright.tolist())
@@ -209,7 +244,8 @@ def test_the_trunk_learns_responses(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--prefilter", "nothing.pth"], "--prefilter"), (["--batch_size", "0"], "--batch_size"),
-    (["--num_sessions", "9"], "--num_sessions"), (["--subj", "3"], "wds/subj03"),
+    (["--num_sessions", "9"], "--num_sessions"), (["--subj", "3"], "wds/subj03"), (["--trunk_width", "0"], "--trunk"),
+    (["--pass_through", "-1"], "--pass_through"), (["--l1", "-1"], "--l1"),
 ])
 def test_mistakes_give_one_line_and_exit_2(world, flags, message, capsys):
     assert train(world, "--tag", "wrong", *flags) == 2
