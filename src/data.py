@@ -169,6 +169,30 @@ class AveragedRows:
         return np.add.reduceat(responses, np.cumsum(counts) - counts, axis=0) / counts[:, None].astype(np.float32)
 
 
+def noise_ceiling(responses, n_repeats, images_at_once=500):
+    """Highest r that a prediction can reach with mean responses to images of n_repeats (N,) trials each; (V,), or None.
+
+    responses: AveragedRows, from whose repeats signal and noise are told apart (Allen et al. 2022, NSD): the noise
+    variance is that of trials of one image, the signal's what is left of all trials' variance, not below 0;
+    r = sqrt(signal / (signal + noise * mean(1 / n_repeats))). None when no image was shown twice.
+    """
+    n_trials, n_images = int(responses.n_repeats.sum()), len(responses.n_repeats)
+    if n_trials == n_images:
+        return None
+    trials, squares, within = (np.zeros(responses.shape[1]) for _ in range(3))
+    for start in range(0, n_images, images_at_once):
+        counts = responses.n_repeats[start:start + images_at_once]
+        first = responses.first[start]
+        rows = read_betas(responses.betas, responses.rows[first:first + counts.sum()]).astype(np.float64)
+        trials += rows.sum(0)
+        squares += (rows**2).sum(0)
+        within += ((rows - np.repeat(responses.average(rows, counts), counts, axis=0)) ** 2).sum(0)
+    noise = within / (n_trials - n_images)
+    total = (squares - trials**2 / n_trials) / (n_trials - 1)
+    signal = (total - noise).clip(0)
+    return np.sqrt(signal / np.maximum(signal + noise * np.mean(1 / n_repeats), 1e-12)).astype(np.float32)
+
+
 # --- what subjects saw --------------------------------------------------------------------------------------------
 
 
@@ -528,6 +552,22 @@ def load_test_set(paths, subj, control=None, seed=0, held_out=None):
         trials = load_trials(paths, subj, "test")
     else:
         trials = split_trials(paths, subj, *held_out)[1]
+    return average_repeats(open_betas(paths, subj), trials, control, seed)
+
+
+def responses_to(paths, subj, image_ids, num_sessions=None, control=None, seed=0):
+    """TestSet of exactly these images (N,): test images, or training images of the first num_sessions.
+
+    control, seed: as load_test_set. Raises UserError for an image that the subject did not see.
+    """
+    trials = load_trials(paths, subj, "test")
+    if not np.isin(image_ids, trials["image_id"]).all():
+        trials = load_trials(paths, subj, "train", num_sessions)
+    trials = trials[trials["image_id"].isin(image_ids)]
+    unseen = np.setdiff1d(image_ids, trials["image_id"])
+    if unseen.size:
+        raise utils.UserError(f"image id {unseen[0]}: {subj} did not see it and {unseen.size - 1} others, all as test "
+                              "images or all as training images; check --subj")
     return average_repeats(open_betas(paths, subj), trials, control, seed)
 
 

@@ -23,9 +23,10 @@ import data
 import metrics
 import options
 import utils
+from brain import load_encoder
 from eval_networks import load_networks
 from gallery import contact_sheet
-from pictures import as_float, name_of, read_images, read_png
+from pictures import as_float, in_batches, name_of, read_images, read_png
 
 SIDE = 256  # protocol: both images of a pair are first brought to this side, in pixels
 LOWER_IS_BETTER = ("clip_median_rank", "effnet_distance", "swav_distance")
@@ -41,6 +42,7 @@ def get_parser():
     options.add_scored_run(parser)
     options.add_control(parser)
     options.add_guidance_folder(parser)
+    options.add_gnet(parser)
     parser.add_argument("--images", metavar="DIR",
                         help="folder of reconstructions, from --root; instead of naming it by flags")
     parser.add_argument("--outdir", metavar="DIR", help="where the results go, from --root (beside the images)")
@@ -80,9 +82,13 @@ def main(argv=None):
                for name in per_image}
     found, reasons = retrieval(images, args, paths)
     results |= found
+    found, brain, no_brain = brain_correlation(images, stimuli, args, paths)
+    per_image |= found
+    results |= {name: summarise(statistic_of(name, found, {}), len(images.image_ids), args.seed) for name in found}
+    reasons |= no_brain
     results |= {name: {"value": None, "ci_low": None, "ci_high": None, "n": 0, "missing": why}
                 for name, why in (missing | reasons).items()}
-    write_results(outdir, results, per_image, images, args)
+    write_results(outdir, results, per_image, images, brain, args)
     sheet = draw_sheet(images, compared, stimuli, results, args)
     sheet.save(outdir / "contact_sheet.png")
 
@@ -92,6 +98,8 @@ def main(argv=None):
     tracker.log_images("eval/contact_sheet", [sheet], [str(images.folder)], step=0)
     tracker.finish()
     print(format_table(results))
+    if brain:
+        print(f"brain_correlation: {brain['note']}")
     print(f"metrics        {outdir / 'metrics.json'}\ncontact sheet  {outdir / 'contact_sheet.png'}")
 
 
@@ -226,6 +234,42 @@ def retrieval(images, args, paths):
             for name in names}, {}
 
 
+def brain_correlation(images, stimuli, args, paths):
+    """Correlate the response predicted for a picture with the one measured to the seen image, across a region's voxels.
+
+    GNet of --gnet_run predicts; measured responses are averaged over an image's repeats; no noise ceiling divides
+    (FIELD section 2). Returns {brain_correlation_<ROI>: (N,)}, means over samples, what predicted (None if nothing
+    did), and {metric: why it is missing}.
+    """
+    subj = args.subj
+    if (images.folder / "config.json").exists():
+        subj = utils.load_json(images.folder / "config.json").get("subj", subj)
+    run = args.gnet_run or utils.run_name("scratch", subj, "gnet", None)
+    if args.gnet_run is None and not (paths.run(run) / "best.pth").exists():
+        return {}, None, {"brain_correlation": f"{paths.run(run)}/best.pth not found (STAGES=gnet scripts/train.sh)"}
+    encoder = load_encoder(paths, subj, run, args.seed, utils.pick_device(args.device))
+    measured = data.responses_to(paths, subj, images.image_ids).betas  # (N, V)
+    if args.ground_truth:
+        parts = np.array_split(images.image_ids, -(-len(images.image_ids) // 50))
+        predicted = [encoder.predict((stimuli[part] for part in parts), show="brain")]
+    else:
+        predicted = [encoder.predict(in_batches((read_png(files[k]) for files in images.files), 50), show="brain")
+                     for k in range(len(images.files[0]))]
+    found = {f"brain_correlation_{roi}": np.mean([metrics.paired_correlation(measured[:, mask], responses[:, mask])
+                                                  for responses in predicted], axis=0)
+             for roi, mask in data.roi_masks(paths, subj).items() if mask.any()}
+    guided = guided_by(images)
+    note = f"predicted by {run}, which was fitted to responses of the same subject" + (
+        f"; {guided} guided these pictures, so that its own r is what was optimised" if guided else "")
+    return found, {"gnet_run": run, "checkpoint_sha256": utils.file_hash(encoder.file), "note": note}, {}
+
+
+def guided_by(images):
+    """The encoding model that guided these pictures, or None."""
+    config = images.folder / "config.json"
+    return utils.load_json(config).get("gnet_run") if config.exists() else None
+
+
 def ratio(hits, drawn, index):
     return hits[index].sum() / drawn[index].sum()
 
@@ -244,11 +288,11 @@ def run_behind(images, args):
 # --- results -----------------------------------------------------------------------------------------------------
 
 
-def write_results(outdir, results, per_image, images, args):
+def write_results(outdir, results, per_image, images, brain, args):
     rows = [{"image_id": image_id, **{name: float(values[i]) for name, values in per_image.items()}}
             for i, image_id in enumerate(images.image_ids)]
     config = {"protocol": "mindeye2", "images": str(images.folder), "n_samples": len(images.files[0]),
-              "git_commit": utils.git_commit(), "options": vars(args)}
+              "git_commit": utils.git_commit(), "options": vars(args), "brain_correlation": brain}
     utils.save_csv(outdir / "metrics_per_image.csv", rows)
     utils.save_json(outdir / "metrics_config.json", config)
     utils.save_json(outdir / "metrics.json", results)

@@ -222,10 +222,12 @@ class EncodingObjective:
 
     judge = "loss_r"  # 1 - median validation r over voxels: its best epoch is where training stops early
 
-    def __init__(self, resize, rois=None, l1=0.1, shift=4, noise=0.02):
+    def __init__(self, resize, rois=None, ceilings=None, l1=0.1, shift=4, noise=0.02):
         """resize: the network's, images (B, 3, H, W) -> (B, 3, side, side), to shift them at its side; rois: {subject:
-        {name: bool (V,)}}, of which validation logs r."""
-        self.resize, self.rois, self.l1, self.shift, self.noise = resize, rois or {}, l1, shift, noise
+        {name: bool (V,)}}, of which validation logs r; ceilings: {subject: (V,)}, the r that noise leaves possible."""
+        self.resize, self.l1, self.shift, self.noise = resize, l1, shift, noise
+        self.rois, self.ceilings = rois or {}, ceilings or {}
+        self.kept = {}  # of the last validation, for best.pth: "val_r" {subject: (V,)}
 
     def __call__(self, model, batch, progress, generator=None, team=ALONE):
         """Return (loss, logs) of one joint batch, as BrainObjective does.
@@ -265,17 +267,25 @@ class EncodingObjective:
         return moved + self.noise * noise
 
     def summarise(self, means):
-        """Turn validation's moments into r, the median over voxels: of all (loss_r = 1 - r), of each ROI (r_<ROI>)."""
-        sums, scalars = {key: value for key, value in means.items() if isinstance(key, tuple)}, {}
+        """Turn validation's moments into r, the median over voxels: of all (loss_r = 1 - r), of each ROI (r_<ROI>).
+
+        r_norm, r_norm_<ROI>: that median as a share of the median ceiling, where the ceilings are known. (The median
+        of ratios would hang on the voxels that hardly respond, whose ceilings are near 0.)
+        """
+        sums, found = {key: value for key, value in means.items() if isinstance(key, tuple)}, {}
         for subj in dict.fromkeys(key[0] for key in sums):
-            n, p, m, pp, mm, pm = (sums[subj, name] for name in MOMENTS)
-            p, m = p / n, m / n
-            deviations = (pp / n - p.square()).clamp_min(0) * (mm / n - m.square()).clamp_min(0)
-            r = (pm / n - p * m) / deviations.sqrt().clamp_min(1e-12)
-            scalars.setdefault("r", []).append(r)
-            for roi, mask in self.rois.get(subj, {}).items():
-                scalars.setdefault(f"r_{roi}", []).append(r[torch.as_tensor(mask, device=r.device)])
-        scalars = {key: torch.cat(values).median() for key, values in scalars.items()}
+            r = correlation_of({name: sums[subj, name] for name in MOMENTS}).cpu()
+            self.kept.setdefault("val_r", {})[subj] = r.float()
+            ceiling = torch.as_tensor(self.ceilings[subj]) if subj in self.ceilings else None
+            for suffix, mask in {"": slice(None), **{f"_{roi}": torch.as_tensor(mask) for roi, mask in
+                                                     self.rois.get(subj, {}).items()}}.items():
+                found.setdefault(f"r{suffix}", []).append(r[mask])
+                if ceiling is not None:
+                    found.setdefault(f"ceiling{suffix}", []).append(ceiling[mask])
+        medians = {key: torch.cat(values).median() for key, values in found.items()}
+        scalars = {key: value for key, value in medians.items() if not key.startswith("ceiling")}
+        scalars |= {key.replace("r", "r_norm", 1): value / medians[key.replace("r", "ceiling", 1)]
+                    for key, value in scalars.items() if key.replace("r", "ceiling", 1) in medians}
         if scalars:
             scalars["loss_r"] = 1 - scalars["r"]
         return {key: value for key, value in means.items() if not isinstance(key, tuple)} | scalars
@@ -289,6 +299,13 @@ def moments(subj, predicted, measured, of):
     p, m = predicted.double(), measured.double()
     sums = (p.new_tensor(len(p)), p.sum(0), m.sum(0), (p * p).sum(0), (m * m).sum(0), (p * m).sum(0))
     return {(subj, name): value / of for name, value in zip(MOMENTS, sums, strict=True)}
+
+
+def correlation_of(sums):
+    """Pearson correlation, (V,), that sums {name of MOMENTS: (V,)} mean."""
+    n, p, m = sums["n"], sums["p"] / sums["n"], sums["m"] / sums["n"]
+    deviations = (sums["pp"] / n - p.square()).clamp_min(0) * (sums["mm"] / n - m.square()).clamp_min(0)
+    return (sums["pm"] / n - p * m) / deviations.sqrt().clamp_min(1e-12)
 
 
 def correlation(a, b):

@@ -176,3 +176,15 @@ def add_guidance_folder(parser):
                         help="gradient guidance: raw multiplies the gradient (300000), norm is lambda (see recon.py)")
     parser.add_argument("--guidance_strength", type=float, default=0.2, metavar="FRACTION",
                         help="fraction of the steps, from the first, that are guided")
+
+
+def add_gnet(parser):
+    """Flags that say whether a brain encoding model guides (DESIGN section 8), and which."""
+    parser.add_argument("--use_gnet", action=argparse.BooleanOptionalAction, default=False,
+                        help="a brain encoding model guides too (with --feats none: alone)")
+    parser.add_argument("--gnet_roi", default="all", metavar="ROI",
+                        help="the region that guides: V1, V2, V3, V4, higher_vis, or all, each with the same weight")
+    parser.add_argument("--gnet_kappa", type=float, default=1.0, metavar="K",
+                        help="how hard the brain pulls, relative to CLIP (gradients on the picture); 0 only logs")
+    parser.add_argument("--gnet_run", type=tag, metavar="RUN",
+                        help="the encoding model: a folder of train_logs, such as gnet_published (gnet_<subj>)")

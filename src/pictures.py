@@ -1,7 +1,9 @@
 """A folder of reconstructions: %05d.png (%05d = row of the image; further samples %05d_s1.png, ...), index.csv and the
-config.json that says what they were made of. recon.py fills it, evaluate.py reads it.
+config.json that says what they were made of; beside a picture that the brain guided, the same name .jsonl: a line per
+guided step. recon.py fills it, evaluate.py reads it.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +44,9 @@ def clear_folder(folder, config, overwrite):
     The config of a run that did not come to its first picture is replaced too.
     """
     if overwrite:
-        for file in (*pictures_in(folder), folder / "index.csv", folder / "config.json"):
+        drawn = pictures_in(folder)
+        steps = [file.with_suffix(".jsonl") for file in drawn]
+        for file in (*drawn, *steps, folder / "index.csv", folder / "config.json"):
             file.unlink(missing_ok=True)
     utils.remove_leftovers(folder)
     if not pictures_in(folder):
@@ -67,6 +71,12 @@ def save(folder, row, sample, picture):
     """Write one picture, (H, W, 3) uint8: whole or not at all."""
     with utils.atomic_path(folder / file_name(row, sample)) as temporary:
         Image.fromarray(picture).save(temporary, format="PNG")
+
+
+def save_steps(folder, row, sample, steps):
+    """Write what the guided steps of one picture found, [{name: value}], a line each: whole or not at all."""
+    with utils.atomic_path((folder / file_name(row, sample)).with_suffix(".jsonl")) as temporary:
+        temporary.write_text("".join(json.dumps({"step": step, **found}) + "\n" for step, found in enumerate(steps)))
 
 
 def write_index(folder, image_ids, seed):
@@ -120,6 +130,17 @@ def read_png(file):
             return np.asarray(picture.convert("RGB"))
     except OSError as error:  # PIL's error for what is no image, or a part of one
         raise utils.UserError(f"{file}: not a readable picture ({error}); delete it and run recon again") from None
+
+
+def in_batches(arrays, size):
+    """Stack (H, W, 3) pictures into (b, H, W, 3), at most `size` of one shape at a time."""
+    batch = []
+    for array in arrays:
+        if batch and (len(batch) == size or array.shape != batch[0].shape):
+            yield np.stack(batch)
+            batch = []
+        batch.append(array)
+    yield np.stack(batch)
 
 
 def as_float(pictures):

@@ -5,7 +5,8 @@ Reads   scores_all/subj0X/<run of c>/nsdgeneral.npy            (N, T, D)   the d
         scores_all/subj0X/<run of g_k>/Linear-k/nsdgeneral.npy (N, T', D') guidance, one folder per layer of --feats
         each beside its image_ids.npy (N,): 0-based 73k ids, ascending, the same for all
 Writes  outputs_all/subj0X/<method>/<guidance_scale>/<guidance_strength>/%05d.png (%05d = row of the image; further
-        samples %05d_s1.png, ...), index.csv (row, image_id, file, sample, seed) and config.json
+        samples %05d_s1.png, ...), index.csv (row, image_id, file, sample, seed) and config.json; with --use_gnet
+        %05d.jsonl beside a picture: a line per guided step of losses, r per region, gradient norms, their cosine
 
 An interrupted run continues. The noise of an image depends on --seed, its id and the sample's number only, so a subset
 (--limit, --ids), another batch size or number of processes draws the same pictures; on a CPU, to the bit. A null
@@ -16,9 +17,15 @@ validation images (--test_split val) <method>_val; what is not guided lies in <m
 guidance_scale is lambda (default 0.3): the share of the noise level by which a step moves its predicted image against
 the gradient, at most 0.6; it needs no retuning when the loss or the model changes.
 
+--use_gnet lets the measured response guide as well: a brain encoding model (train_gnet.py) predicts the response to the
+picture being formed, and the picture is moved towards the subject's own response to that image, or towards any response
+(--target_fmri_npy). These pictures get the folder <method>_gnet_<roi>_<kappa>.
+
     python src/recon.py --subj 1
     python src/recon.py --subj 1 --limit 10 --num_samples 4 --guidance_rule norm --guidance_scale 0.2 --method norm
     python src/recon.py --subj 1 --feats none --control shuffle
+    python src/recon.py --subj 1 --use_gnet --gnet_roi V1 --gnet_kappa 1
+    python src/recon.py --subj 1 --use_gnet --feats none --guidance_rule norm    # the brain alone
     accelerate launch --num_processes 4 src/recon.py --subj 1      # four GPUs share the test images
 """
 
@@ -31,9 +38,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import data
 import options
 import pictures
 import utils
+from brain import BrainGuide, encoder_file, load_encoder, read_target
 from distributed import Team
 from models import ClipFeatures
 from sampler import (
@@ -53,6 +62,7 @@ DEFAULT_SCALE = {"raw": 300000.0, "norm": 0.3}
 # what may differ between two runs that fill one folder: it does not change any picture (but on a GPU the last digits)
 FREE_OPTIONS = ("root", "data_path", "batch_size", "limit", "ids", "num_samples", "outdir", "overwrite",
                 "offload", "dry_run", "wandb_log", "wandb_project")
+GNET_OPTIONS = ("use_gnet", "gnet_roi", "gnet_kappa", "gnet_alpha", "gnet_run", "target_fmri_npy")
 
 
 def get_parser():
@@ -96,6 +106,13 @@ def get_parser():
     group.add_argument("--guidance_decoder", default="full", metavar="full|half|DIR",
                        help="what decodes for the losses: the model's own VAE, the same at half the resolution, or an "
                             "AutoencoderTiny (TAESD); cheaper ones print how far their gradient agrees")
+    brain = parser.add_argument_group("guidance by the brain")
+    options.add_gnet(brain)
+    brain.add_argument("--gnet_alpha", type=float, default=1.0, metavar="FRACTION",
+                       help="share of the loss that is 1 - r across voxels, the rest being the squared error")
+    brain.add_argument("--target_fmri_npy", metavar="FILE",
+                       help="responses (n, voxels) to reach, beside an image_ids.npy (default: the subject's own, "
+                            "averaged over repeats, under the same --control)")
     options.add_precision(parser)
     group.add_argument("--batch_size", type=options.whole, default=4, metavar="PICTURES",
                        help=f"drawn at once on a GPU (a CPU takes {CPU_BATCH} latent pixels at once, always)")
@@ -159,7 +176,7 @@ def draw(jobs, scores, image_ids, folder, team, args):
     """
     if not jobs:
         return
-    networks, diverged = load_networks(team, args), []
+    networks, diverged = load_networks(image_ids, team, args), []
     size = rows_at_once(networks[0], scores, team.device, args)
     begun = len(pictures.pictures_in(folder)) or None
     name = f"recon_{args.subj}_{pictures.name_of(folder)}".replace(" ", "_")
@@ -168,13 +185,18 @@ def draw(jobs, scores, image_ids, folder, team, args):
     for start in tqdm(range(0, len(jobs), size), desc=f"batches of {size}", disable=not team.is_main):
         batch = jobs[start:start + size]
         filled = batch + [batch[-1]] * (size - len(batch)) if team.device.type == "cpu" else batch
-        if start == 0 and team.is_main and args.feats and args.guidance_decoder != "full":
+        if start == 0 and team.is_main and (args.feats or args.use_gnet) and args.guidance_decoder != "full":
             print_cosine(batch[:8], scores, image_ids, networks, team, args)
-        images = draw_batch(filled, scores, image_ids, networks, team, args)[:len(batch)]
+        images, steps = draw_batch(filled, scores, image_ids, networks, team, args)
+        images = images[:len(batch)]
         finite = torch.isfinite(images).flatten(1).all(1).tolist()
         diverged += [image_ids[row] for (row, _), fine in zip(batch, finite, strict=True) if not fine]
         arrays = (images.nan_to_num() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
         drawn = [pair for pair, fine in zip(zip(batch, arrays, strict=True), finite, strict=True) if fine]
+        if args.use_gnet:
+            for i in np.flatnonzero(finite):
+                pictures.save_steps(folder, *batch[i], [{key: found[i] for key, found in step.items()}
+                                                        for step in steps])
         for job, array in drawn:
             pictures.save(folder, *job, array)
         if tracker is not None:
@@ -188,32 +210,50 @@ def draw(jobs, scores, image_ids, folder, team, args):
                               f"{diverged[0]}), wanted finite ones; lower the scale or use --precision fp32")
 
 
-def load_networks(team, args):
-    """The pipeline, and for guidance the CLIP features (None without) and the decoder that the losses see."""
+def load_networks(image_ids, team, args):
+    """The pipeline; for guidance the decoder that the losses see, the CLIP features and the brain (None without)."""
+    guide = brain_guide(image_ids, team, args) if args.use_gnet else None  # first: it checks what the user gave
     pipe = load_pipeline(args.sd_model, team.device, team.precision, args.offload, args.compile)
     pipe.set_progress_bar_config(desc="steps", leave=False, disable=not team.is_main)
-    if not args.feats:
-        return pipe, None, None
-    clip_features = ClipFeatures.from_pretrained(args.clip_model, layers_of(args))
-    return pipe, clip_features.to(team.device, torch.float32), load_guidance_decoder(args.guidance_decoder, pipe)
+    decoder, clip_features = None, None
+    if args.feats or args.use_gnet:
+        decoder = load_guidance_decoder(args.guidance_decoder, pipe)
+    if args.feats:
+        clip_features = ClipFeatures.from_pretrained(args.clip_model, layers_of(args))
+        clip_features.to(team.device, torch.float32)
+    return pipe, decoder, clip_features, guide
+
+
+def brain_guide(image_ids, team, args):
+    """What pulls the pictures of these images (N,) towards responses of --subj, or of --target_fmri_npy."""
+    paths = utils.Paths.from_args(args)
+    encoder = load_encoder(paths, args.subj, args.gnet_run, args.seed, team.device)
+    if args.target_fmri_npy:
+        targets = read_target(Path(args.target_fmri_npy), image_ids, len(encoder.val_r))
+    else:
+        targets = data.responses_to(paths, args.subj, image_ids, args.num_sessions, args.control, args.seed).betas
+    return BrainGuide(encoder, paths, targets, args.gnet_roi, args.gnet_kappa, args.gnet_alpha, team.print)
 
 
 def draw_batch(jobs, scores, image_ids, networks, team, args):
-    """Images (B, 3, H, W) in [0, 1] of B jobs."""
-    pipe = networks[0]
+    """Images (B, 3, H, W) in [0, 1] of B jobs, and what the guided steps found: [{name: list of B}]."""
+    pipe, log = networks[0], []
     condition, begin, seen = inputs_of(jobs, scores, image_ids, networks, team, args)
-    return pipe(condition, **begin, cfg_scale=args.cfg_scale, sag_scale=args.sag_scale, **seen, rule=args.guidance_rule,
-                guidance_scale=args.guidance_scale, guidance_strength=args.guidance_strength)
+    images = pipe(condition, **begin, cfg_scale=args.cfg_scale, sag_scale=args.sag_scale, **seen,
+                  rule=args.guidance_rule, guidance_scale=args.guidance_scale,
+                  guidance_strength=args.guidance_strength, log=log)
+    return images, [{name: values.tolist() for name, values in step.items()} for step in log]
 
 
 def inputs_of(jobs, scores, image_ids, networks, team, args):
     """The condition (B, T, D) of B jobs, where their paths start and what the losses see: arguments of the sampler."""
-    _, clip_features, decoder = networks
+    _, decoder, clip_features, guide = networks
     rows, samples = (list(column) for column in zip(*jobs, strict=True))
     at = {feat: torch.from_numpy(array[rows]).to(team.device) for feat, array in scores.items()}  # (B, ...) each
     begin = dict(image_ids=image_ids[rows].tolist(), sample=samples, seed=args.seed, z=at.get("z"),
                  strength=args.strength, resolution=args.resolution, num_inference_steps=args.num_inference_steps)
     terms = [ClipFeatureLoss(clip_features, {k: at[f"g_{k}"] for k in layers_of(args)})] if args.feats else []
+    terms += [guide.term(rows)] if guide else []
     return at["c"], begin, dict(terms=terms, grad=args.guidance_grad, x0=args.guidance_x0, decoder=decoder)
 
 
@@ -262,7 +302,9 @@ def resolve(args, team):
     args.feats = sorted({feat for feat in args.feats if feat}, key=lambda feat: int(feat.removeprefix("g_")))
     if args.guidance_scale is None:
         args.guidance_scale = DEFAULT_SCALE[args.guidance_rule]
-    if not args.feats:
+    if args.use_gnet:
+        resolve_gnet(args)
+    elif not args.feats:
         args.guidance_scale = 0.0
     if not args.guidance_scale * args.guidance_strength:
         args.feats = []  # nothing is guided: read no g, load no CLIP
@@ -293,6 +335,23 @@ def resolve(args, team):
     args.precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[team.precision]
 
 
+def resolve_gnet(args):
+    """Check the flags of guidance by the brain, against each other too."""
+    if not 0 <= args.gnet_kappa < float("inf"):
+        raise utils.UserError(f"--gnet_kappa {args.gnet_kappa:g}: wanted a number from 0")
+    if not 0 <= args.gnet_alpha <= 1:
+        raise utils.UserError(f"--gnet_alpha {args.gnet_alpha:g}: wanted a fraction from 0 to 1")
+    if not args.guidance_scale * args.guidance_strength:
+        raise utils.UserError(f"--use_gnet with --guidance_scale {args.guidance_scale:g} --guidance_strength "
+                              f"{args.guidance_strength:g}: nothing would be guided; for the brain without CLIP give "
+                              "--feats none and a scale")
+    if not args.feats and not args.gnet_kappa:
+        raise utils.UserError("--gnet_kappa 0 with --feats none: nothing would guide; give one of them")
+    args.gnet_run = args.gnet_run or utils.run_name("scratch", args.subj, "gnet", None)
+    if args.target_fmri_npy:
+        args.target_fmri_npy = str(Path(args.target_fmri_npy).resolve())
+
+
 def read_scores(paths, args):
     """The decoded features, {feat: (N, ...)}, the ids (N,) they share, and a hash of each score file."""
     def folder_of(feat):
@@ -312,6 +371,10 @@ def read_scores(paths, args):
             raise utils.UserError(
                 f"{file.parent}/image_ids.npy: {len(ids)} ids that are not the {len(image_ids)} of "
                 f"{files['c'].parent}/image_ids.npy, wanted the same; score c and {feat} on the same test set again")
+    if args.use_gnet:
+        files["gnet"] = encoder_file(paths, args.gnet_run)
+        if args.target_fmri_npy:
+            files["target"] = utils.require(args.target_fmri_npy, "--target_fmri_npy", "give responses as .npy")
     hashes = {feat: utils.file_hash(file) for feat, file in files.items()}
     hashes["image_ids"] = utils.file_hash(files["c"].parent / "image_ids.npy")
     return scores, image_ids, hashes
@@ -330,7 +393,9 @@ def pick_rows(image_ids, args):
 def config_of(args, hashes):
     """Everything that decides what the pictures look like, and the commit for the record."""
     decisive = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
-    if not args.feats:  # what is not guided does not depend on how it would have been
+    if not args.use_gnet:  # what does not guide does not matter
+        decisive = {name: value for name, value in decisive.items() if name not in GNET_OPTIONS}
+    if not args.feats and not args.use_gnet:
         decisive = {name: value for name, value in decisive.items() if not name.startswith("guidance_")}
     return {**decisive, "score_hashes": hashes, "commit": utils.git_commit()}
 

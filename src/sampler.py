@@ -101,6 +101,44 @@ class ClipFeatureLoss:
         return loss
 
 
+def guidance_pull(image, terms, log=None):
+    """What the terms make of an image (B, 3, H, W): the gradient of their losses with respect to it, same shape.
+
+    Terms are added up. One that has a `kappa` (brain.BrainLoss) is first brought to kappa times the size of the others,
+    sample by sample: d = g + kappa * ||g|| / ||g_b|| * g_b (DESIGN section 8); alone it stays as it is.
+    log: a list that gets {name: (B,)}: loss_clip and norm_clip of the others, loss_brain, norm_brain and its `facts` of
+    one with a kappa, and the cosine of the two gradients.
+    """
+    others, pulling = [], []
+    for term in terms:
+        (pulling if hasattr(term, "kappa") else others).append(term)
+    found, pull = {}, None
+    if others:
+        loss, pull = gradient_on(image, others)
+        found |= {"loss_clip": loss, "norm_clip": pull.flatten(1).norm(dim=1)}
+    for term in pulling:
+        loss, own = gradient_on(image, [term])
+        norm = own.flatten(1).norm(dim=1)
+        found |= {"loss_brain": loss, "norm_brain": norm, **term.facts}
+        if pull is None:
+            pull = own
+            continue
+        found["cosine"] = F.cosine_similarity(pull.flatten(1), own.flatten(1))
+        ratio = torch.where(norm > 0, found["norm_clip"] / norm, 0)  # a sample that has stopped has no gradient
+        pull = pull + term.kappa * ratio.view(-1, 1, 1, 1) * own
+    if log is not None:
+        log.append(found)
+    return pull
+
+
+def gradient_on(image, terms):
+    """Losses of the terms' sum, (B,), and their gradient wrt the image (B, 3, H, W)."""
+    with torch.enable_grad():
+        seen = image.detach().requires_grad_()
+        loss = sum(term(seen) for term in terms)
+        return loss.detach(), torch.autograd.grad(loss.sum(), seen)[0]
+
+
 def raw_rule(eps, gradient, abar, scale):
     """NeuralDiffuser's: eps' = eps + sigma * scale * gradient (eq. 12: sigma, not its square)."""
     return eps + (1 - abar).sqrt() * scale * gradient
@@ -161,6 +199,7 @@ class GuidedPipeline(DiffusionPipeline):
         grad="xt",
         x0="cond",
         decoder=None,
+        log=None,
     ):
         """Draw one image per row of `condition`.
 
@@ -173,7 +212,7 @@ class GuidedPipeline(DiffusionPipeline):
         from the first, that are guided. rule: 'raw' or 'norm', what a gradient does (raw_rule, norm_rule). grad: 'xt'
         differentiates through the UNet, 'x0' through the decoder only. x0: the prediction that the losses see, 'cond'
         (the conditional one) or 'cfg' (the one the sampler follows). decoder: of what the losses see, (B, C, h, w)
-        latents -> image in [0, 1]; None is the VAE's.
+        latents -> image in [0, 1]; None is the VAE's. log: a list that gets what a guided step found (guidance_pull).
 
         Returns (B, 3, H, W) float32 in [0, 1]. Raises UserError when c, z or the resolution does not fit the model.
         """
@@ -190,7 +229,7 @@ class GuidedPipeline(DiffusionPipeline):
             for step, t in enumerate(self.progress_bar(timesteps)):
                 if step < n_guided:
                     eps_empty, eps_cond, gradient = self.guidance_gradient(
-                        latents, t, context, cfg_scale, terms, grad, x0, decoder)
+                        latents, t, context, cfg_scale, terms, grad, x0, decoder, log)
                 else:
                     eps_empty, eps_cond = self.predict_noise(latents, t, context)
                 eps = eps_empty + cfg_scale * (eps_cond - eps_empty)
@@ -276,12 +315,13 @@ class GuidedPipeline(DiffusionPipeline):
         abar = self.scheduler.alphas_cumprod[t]
         return (latents - (1 - abar).sqrt() * eps) / abar.sqrt()
 
-    def guidance_gradient(self, latents, t, context, cfg_scale, terms, grad="xt", x0="cond", decoder=None):
-        """The unconditional and conditional noise, and the gradient of the terms' sum wrt latents; (B, C, h, w) each.
+    def guidance_gradient(self, latents, t, context, cfg_scale, terms, grad="xt", x0="cond", decoder=None, log=None):
+        """The unconditional and conditional noise, and the gradient of the terms wrt latents; (B, C, h, w) each.
 
-        Every row goes through the UNet once for both. Only what the losses see keeps a graph: with grad='xt' and
-        x0='cond' that is half of the rows. With grad='x0' the noise counts as a constant, so that the gradient is that
-        wrt x0 times dx0/dx_t = 1/sqrt(abar): both kinds are in the same unit.
+        The terms meet on the image (guidance_pull, which says what `log` gets): one backward pass through decoder and
+        UNet serves them all. Every row goes through the UNet once for both noises. Only what the losses see keeps a
+        graph: with grad='xt' and x0='cond' that is half of the rows. With grad='x0' the noise counts as a constant, so
+        that the gradient is that wrt x0 times dx0/dx_t = 1/sqrt(abar): both kinds are in the same unit.
         """
         with torch.enable_grad():
             latents = latents.detach().requires_grad_()
@@ -295,8 +335,8 @@ class GuidedPipeline(DiffusionPipeline):
                     eps_empty, eps_cond = self.predict_noise(latents, t, context)
             seen = eps_cond if x0 == "cond" else eps_empty + cfg_scale * (eps_cond - eps_empty)
             image = (decoder or self.decode)(self.predict_x0(latents, seen, t))
-            loss = sum(term(image).sum() for term in terms)
-            gradient = torch.autograd.grad(loss * LOSS_SCALE, latents)[0] / LOSS_SCALE
+            pull = guidance_pull(image, terms, log)
+            gradient = torch.autograd.grad(image, latents, pull * LOSS_SCALE)[0] / LOSS_SCALE
         return eps_empty.detach(), eps_cond.detach(), gradient
 
     def blurred_noise(self, latents, eps_empty, t, empty, tokens):

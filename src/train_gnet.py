@@ -9,7 +9,7 @@ Squared error weighted by clamp(r^2, .1, 1) per voxel, plus .1 of the mean size 
     python src/train_gnet.py --subj 1 --prefilter alexnet-owt-7be5be79.pth --pass_through 192
 
 Reads betas, averaged over an image's repeats, wds/*/train and nsd_stimuli.hdf5. best.pth is the epoch with the best
-median validation r over voxels (early stopping), on the validation images of c, z and g.
+median validation r over voxels (early stopping), on the validation images of c, z and g; it holds every voxel's r too.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def get_parser():
     training.add_loop(parser)
     parser.set_defaults(max_lr=1e-3)
     parser.add_argument("--multi_subject", action=argparse.BooleanOptionalAction, default=False,
-                        help="one trunk for all subjects (--num_sessions then counts for --subj alone)")
+                        help="one trunk for all subjects and all of their sessions, whatever --subj and --num_sessions")
     parser.add_argument("--trunk_width", type=options.whole, default=64, metavar="CHANNELS",
                         help="channels of a block that voxels read")
     parser.add_argument("--pass_through", type=options.whole, default=64, metavar="CHANNELS",
@@ -54,7 +54,9 @@ def main(argv=None):
     if args.prefilter:
         load_prefilter(model, args.prefilter)
     rois = {subj: data.roi_masks(utils.Paths.from_args(args), subj) for subj in run.n_voxels}
-    training.fit(run, model, EncodingObjective(gnet_input, rois, args.l1))
+    ceilings = {subj: data.noise_ceiling(run.train.betas[subj], run.val.betas[subj].n_repeats) for subj in run.n_voxels}
+    ceilings = {subj: ceiling for subj, ceiling in ceilings.items() if ceiling is not None}
+    training.fit(run, model, EncodingObjective(gnet_input, rois, ceilings, args.l1))
 
 
 def open_run(args):
@@ -71,7 +73,7 @@ def open_run(args):
     subjects = data.subjects(paths) if args.multi_subject else [args.subj]
     tables, responses = {"train": {}, "val": {}}, {"train": {}, "val": {}}
     for subj in subjects:
-        sessions = args.num_sessions if subj == args.subj else None
+        sessions = None if args.multi_subject else args.num_sessions
         parts = data.split_trials(paths, subj, sessions, args.val_fraction, args.seed)
         for part, trials in zip(("train", "val"), parts, strict=True):
             rows = data.AveragedRows(data.open_betas(paths, subj), trials)

@@ -191,6 +191,8 @@ def settings_of(args, stage):
     config = {key: value for key, value in vars(args).items() if key not in NOT_SCIENCE}
     if stage == "pretrain":
         del config["num_sessions"]
+    if stage == "gnet" and args.multi_subject:  # the same network, whoever's command trains it
+        del config["subj"], config["num_sessions"]
     if stage == "ridge":
         config = {key: config[key] for key in ("subj", "num_sessions", "seed", "model", "val_fraction")}
     return config | {"stage": stage}
@@ -261,7 +263,8 @@ def fit(run, model, objective):
 
     objective(model, batch, progress, generator, team) -> (scalar loss, {name: scalar tensor}); `batch` holds "voxels"
     {subject: (b, V)} and "target" (B, ...) on the device and "image_ids" (B,), progress = epoch / epochs in [0, 1).
-    objective.judge names the validation value whose minimum is best.pth.
+    objective.judge names the validation value whose minimum is best.pth; an objective that has `kept` has tensors of
+    that validation put into it.
 
     Every step draws from (seed, epoch, step) alone, so a run that is resumed, after an epoch or in the middle of one,
     repeats an uninterrupted one. SIGTERM and Ctrl-C end it after the current step, saved; raises utils.Interrupted.
@@ -325,7 +328,7 @@ def fit(run, model, objective):
                         f"validation {logs['val/loss']:.4f}", show=False)
                 if logs[f"val/{objective.judge}"] < best:
                     best = logs[f"val/{objective.judge}"]
-                    save("best.pth")
+                    save("best.pth", **getattr(objective, "kept", {}))
             stopping = team.any(stop.received is not None)
             if stopping and not np.isfinite(float(sums.get("loss", 0))):
                 raise utils.UserError(f"the loss became NaN in epoch {epoch + 1}; the last checkpoint is intact")

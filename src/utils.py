@@ -179,7 +179,8 @@ def scores_name(flags, feat):
 def images_name(flags):
     """Name of the reconstructions that the flags of recon.py (a dict) mean: --method, then what they are made of."""
     ceiling = ["ground_truth"] if flags["run"] == "ground_truth" else []
-    return "_".join([flags["method"], *ceiling, *_variant_of(flags)])
+    brain = ["gnet", flags["gnet_roi"], f"{flags['gnet_kappa']:g}"] if flags["use_gnet"] else []
+    return "_".join([flags["method"], *ceiling, *brain, *_variant_of(flags)])
 
 
 def _variant_of(flags):

@@ -5,6 +5,7 @@ from functools import partial
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -164,7 +165,8 @@ def test_loss_and_validation_r_against_numpy():
     predicted, measured = rng.standard_normal((2, 9, 3)).astype(np.float32)
     measured[:, 0] += 2 * predicted[:, 0]
     rois = {"s": {"V1": np.array([True, True, False])}}
-    objective = EncodingObjective(partial(gnet_input, side=8), rois, l1=0.1)
+    ceilings = {"s": np.array([0.5, 0.8, 0.9], np.float32)}
+    objective = EncodingObjective(partial(gnet_input, side=8), rois, ceilings, l1=0.1)
     sums, n = {}, 0
     for rows in (slice(0, 5), slice(5, 9)):  # r over both batches, not the mean of theirs
         model = Predictor(torch.from_numpy(predicted[rows])).eval()
@@ -183,6 +185,29 @@ def test_loss_and_validation_r_against_numpy():
     np.testing.assert_allclose(float(found["r"]), np.median(r), rtol=1e-6)
     np.testing.assert_allclose(float(found["r_V1"]), np.sort(r[:2])[0], rtol=1e-6)  # torch's median is the lower one
     np.testing.assert_allclose(float(found["loss_r"]), 1 - np.median(r), rtol=1e-6)
+    np.testing.assert_allclose(float(found["r_norm"]), np.median(r) / 0.8, rtol=1e-6)
+    np.testing.assert_allclose(float(found["r_norm_V1"]), np.sort(r[:2])[0] / 0.5, rtol=1e-6)
+    np.testing.assert_allclose(objective.kept["val_r"]["s"], r, rtol=1e-5)
+
+
+def test_noise_ceilings_are_those_of_the_simulation(tmp_path):
+    """Signal and noise of known size: r of the true signal with the means, which is what no prediction can exceed."""
+    paths, _ = write_tiny_nsd(tmp_path)
+    rng, n_images, n_voxels = np.random.default_rng(0), 4000, 5
+    image_ids = np.repeat(np.arange(n_images), rng.integers(1, 4, n_images))
+    signal = np.sqrt([0, 0.1, 0.3, 0.6, 0.9]) * rng.standard_normal((n_images, n_voxels))
+    noise = np.sqrt([1, 0.9, 0.7, 0.4, 0.1]) * rng.standard_normal((len(image_ids), n_voxels))
+    with h5py.File(paths.betas("subj01"), "w") as file:
+        file["betas"] = (signal[image_ids] + noise).astype(np.float32)
+    rows = data.AveragedRows(data.open_betas(paths, "subj01"),
+                             pd.DataFrame({"image_id": image_ids, "row": np.arange(len(image_ids))}))
+    found = data.noise_ceiling(rows, rows.n_repeats)
+    means = rows[np.arange(n_images)]
+    wanted = [np.corrcoef(signal[:, v], means[:, v])[0, 1] for v in range(1, n_voxels)]
+    np.testing.assert_allclose(found[1:], wanted, atol=0.02)
+    assert found[0] < 0.15
+    once = data.AveragedRows(rows.betas, pd.DataFrame({"image_id": np.arange(9), "row": np.arange(9)}))
+    assert data.noise_ceiling(once, once.n_repeats) is None  # nothing was shown twice
 
 
 def test_jitter_shifts_and_does_not_mirror():
@@ -202,12 +227,17 @@ def test_training_keeps_a_run_with_r_of_every_roi(world, joint):
     assert train(world, *flags) == 0
     folder = world.run("gnet_multisubject" if joint else "gnet_subj01")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 and {"train/loss", "val/loss", "val/loss_r", "val/r", "val/r_V1"} <= rows[-1].keys()
+    assert len(rows) == 2
+    assert {"train/loss", "val/loss", "val/loss_r", "val/r", "val/r_V1", "val/r_norm_V1"} <= rows[-1].keys()
     best = utils.load_checkpoint(folder / "best.pth")
     assert best["best"] == min(row["val/loss_r"] for row in rows)
+    median = torch.cat(list(best["val_r"].values())).median().item()
+    assert 1 - median == pytest.approx(best["best"], abs=1e-6)
     assert best["n_voxels"] == (N_VOXELS if joint else {"subj01": N_VOXELS["subj01"]})
     build_model(best["model_args"]).load_state_dict(best["model"])
     assert train(world, *flags) == 0  # finished before, kept
+    if joint:
+        assert train(world, *flags, "--subj", 2, "--num_sessions", 2) == 0  # the same network, whoever trains it
 
 
 def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one(world):

@@ -1,0 +1,230 @@
+"""What a brain encoding model (GNet) says of images: predicted responses, and the pull of a measured one (DESIGN 8).
+
+recon.py guides by it (BrainGuide), evaluate.py judges by it, score_gnet.py writes its predictions. Letters: N images, B
+batch, V voxels of the subject, n of a region. Responses are z-scored betas.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import metrics
+import options
+import utils
+from models import GNet, build_model
+
+GOOD_R = 0.1  # validation r from which a voxel may guide
+FEWEST_VOXELS = 20  # that a region must have, to guide
+PREFLIGHT_R, PREFLIGHT_IMAGES = 0.1, 200  # median r on training images: below it the voxels are in another order
+ALL = ("V1", "V2", "V3", "V4", "higher_vis")  # --gnet_roi all
+
+
+class Encoder(NamedTuple):
+    """A trained encoding model of one subject."""
+
+    run: str
+    subj: str
+    model: GNet
+    val_r: np.ndarray  # (V,) validation r of every voxel
+    held_out: tuple  # which training images validated it: arguments of data.split_trials
+    file: object
+
+    def predict(self, pictures, batch_size=50, voxels=None, show=None):
+        """Responses (N, V), or (N, n) of the index `voxels`, to pictures: (N, H, W, 3) uint8, or an iterable of such
+        batches. show: title of the progress bar, None = no bar."""
+        device = next(self.model.parameters()).device
+        if isinstance(pictures, np.ndarray):
+            pictures = [pictures[start:start + batch_size] for start in range(0, len(pictures), batch_size)]
+        voxels = None if voxels is None else torch.as_tensor(voxels, device=device)
+        found = []
+        for batch in tqdm(pictures, desc=show, unit="batch", disable=show is None):
+            images = torch.from_numpy(np.array(batch)).to(device).permute(0, 3, 1, 2) / 255
+            with torch.inference_mode():
+                found.append(self.model(images, self.subj, voxels).cpu().numpy())
+        return np.concatenate(found)
+
+
+def encoder_file(paths, run):
+    """The checkpoint of an encoding model; UserError when there is none."""
+    return utils.require(paths.run(run) / "best.pth", f"--gnet_run: the brain encoding model {run}",
+                         "train one (STAGES=gnet bash scripts/train.sh), or convert the published one "
+                         "(src/convert_gnet.py) and give --gnet_run gnet_published")
+
+
+def load_encoder(paths, subj, run, seed, device):
+    """The encoding model that --gnet_run names (None: the subject's own) with subj's voxels, in eval mode, frozen.
+
+    Raises UserError when there is none, when it is not of this subject or not of its betas.
+    """
+    run = run or utils.run_name("scratch", subj, "gnet", None)
+    file = encoder_file(paths, run)
+    state = utils.load_checkpoint(file)
+    if state["model_args"]["kind"] != "gnet":
+        raise utils.UserError(f"--gnet_run {run}: is a run of {state['config']['feat']}, wanted a GNet (gnet_...)")
+    if subj not in state["n_voxels"]:
+        raise utils.UserError(f"--gnet_run {run}: encodes {', '.join(state['n_voxels'])}, wanted {subj}; train it on "
+                              f"{subj} (STAGES=gnet SUBJ={int(subj[-2:])} bash scripts/train.sh)")
+    n_voxels = data.open_betas(paths, subj).shape[1]
+    if state["n_voxels"][subj] != n_voxels:
+        raise utils.UserError(f"--gnet_run {run}: predicts {state['n_voxels'][subj]} voxels of {subj}, its betas have "
+                              f"{n_voxels}; use both of one data set, or train it on these")
+    if "val_r" not in state:
+        raise utils.UserError(f"{file}: does not hold its voxels' validation r; train it again with --overwrite")
+    model = build_model(state["model_args"])
+    model.load_state_dict(state["model"])
+    config = state["config"]  # the published network's says nothing of a split: ours is as good as any then
+    held_out = (config.get("num_sessions"), config.get("val_fraction", options.VAL_FRACTION), config.get("seed", seed))
+    return Encoder(run, subj, model.requires_grad_(False).eval().to(device), state["val_r"][subj].numpy(), held_out,
+                   file)
+
+
+# --- agreement ---------------------------------------------------------------------------------------------------
+
+
+def weighted_correlation(a, b, weights):
+    """Pearson correlation of the rows of a and b, (B, n), with weights (n,) >= 0; returns (B,)."""
+    weights = weights / weights.sum()
+    a, b = (rows - (weights * rows).sum(1, keepdim=True) for rows in (a, b))
+    spread = (weights * a.square()).sum(1) * (weights * b.square()).sum(1)
+    return (weights * a * b).sum(1) / spread.clamp_min(1e-24).sqrt()
+
+
+def good_voxels(encoder, masks, roi):
+    """{region: indices (n,) of its voxels with validation r > GOOD_R}; roi: a name of masks {name: (V,)}, or all.
+
+    Raises UserError for an unknown region and for one with fewer than FEWEST_VOXELS such voxels.
+    """
+    names = [name for name in ALL if name in masks] if roi == "all" else [roi]
+    unknown = [name for name in names if name not in masks]
+    if unknown or not names:
+        raise utils.UserError(f"--gnet_roi {roi}: no region of {encoder.subj}; wanted {', '.join(masks)} or all")
+    found = {name: np.flatnonzero(masks[name] & (encoder.val_r > GOOD_R)) for name in names}
+    for name, voxels in found.items():
+        if len(voxels) < FEWEST_VOXELS:
+            raise utils.UserError(
+                f"--gnet_roi {roi}: {len(voxels)} of the {masks[name].sum()} voxels of {name} have a validation r over "
+                f"{GOOD_R:g}, wanted at least {FEWEST_VOXELS}; choose another region, or a better --gnet_run "
+                f"({encoder.run})")
+    return found
+
+
+def agreement(predicted, measured, places, weights):
+    """Weighted correlation per region, {region: (B,)}: predicted and measured (B, n) hold the regions' voxels, side by
+    side; places: {region: slice}, weights (n,)."""
+    return {name: weighted_correlation(predicted[:, at], measured[:, at], weights[at]) for name, at in places.items()}
+
+
+# --- guidance ----------------------------------------------------------------------------------------------------
+
+
+class BrainLoss:
+    """Guidance term (B, 3, H, W) image in [0, 1] -> (B,) loss: how far its predicted response is from a target.
+
+    Mean over regions of alpha (1 - r_w) + (1 - alpha) MSE_w / 2, r_w being Pearson's r across voxels and MSE_w the
+    squared error, both weighted by the voxels' squared validation r. A sample whose mean r_w has once reached `enough`
+    has no loss from then on: beyond it guidance would fit the target's noise.
+
+    .kappa   how hard it pulls, relative to the other terms (sampler.guidance_pull)
+    .facts   of the last call: {"r_<region>": (B,), "stopped": (B,) bool}
+    """
+
+    def __init__(self, encoder, voxels, places, weights, targets, kappa, alpha=1.0, enough=float("inf")):
+        """voxels (n,): the regions', side by side as places {region: slice} say; weights (n,); targets (B, n)."""
+        self.encoder, self.voxels, self.places, self.weights = encoder, voxels, places, weights
+        self.targets, self.kappa, self.alpha, self.enough = targets, kappa, alpha, enough
+        self.stopped = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
+        self.facts = {}
+
+    def __call__(self, image):
+        predicted = self.encoder.model(image.to(self.targets), self.encoder.subj, self.voxels)  # (B, n)
+        r = agreement(predicted, self.targets, self.places, self.weights)
+        losses = []
+        for name, at in self.places.items():
+            error = (predicted[:, at] - self.targets[:, at]).square()
+            mse = (error * self.weights[at]).sum(1) / self.weights[at].sum()
+            losses.append(self.alpha * (1 - r[name]) + (1 - self.alpha) * mse / 2)
+        mean_r = torch.stack(list(r.values())).mean(0).detach()
+        self.stopped = self.stopped | (mean_r >= self.enough)
+        self.facts = {**{f"r_{name}": value.detach() for name, value in r.items()}, "stopped": self.stopped}
+        return torch.stack(losses).mean(0) * ~self.stopped
+
+
+class BrainGuide:
+    """What guidance by the brain needs, for all pictures of a recon: made once, `term` gives a batch its BrainLoss.
+
+    Checks, before anything is drawn, that the encoding model and the betas count voxels in the same order: the median r
+    of its predictions over training images must exceed PREFLIGHT_R. Measures how well predictions of true images agree
+    with responses, on validation images: there guidance stops.
+    """
+
+    def __init__(self, encoder, paths, targets, roi, kappa, alpha=1.0, say=print):
+        """targets: (N, V) responses. Raises UserError for regions that can not guide and for a wrong voxel order."""
+        regions = good_voxels(encoder, data.roi_masks(paths, encoder.subj), roi)
+        voxels, ends = np.concatenate(list(regions.values())), np.cumsum([len(index) for index in regions.values()])
+        self.encoder, self.targets, self.kappa, self.alpha = encoder, targets, kappa, alpha
+        self.device = next(encoder.model.parameters()).device
+        self.voxels = torch.from_numpy(voxels).to(self.device)
+        self.places = {name: slice(int(end) - len(index), int(end))
+                       for (name, index), end in zip(regions.items(), ends, strict=True)}
+        self.weights = torch.from_numpy(encoder.val_r[voxels] ** 2).to(self.device)
+
+        train, val = self.read_true_images(paths)
+        check_voxel_order(encoder, *(array.cpu().numpy() for array in train))
+        found = agreement(*val, self.places, self.weights)
+        self.enough = float(torch.stack(list(found.values())).mean())
+        for name, index in regions.items():
+            say(f"{name}: {len(index)} voxels guide; {encoder.run} predicts their response to a true image with "
+                f"r = {found[name].mean():.3f}, mean of {len(val[0])} validation images")
+
+    def read_true_images(self, paths):
+        """Predicted and measured responses (N, n) to training and to validation images, PREFLIGHT_IMAGES at most."""
+        betas, stimuli = data.open_betas(paths, self.encoder.subj), data.open_stimuli(paths)
+        for trials in data.split_trials(paths, self.encoder.subj, *self.encoder.held_out):
+            seen = data.AveragedRows(betas, trials)
+            chosen = np.unique(np.linspace(0, len(seen.image_ids) - 1, PREFLIGHT_IMAGES).round().astype(int))
+            batches = (stimuli[seen.image_ids[part]] for part in np.array_split(chosen, -(-len(chosen) // 50)))
+            predicted = torch.from_numpy(self.encoder.predict(batches, voxels=self.voxels)).to(self.device)
+            yield predicted, torch.from_numpy(seen[chosen]).to(self.device)[:, self.voxels]
+
+    def term(self, rows):
+        """The BrainLoss of a batch: rows (B,) of the targets."""
+        targets = torch.from_numpy(self.targets[rows]).to(self.device)[:, self.voxels]
+        return BrainLoss(self.encoder, self.voxels, self.places, self.weights, targets, self.kappa, self.alpha,
+                         self.enough)
+
+
+def check_voxel_order(encoder, predicted, measured):
+    """Raise UserError unless responses predicted for training images, (N, n), follow the measured ones."""
+    r = np.median(metrics.paired_correlation(predicted.T, measured.T))
+    if not r > PREFLIGHT_R:
+        raise utils.UserError(
+            f"--gnet_run {encoder.run}: on {len(predicted)} training images of {encoder.subj} its median r with the "
+            f"betas is {r:.3f}, wanted more than {PREFLIGHT_R:g}; the betas' voxels are in another order than the "
+            "network's: use both of one data set")
+
+
+def read_target(file, image_ids, n_voxels):
+    """The target responses (N, V) float32 to these images, by id, from an .npy (n, V) beside its image_ids.npy (n,)."""
+    hint = "give responses (n, voxels) beside an image_ids.npy (n,) (score_gnet.py writes such)"
+    rows = utils.load_npy(file, "--target_fmri_npy", hint, mmap_mode="r")
+    ids = utils.load_npy(file.parent / "image_ids.npy", "--target_fmri_npy: the ids of its rows", hint)
+    if rows.ndim != 2 or ids.shape != rows.shape[:1] or len(np.unique(ids)) != len(ids):
+        raise utils.UserError(f"--target_fmri_npy {file}: responses of shape {rows.shape} for {len(np.unique(ids))} "
+                              f"different ids, wanted (n, voxels) for n; {hint}")
+    if rows.shape[1] != n_voxels:
+        raise utils.UserError(f"--target_fmri_npy {file}: {rows.shape[1]} voxels, wanted the {n_voxels} of the betas; "
+                              "give responses of this subject")
+    row_of = {int(image_id): row for row, image_id in enumerate(ids)}
+    missing = [image_id for image_id in image_ids if int(image_id) not in row_of]
+    if missing:
+        raise utils.UserError(f"--target_fmri_npy {file}: no row for image id {missing[0]} and {len(missing) - 1} "
+                              "others; give a row for every image that is drawn")
+    targets = rows[[row_of[int(image_id)] for image_id in image_ids]].astype(np.float32)
+    bad = ~np.isfinite(targets).all(1)
+    if bad.any():
+        raise utils.UserError(f"--target_fmri_npy {file}: NaN or infinite values in the row of image id "
+                              f"{np.asarray(image_ids)[bad][0]}; wanted finite responses")
+    return targets

@@ -1,0 +1,108 @@
+"""Predict the responses of a subject's voxels to images, by a brain encoding model (GNet).
+
+images -> GNet of --gnet_run -> z-scored responses (N, V), voxels in the order of the betas
+
+    python src/score_gnet.py --subj 1                                    # to the subject's test images
+    python src/score_gnet.py --subj 1 --ids 0-99 512 --gnet_run gnet_published
+    python src/score_gnet.py --subj 1 --images outputs_all/subj01/cp_4096_v1/300000/0.2
+    python src/score_gnet.py --subj 1 --images ~/my_pictures --outdir scores_all/mine
+
+Writes scores_all/subj0X/<run>[_<which>]/voxels.npy, float32, beside image_ids.npy and config.json: recon.py takes it as
+--target_fmri_npy. The images are stimuli, or the pictures of a folder: a recon's by the ids of its index.csv (each id's
+first sample), any other's by name, numbered from 0 (images.csv lists them).
+"""
+
+import argparse
+import sys
+
+import numpy as np
+
+import data
+import options
+import pictures
+import utils
+from brain import load_encoder
+
+KINDS = (".png", ".jpg", ".jpeg")
+
+
+def get_parser():
+    parser = options.Parser(__doc__)
+    options.add_paths(parser)
+    options.add_subject(parser)
+    parser.add_argument("--gnet_run", type=options.tag, metavar="RUN",
+                        help="the encoding model: a folder of train_logs (gnet_<subj>)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--ids", type=id_range, nargs="+", metavar="ID|FIRST-LAST",
+                       help="0-based 73k ids of stimuli (the subject's test images)")
+    which.add_argument("--images", metavar="DIR", help="a folder of pictures, from --root")
+    parser.add_argument("--outdir", metavar="DIR", help="write there instead, from --root")
+    parser.add_argument("--batch_size", type=options.whole, default=50, metavar="IMAGES")
+    parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False)
+    options.add_compute(parser)
+    return parser
+
+
+def id_range(text):
+    """'7' -> [7], '3-5' -> [3, 4, 5]."""
+    first, _, last = text.partition("-")
+    last = last or first
+    if not (first.isdigit() and last.isdigit()) or int(first) > int(last):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an id or a range of ids; wanted 7 or 0-99")
+    return list(range(int(first), int(last) + 1))
+
+
+def main(argv=None):
+    args = get_parser().parse_args(argv)
+    if args.batch_size < 1:
+        raise utils.UserError(f"--batch_size {args.batch_size}: wanted at least 1")
+    paths = utils.Paths.from_args(args)
+    encoder = load_encoder(paths, args.subj, args.gnet_run, args.seed, utils.pick_device(args.device))
+    image_ids, batches, files, which = read_images(args, paths)
+    folder = paths.root.joinpath(args.outdir) if args.outdir else (
+        paths.root / "scores_all" / args.subj / "_".join([encoder.run, *which]))
+    config = {"run": encoder.run, "feat": "voxels", "subj": args.subj, "images": args.images,
+              "checkpoint_sha256": utils.file_hash(encoder.file)}
+    if (folder / "config.json").exists() and not args.overwrite:
+        found, ids = utils.load_json(folder / "config.json"), utils.load_scores(folder, "voxels")[0]
+        if found != config or not np.array_equal(ids, image_ids):
+            raise utils.UserError(f"{folder}: holds responses to other images, or of another checkpoint; --overwrite "
+                                  "them, or choose another --outdir")
+        print(f"{folder}: predicted before with this checkpoint, kept")
+        return
+    responses = encoder.predict(batches, show=f"predict {encoder.run}")
+    utils.save_scores(folder, image_ids, {"voxels": responses}, config)
+    if files:
+        utils.save_csv(folder / "images.csv", [{"row": row, "image_id": image_id, "file": file.name} for
+                                               row, (image_id, file) in enumerate(zip(image_ids, files, strict=True))])
+    print(f"{folder}/voxels.npy: responses of {responses.shape[1]} voxels to {len(image_ids)} images")
+
+
+def read_images(args, paths):
+    """Ids (N,), the images as batches of (b, H, W, 3) uint8, their files (None: stimuli), parts of a folder's name."""
+    if args.images:
+        folder = paths.root.joinpath(args.images)
+        if (folder / "index.csv").exists():
+            images = pictures.read_images(folder)
+            ids, files = images.image_ids, [samples[0] for samples in images.files]
+        else:
+            found = utils.require(folder, "--images: the folder of pictures", "check its name").iterdir()
+            files = sorted(file for file in found if file.suffix.lower() in KINDS)
+            ids = np.arange(len(files))
+            if not files:
+                raise utils.UserError(f"--images {folder}: no pictures; wanted {', '.join(KINDS)} files in it")
+        return ids, pictures.in_batches(map(pictures.read_png, files), args.batch_size), files, [
+            pictures.name_of(folder).replace(" ", "_")]
+    stimuli = data.open_stimuli(paths)
+    if args.ids:
+        ids, which = np.unique(np.concatenate(args.ids)), [f"{args.ids[0][0]}-{args.ids[-1][-1]}"]
+        if ids[-1] >= len(stimuli):
+            raise utils.UserError(f"--ids {ids[-1]}: wanted 0..{len(stimuli) - 1}, the images of {stimuli.path}")
+    else:
+        ids, which = np.unique(data.load_trials(paths, args.subj, "test")["image_id"]), []
+    parts = np.array_split(ids, -(-len(ids) // args.batch_size))
+    return ids, (stimuli[part] for part in parts), None, which
+
+
+if __name__ == "__main__":
+    sys.exit(utils.run_cli(main))

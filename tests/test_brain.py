@@ -1,0 +1,375 @@
+"""Guidance and judgement by a brain encoding model: formulas against numpy and loops, pictures, files, mistakes."""
+
+import json
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_brain import RUN, V, write_brain, write_run
+
+import brain
+import data
+import evaluate
+import recon
+import sampler
+import score_gnet
+import utils
+from models import GNet
+from tiny_nsd import SHARED
+from tiny_sd import write_tiny_clip, write_tiny_sd
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return write_tiny_sd(tmp_path_factory.mktemp("sd")), write_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_brain(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def encoder(world):
+    return brain.load_encoder(world, "subj01", None, 42, CPU)
+
+
+def draw(paths, models, outdir, *flags):
+    """Run recon.py on the four test images; returns its exit status."""
+    words = ["--root", paths.root, "--sd_model", models[0], "--clip_model", models[1], "--num_sessions", 3, "--feats",
+             "g_2", "g_4", "--num_inference_steps", 4, "--guidance_strength", 0.5, "--guidance_rule", "norm", "--z",
+             "none", "--device", "cpu", "--outdir", outdir, *flags]
+    return utils.run_cli(recon.main, [str(word) for word in words])
+
+
+def pictures_of(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.png"))}
+
+
+def picture(file):
+    return np.asarray(Image.open(file))
+
+
+def steps_of(folder, row=0):
+    return [json.loads(line) for line in (folder / f"{row:05d}.jsonl").read_text().splitlines()]
+
+
+def error_of(capsys):
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    return error
+
+
+# --- the formulas -------------------------------------------------------------------------------------------------
+
+
+def test_weighted_correlation_is_that_of_the_weighted_covariance():
+    rng = np.random.default_rng(0)
+    a, b, w = rng.standard_normal((3, 8)), rng.standard_normal((3, 8)), rng.random(8)
+    a[2] = 1.5
+    found = brain.weighted_correlation(*(torch.from_numpy(x) for x in (a, b, w)))
+    for row in range(2):
+        covariance = np.cov(a[row], b[row], aweights=w)
+        assert found[row].item() == pytest.approx(covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1]))
+    assert abs(found[2]) < 1e-9  # a constant row
+
+
+def small_term(alpha=0.3, enough=float("inf"), n=6, batch=2):
+    """A BrainLoss of two regions in double precision, and what it was made of."""
+    torch.manual_seed(0)
+    gnet = GNet({"s": 9}, trunk_width=4, pass_through=4).eval().double()
+    torch.nn.init.normal_(gnet.readouts["s"].weight)
+    encoder = brain.Encoder("run", "s", gnet, np.ones(9), (), None)
+    voxels, places = torch.tensor([8, 1, 3, 0, 2, 5]), {"A": slice(0, 4), "B": slice(4, n)}
+    weights, targets = torch.rand(n).double(), torch.randn(batch, n).double()
+    return brain.BrainLoss(encoder, voxels, places, weights, targets, kappa=1, alpha=alpha, enough=enough)
+
+
+def test_the_loss_is_the_designs_formula_region_by_region():
+    term = small_term()
+    image = torch.rand(2, 3, 16, 16).double()
+    with torch.no_grad():
+        predicted = term.encoder.model(image, "s")[:, term.voxels].numpy()
+        found = term(image).numpy()
+    targets, weights = term.targets.numpy(), term.weights.numpy()
+    for row in range(2):
+        losses = []
+        for at in (slice(0, 4), slice(4, 6)):
+            p, t, w = predicted[row, at], targets[row, at], weights[at]
+            covariance = np.cov(p, t, aweights=w)
+            r = covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])
+            losses.append(0.3 * (1 - r) + 0.7 * np.average((p - t) ** 2, weights=w) / 2)
+        assert found[row] == pytest.approx(np.mean(losses))
+
+
+def test_its_gradient_is_the_slope_of_the_loss():
+    term = small_term()
+    image = torch.rand(2, 3, 16, 16).double().requires_grad_()
+    gradient = torch.autograd.grad(term(image).sum(), image)[0]
+    direction = torch.randn(image.shape, generator=torch.Generator().manual_seed(1)).double()
+    with torch.no_grad():
+        up, down = (term(image + step * direction).sum() for step in (1e-8, -1e-8))
+    assert (gradient * direction).sum().item() == pytest.approx(((up - down) / 2e-8).item(), rel=1e-4)
+    assert gradient.flatten(1).norm(dim=1).min() > 0
+
+
+def test_a_sample_that_agrees_enough_is_left_alone_from_then_on():
+    term = small_term(alpha=1.0)
+    image = torch.rand(2, 3, 16, 16).double()
+    term(image)
+    mean_r = torch.stack([term.facts["r_A"], term.facts["r_B"]]).mean(0)
+    term.enough = mean_r.mean().item()  # one of the two has reached it
+    better = mean_r.argmax().item()
+    loss, gradient = sampler.gradient_on(image, [term])
+    assert loss[better] == 0 and gradient[better].abs().max() == 0
+    assert loss[1 - better] > 0 and gradient[1 - better].abs().max() > 0
+    term.enough = float("inf")
+    assert term(image)[better] == 0 and term.facts["stopped"].tolist() == [better == 0, better == 1]
+
+
+class Slope:
+    """A loss whose gradient is known: (B, 3, H, W) -> its inner product with `direction`."""
+
+    def __init__(self, direction, **more):
+        self.direction, self.facts = direction, {}
+        self.__dict__.update(more)
+
+    def __call__(self, image):
+        return (image * self.direction).flatten(1).sum(1)
+
+
+def test_the_brain_pulls_kappa_times_as_hard_as_the_others():
+    image = torch.rand(3, 3, 4, 4)
+    a, b, brains = (torch.randn(3, 3, 4, 4) for _ in range(3))
+    brains[2] = 0  # has stopped
+    log = []
+    found = sampler.guidance_pull(image, [Slope(a), Slope(brains, kappa=0.7), Slope(b)], log)
+    g = a + b
+    for row in range(2):
+        wanted = g[row] + 0.7 * g[row].norm() / brains[row].norm() * brains[row]
+        torch.testing.assert_close(found[row], wanted)
+        cosine = (g[row] * brains[row]).sum() / g[row].norm() / brains[row].norm()
+        torch.testing.assert_close(log[0]["cosine"][row], cosine)
+        torch.testing.assert_close(log[0]["norm_clip"][row], g[row].norm())
+    assert torch.equal(found[2], g[2])
+    torch.testing.assert_close(sampler.guidance_pull(image, [Slope(brains, kappa=0.7)]), brains)  # alone: as it is
+
+
+def test_good_voxels_are_those_of_the_region_that_validation_trusts(encoder):
+    masks = {"V1": np.arange(V) < 30, "V4": np.arange(V) >= 30, "nsd_general": np.ones(V, bool)}
+    bad = encoder._replace(val_r=np.where(np.arange(V) % 6 == 0, 0.05, 0.5))
+    found = brain.good_voxels(bad, masks, "all")
+    assert list(found) == ["V1", "V4"]
+    np.testing.assert_array_equal(found["V1"], [v for v in range(30) if v % 6])
+    assert len(brain.good_voxels(bad, masks, "nsd_general")["nsd_general"]) == 50
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+def test_kappa_0_draws_the_pictures_of_clip_alone_to_the_bit(world, models, tmp_path):
+    assert draw(world, models, tmp_path / "clip") == 0
+    assert draw(world, models, tmp_path / "k0", "--use_gnet", "--gnet_roi", "V1", "--gnet_kappa", 0) == 0
+    assert draw(world, models, tmp_path / "k2", "--use_gnet", "--gnet_roi", "V1", "--gnet_kappa", 2) == 0
+    clip, k0, k2 = (pictures_of(tmp_path / name) for name in ("clip", "k0", "k2"))
+    assert len(clip) == 4 and clip == k0 and clip.keys() == k2.keys() and clip != k2
+    assert not list((tmp_path / "clip").glob("0*.jsonl"))
+
+
+def test_every_guided_step_is_logged(world, models, tmp_path):
+    assert draw(world, models, tmp_path / "a", "--use_gnet", "--gnet_roi", "V1") == 0
+    steps = steps_of(tmp_path / "a", row=3)
+    assert [step["step"] for step in steps] == [0, 1]  # half of four
+    assert steps[0].keys() == {"step", "loss_clip", "norm_clip", "loss_brain", "norm_brain", "r_V1", "stopped",
+                               "cosine"}
+    assert len({step["r_V1"] for row in range(4) for step in steps_of(tmp_path / "a", row)}) == 8
+    assert draw(world, models, tmp_path / "a", "--use_gnet", "--gnet_roi", "V2", "--overwrite", "--limit", 1) == 0
+    assert "r_V2" in steps_of(tmp_path / "a")[0] and not (tmp_path / "a/00003.jsonl").exists()
+
+
+def test_the_brain_alone_raises_its_own_agreement(world, models, tmp_path):
+    """Without CLIP the gradient stands alone: r of the pictures it guides rises above that of unguided ones."""
+    flags = ["--feats", "none", "--guidance_strength", 1, "--num_inference_steps", 8, "--guidance_scale", 0.6]
+    assert draw(world, models, tmp_path / "none", *flags) == 0
+    assert draw(world, models, tmp_path / "brain", *flags, "--use_gnet", "--gnet_roi", "V1") == 0
+    encoder = brain.load_encoder(world, "subj01", None, 42, CPU)
+    target = torch.from_numpy(data.responses_to(world, "subj01", SHARED).betas[:, :25])
+    r = {}
+    for name in ("none", "brain"):
+        stack = np.stack([picture(tmp_path / name / f"{row:05d}.png") for row in range(4)])
+        predicted = torch.from_numpy(encoder.predict(stack)[:, :25])
+        r[name] = brain.weighted_correlation(predicted, target, torch.from_numpy(encoder.val_r[:25] ** 2))
+    assert (r["brain"] - r["none"]).mean() > 0.05
+
+
+def test_a_subset_draws_the_same_pictures_and_logs(world, models, tmp_path):
+    flags = ["--use_gnet", "--gnet_roi", "V1"]
+    assert draw(world, models, tmp_path / "all", *flags) == 0
+    assert draw(world, models, tmp_path / "two", *flags, "--ids", SHARED[1], SHARED[3]) == 0
+    for row in (1, 3):
+        for kind in ("png", "jsonl"):
+            name = f"{row:05d}.{kind}"
+            assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_target_file_is_matched_by_id(world, models, tmp_path):
+    flags = ["--use_gnet", "--gnet_roi", "V1"]
+    assert draw(world, models, tmp_path / "own", *flags) == 0
+    target = data.responses_to(world, "subj01", SHARED).betas
+    order = [2, 0, 3, 1]
+    np.save(tmp_path / "target.npy", target[order].astype(np.float64))
+    np.save(tmp_path / "image_ids.npy", np.array(SHARED)[order])
+    assert draw(world, models, tmp_path / "file", *flags, "--target_fmri_npy", tmp_path / "target.npy") == 0
+    assert pictures_of(tmp_path / "own") == pictures_of(tmp_path / "file")
+    np.save(tmp_path / "image_ids.npy", np.array(SHARED))
+    assert draw(world, models, tmp_path / "other", *flags, "--target_fmri_npy", tmp_path / "target.npy") == 0
+    assert pictures_of(tmp_path / "own") != pictures_of(tmp_path / "other")
+
+
+def test_other_targets_are_other_pictures_to_the_folder(world, models, tmp_path, capsys):
+    flags = ["--use_gnet", "--gnet_roi", "V1", "--limit", 1]
+    assert draw(world, models, tmp_path / "a", *flags) == 0
+    assert draw(world, models, tmp_path / "a", *flags, "--gnet_kappa", 2) == 2
+    assert "gnet_kappa 1.0 -> 2.0" in error_of(capsys)
+
+
+def test_responses_to_images_follow_their_control(world):
+    plain = data.responses_to(world, "subj01", SHARED)
+    reference = data.load_test_set(world, "subj01")
+    np.testing.assert_array_equal(plain.betas, reference.betas)
+    shuffled = data.responses_to(world, "subj01", SHARED, control="shuffle", seed=42)
+    np.testing.assert_array_equal(shuffled.betas, data.load_test_set(world, "subj01", "shuffle", 42).betas)
+    held_out = data.load_test_set(world, "subj01", held_out=(3, 0.3, 42))
+    some = data.responses_to(world, "subj01", held_out.image_ids[1:], 3)
+    np.testing.assert_array_equal(some.betas, held_out.betas[1:])
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--gnet_roi", "V9"], "--gnet_roi V9: no region of subj01; wanted"),
+    (["--gnet_roi", "V3"], "--gnet_roi V3: 3 of the 3 voxels of V3 have a validation r over 0.1, wanted at least 20"),
+    (["--gnet_run", "gnet_nobody"], "gnet_nobody/best.pth: --gnet_run: the brain encoding model gnet_nobody not found"),
+    (["--gnet_kappa", "-1"], "--gnet_kappa -1"),
+    (["--gnet_kappa", "nan"], "--gnet_kappa nan"),
+    (["--gnet_alpha", "2"], "--gnet_alpha 2"),
+    (["--guidance_scale", "0"], "--use_gnet with --guidance_scale 0"),
+    (["--feats", "none", "--gnet_kappa", "0"], "--gnet_kappa 0 with --feats none"),
+    (["--target_fmri_npy", "nowhere.npy"], "nowhere.npy: --target_fmri_npy not found"),
+])
+def test_mistakes_give_one_line_and_exit_2(world, models, tmp_path, flags, message, capsys):
+    assert draw(world, models, tmp_path / "out", "--use_gnet", "--gnet_roi", "V1", *flags) == 2
+    assert message in error_of(capsys)
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda rows, ids: (rows[:, :-1], ids), "59 voxels, wanted the 60 of the betas"),
+    (lambda rows, ids: (np.where(ids[:, None] == SHARED[2], np.nan, rows), ids), f"the row of image id {SHARED[2]}"),
+    (lambda rows, ids: (rows[:3], ids[:3]), f"no row for image id {SHARED[3]}"),
+    (lambda rows, ids: (rows, ids[:3]), "wanted (n, voxels) for n"),
+    (lambda rows, ids: (rows, ids * 0), "for 1 different ids"),
+    (lambda rows, ids: (rows[0], ids), "wanted (n, voxels)"),
+])
+def test_a_wrong_target_is_one_line(world, models, tmp_path, damage, message, capsys):
+    rows, ids = damage(np.zeros((4, V)), np.array(SHARED))
+    np.save(tmp_path / "target.npy", rows)
+    np.save(tmp_path / "image_ids.npy", ids)
+    assert draw(world, models, tmp_path / "out", "--use_gnet", "--gnet_roi", "V1", "--target_fmri_npy",
+                tmp_path / "target.npy") == 2
+    assert message in error_of(capsys)
+
+
+def test_networks_of_others_are_refused(world, models, tmp_path, capsys):
+    gnet = GNet({"subj01": V}, trunk_width=4, pass_through=4)
+    for run, n_voxels, message in (("gnet_subj02", {"subj02": V}, "encodes subj02, wanted subj01"),
+                                   ("gnet_few", {"subj01": 59}, "predicts 59 voxels of subj01, its betas have 60")):
+        write_run(world, GNet(n_voxels, trunk_width=4, pass_through=4), run)
+        assert draw(world, models, tmp_path / "out", "--use_gnet", "--gnet_roi", "V1", "--gnet_run", run) == 2
+        assert message in error_of(capsys)
+    state = utils.load_checkpoint(world.run(RUN) / "best.pth")
+    utils.save_checkpoint(world.run("gnet_old") / "best.pth", {k: v for k, v in state.items() if k != "val_r"})
+    assert draw(world, models, tmp_path / "out", "--use_gnet", "--gnet_roi", "V1", "--gnet_run", "gnet_old") == 2
+    assert "does not hold its voxels' validation r" in error_of(capsys)
+    write_run(world, gnet, "gnet_noise", val_r=torch.full((V,), 0.05))
+    assert draw(world, models, tmp_path / "out", "--use_gnet", "--gnet_roi", "V1", "--gnet_run", "gnet_noise") == 2
+    assert "0 of the 25 voxels of V1" in error_of(capsys)
+
+
+def test_voxels_in_another_order_are_refused_before_anything_is_drawn(world, models, tmp_path, capsys):
+    shutil.copytree(world.root, tmp_path / "moved")
+    moved = utils.Paths(tmp_path / "moved", tmp_path / "moved/MindEyeV2/mindeyev2")
+    with h5py.File(moved.betas("subj01"), "r+") as file:
+        file["betas"][:] = file["betas"][:][:, np.random.default_rng(0).permutation(V)]
+    assert draw(moved, models, tmp_path / "out", "--use_gnet", "--gnet_roi", "V1") == 2
+    assert "the betas' voxels are in another order" in error_of(capsys)
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+# --- predictions and judgement --------------------------------------------------------------------------------------
+
+
+def test_score_gnet_predicts_stimuli_and_folders(world, encoder, tmp_path, capsys):
+    root = ["--root", str(world.root), "--device", "cpu"]
+    score_gnet.main([*root, "--batch_size", "3"])
+    ids, voxels = utils.load_scores(world.root / "scores_all/subj01" / RUN, "voxels")
+    np.testing.assert_array_equal(ids, SHARED)
+    stimuli = data.open_stimuli(world)
+    images = torch.from_numpy(stimuli[SHARED]).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        wanted = encoder.model(images, "subj01").numpy()
+    np.testing.assert_allclose(voxels, wanted, rtol=1e-4, atol=1e-5)
+    capsys.readouterr()
+    score_gnet.main(root)
+    assert "predicted before" in capsys.readouterr().out
+
+    score_gnet.main([*root, "--ids", "3", "4-6", "--outdir", str(tmp_path / "range")])
+    ids, voxels = utils.load_scores(tmp_path / "range", "voxels")
+    assert ids.tolist() == [3, 4, 5, 6]
+    np.testing.assert_allclose(voxels[0], wanted[0], rtol=1e-4, atol=1e-5)
+
+    (tmp_path / "mine").mkdir()
+    for name, image_id in (("b.png", SHARED[0]), ("a.png", SHARED[1])):
+        Image.fromarray(stimuli[[image_id]][0]).save(tmp_path / "mine" / name)
+    Image.fromarray(np.zeros((30, 20, 3), np.uint8)).save(tmp_path / "mine/c.png")  # of another size
+    score_gnet.main([*root, "--images", str(tmp_path / "mine"), "--outdir", str(tmp_path / "of_mine")])
+    ids, voxels = utils.load_scores(tmp_path / "of_mine", "voxels")
+    assert ids.tolist() == [0, 1, 2]
+    np.testing.assert_allclose(voxels[:2], wanted[[1, 0]], rtol=1e-4, atol=1e-5)
+    rows = utils.load_csv(tmp_path / "of_mine/images.csv", "", "")
+    assert [row["file"].split("/")[-1] for row in rows] == ["a.png", "b.png", "c.png"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--ids", "24"], "--ids 24: wanted 0..23"), (["--images", "nowhere"], "the folder of pictures not found"),
+    (["--images", "train_logs"], "no pictures"), (["--batch_size", "0"], "--batch_size 0"),
+    (["--subj", "2"], "gnet_subj02"), (["--ids", "3", "--outdir", "scores_all/subj01/kept"], "--overwrite them"),
+])
+def test_mistakes_of_score_gnet_are_one_line(world, flags, message, capsys):
+    assert utils.run_cli(score_gnet.main, ["--root", str(world.root), "--outdir", "scores_all/subj01/kept"]) == 0
+    capsys.readouterr()
+    assert utils.run_cli(score_gnet.main, ["--root", str(world.root), "--device", "cpu", *flags]) == 2
+    assert message in error_of(capsys)
+
+
+def test_brain_correlation_is_pearsons_r_across_a_regions_voxels(world, encoder, models, tmp_path, capsys):
+    folder = tmp_path / "a"
+    assert draw(world, models, folder, "--num_samples", 2, "--use_gnet", "--gnet_roi", "V1") == 0
+    words = ["--root", str(world.root), "--num_sessions", "3", "--images", str(folder), "--eval_clip", "none",
+             "--device", "cpu"]
+    evaluate.main(words)
+    results = json.loads((folder / "metrics.json").read_text())
+    measured = data.load_test_set(world, "subj01").betas
+    found = []
+    for row in range(4):
+        for name in (f"{row:05d}.png", f"{row:05d}_s1.png"):
+            predicted = encoder.predict(picture(folder / name)[None])[0]
+            found.append(np.corrcoef(predicted[:25], measured[row, :25])[0, 1])
+    assert results["brain_correlation_V1"]["value"] == pytest.approx(np.mean(found), abs=1e-5)
+    assert {"brain_correlation_V2", "brain_correlation_nsd_general"} <= results.keys()
+    assert "gnet_subj01 guided these pictures" in capsys.readouterr().out
+    evaluate.main([*words, "--ground_truth"])
+    best = json.loads((folder / "ground_truth/metrics.json").read_text())
+    assert best["brain_correlation_V1"]["value"] > 0.8 > results["brain_correlation_V1"]["value"]
