@@ -1,7 +1,7 @@
 """What does GNet cost: the memory of a training step at NSD's sizes, and the time that it adds to a guided step.
 
     python benchmarks/bench_gnet.py                                  # the demo's tiny Stable Diffusion, a CPU: minutes
-    python benchmarks/bench_gnet.py --sd_model random --images 1 --rounds 1      # Stable Diffusion 1.4's sizes
+    python benchmarks/bench_gnet.py --sd_model random --images 1 --rounds 1 --num_inference_steps 7   # SD 1.4's sizes
 
 Memory: peak of a training step (forward, backward, update) of --voxels voxels and --train_batch images, beyond what the
 weights, gradients and moments take, with voxels in chunks (models.VoxelReadout.CHUNK); of fewer images also without.
@@ -61,8 +61,7 @@ def print_memory(args, device):
           "peak memory of a training step beyond weights, gradients and moments:")
     step(2)  # makes the moments
     chunk = VoxelReadout.CHUNK
-    for VoxelReadout.CHUNK, images in ((chunk, args.train_batch), (chunk, args.train_batch // 5),
-                                       (args.voxels, args.train_batch // 5)):
+    for VoxelReadout.CHUNK, images in ((chunk, args.train_batch), (args.voxels, args.train_batch // 5)):
         print(f"  {images:4} images, voxels in chunks of {VoxelReadout.CHUNK:6}: "
               f"{peak_of(lambda n=images: step(n), device) / 1e9:6.2f} GB", flush=True)
     VoxelReadout.CHUNK = chunk

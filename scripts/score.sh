@@ -1,7 +1,12 @@
 #!/usr/bin/env bash
 # Predict FEATS of SUBJ's test images from fMRI: bash scripts/score.sh [flags of score_c.py]
+#   STAGES=gnet bash scripts/score.sh [flags of score_gnet.py]      (the other way: responses to images, by GNet)
 source "$(dirname "$0")/common.sh"
 
+if [[ ${STAGES[*]} == gnet ]]; then
+    run "$PYTHON" "$REPO/src/score_gnet.py" --subj "$SUBJ" "${FLAGS[@]}" "$@"
+    exit
+fi
 for feat in c z; do
     if wants "$feat"; then run "$PYTHON" "$REPO/src/score_$feat.py" --subj "$SUBJ" "${FLAGS[@]}" "$@"; fi
 done

@@ -12,8 +12,10 @@ from tiny_nsd import N_IMAGES, write_tiny_nsd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import bench_gnet
 import bench_recon
 import distil_decoder
+import gnet_guidance
 
 SHORT = ["--images", "2", "--reference_images", "2", "--rounds", "1", "--num_inference_steps", "8",
          "--guidance_strength", "0.5", "--batch_size", "2", "--device", "cpu"]
@@ -47,3 +49,35 @@ def test_a_distilled_decoder_is_one_for_guidance(tmp_path, capsys):
     pipe = load_pipeline(bench_recon.DEMO / "sd", torch.device("cpu"))
     image = load_guidance_decoder(str(folder), pipe)(torch.randn(2, 4, 16, 16))
     assert image.shape == (2, 3, 64, 64) and 0 <= image.min() and image.max() <= 1
+
+
+def test_the_judge_reads_through_gaussian_fields():
+    torch.manual_seed(0)
+    readout = gnet_guidance.GaussianReadout(2, 5).double()
+    with torch.no_grad():
+        readout.centre.copy_(torch.tensor([[0.5, -0.2], [-1.0, 0.3]]))
+    maps = [torch.randn(1, 3, 4, 4).double(), torch.randn(1, 2, 2, 2).double()]
+    found = readout(maps)
+    for v in range(2):
+        (x0, y0), size, pooled = readout.centre[v], readout.log_size[v].exp(), []
+        for feature_map in maps:
+            axis = torch.linspace(-1, 1, feature_map.shape[-1]).double()
+            field = torch.stack([torch.stack([torch.exp(-((x - x0)**2 + (y - y0)**2) / (2 * size**2)) for x in axis])
+                                 for y in axis])
+            pooled.append((feature_map[0] * field / field.sum()).sum((1, 2)))
+        torch.testing.assert_close(found[0, v], torch.cat(pooled) @ readout.weight[v] + readout.bias[v])
+
+
+def test_the_best_of_n_is_chosen_by_the_guide():
+    tables = [{"guide all": np.array([0.1, 0.5]), "pixcorr": np.array([1.0, 2.0])},
+              {"guide all": np.array([0.3, 0.2]), "pixcorr": np.array([3.0, 4.0])}]
+    best = gnet_guidance.best_of(tables)
+    assert best["pixcorr"].tolist() == [3.0, 2.0]
+    mean, low, high = gnet_guidance.difference(best, tables[0], "pixcorr")
+    assert mean == 1.0 and low == 0.0 and high == 2.0
+
+
+def test_bench_gnet_prints_its_ratios(capsys):
+    bench_gnet.main([*SHORT, "--voxels", "30", "--train_batch", "5"])
+    printed = capsys.readouterr().out
+    assert "voxels in chunks of   1024:" in printed and "a guided step: with GNet / CLIP alone = " in printed
