@@ -98,6 +98,35 @@ def ranks(reals, preds):
     return {"median_rank": float(np.median(rank)), "top1": float(np.mean(rank <= 1)), "top5": float(np.mean(rank <= 5))}
 
 
+def clusters_of(features, k, seed=0):
+    """Number of the cluster (N,) of each image by its features (N, D): scikit-learn's k-means on unit vectors."""
+    from sklearn.cluster import KMeans
+
+    return KMeans(min(k, len(features)), n_init=10, random_state=seed).fit_predict(_unit(features))
+
+
+def within_clusters(successes, clusters):
+    """Two-way identification of each image among rivals of its own cluster only; (N,), NaN where it is alone.
+
+    successes: a table (N, N) of `identification`; clusters (N,). A decoder that knows the kind of scene and no more
+    (Shirakawa et al. 2024, arXiv 2405.10078: spurious reconstruction) is at chance, 0.5, here.
+    """
+    rivals = np.equal.outer(clusters, clusters) & ~np.eye(len(clusters), dtype=bool)
+    count = rivals.sum(axis=1)
+    won = (np.asarray(successes, float) * rivals).sum(axis=1)
+    return np.divide(won, count, out=np.full(len(count), np.nan), where=count > 0)
+
+
+def effective_rank(features):
+    """Effective number of dimensions of features (N, ...) about their mean: exp of the entropy of the singular values'
+    shares (Roy & Vetterli 2007, EUSIPCO); from 1 to min(N - 1, D)."""
+    rows = np.asarray(features, np.float64).reshape(len(features), -1)
+    rows = rows - rows.mean(axis=0)
+    values = np.sqrt(np.linalg.eigvalsh(rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows).clip(0))
+    shares = values[values > 1e-9 * values.max()] / values.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
 # --- retrieval -----------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy
 import torch
 from PIL import Image
 from scipy.spatial.distance import correlation
@@ -139,3 +140,41 @@ def test_bootstrap_of_pairs_never_sets_an_image_against_itself(features):
     naive = [table[i, j] for a, i in enumerate(index) for b, j in enumerate(index) if i != j]
     assert statistic(index) == pytest.approx(np.mean(naive))
     assert metrics.bootstrap_ci(metrics.pair_mean_of(~np.eye(9, dtype=bool)), 9) == (1.0, 1.0)
+
+
+def test_within_clusters_compares_with_rivals_of_the_same_cluster_only():
+    rng = np.random.default_rng(0)
+    reals, preds = rng.standard_normal((2, 7, 5))
+    clusters = np.array([0, 0, 1, 1, 1, 0, 2])
+    r = metrics.correlations(reals, preds)
+    found = metrics.within_clusters(metrics.identification(r)["rec_to_gt"], clusters)
+    for i in range(7):
+        rivals = [j for j in range(7) if j != i and clusters[j] == clusters[i]]
+        wanted = np.mean([r[i, i] > r[j, i] for j in rivals]) if rivals else np.nan
+        np.testing.assert_equal(found[i], wanted)
+    everything = metrics.within_clusters(metrics.identification(r)["rec_to_gt"], np.zeros(7))
+    assert everything.mean() == pytest.approx(metrics.two_way(reals, preds)["rec_to_gt"])
+
+
+def test_what_knows_only_the_cluster_is_at_chance_within_it():
+    """Identification among all is far above chance, among the own kind of scene it is not."""
+    rng = np.random.default_rng(0)
+    kind = rng.integers(8, size=400)
+    centres = 5 * rng.standard_normal((8, 40))
+    reals = centres[kind] + rng.standard_normal((400, 40))
+    preds = centres[kind] + rng.standard_normal((400, 40))
+    clusters = metrics.clusters_of(reals, 8)
+    assert all(len(set(clusters[kind == k])) == 1 for k in range(8))
+    successes = metrics.identification(metrics.correlations(reals, preds))["rec_to_gt"]
+    assert metrics.pair_mean(successes) > 0.9
+    assert abs(np.nanmean(metrics.within_clusters(successes, clusters)) - 0.5) < 0.03
+
+
+@pytest.mark.parametrize("shape", [(30, 6), (6, 30)])
+def test_effective_rank_is_the_entropy_of_the_singular_values(shape):
+    rows = np.random.default_rng(0).standard_normal(shape) * np.geomspace(1, 100, shape[1])
+    values = scipy.linalg.svdvals(rows - rows.mean(axis=0))
+    shares = values[values > 1e-9 * values.max()] / values.sum()
+    assert metrics.effective_rank(rows) == pytest.approx(np.exp(scipy.stats.entropy(shares)), rel=1e-6)
+    line = np.outer(np.arange(10.0), np.ones(4))
+    assert metrics.effective_rank(line) == pytest.approx(1)
