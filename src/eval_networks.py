@@ -1,12 +1,14 @@
 """The networks that judge reconstructions (protocol `mindeye2`, FIELD section 2), loaded only by evaluate.py.
 
 CLIP comes with transformers. The others need torchvision (requirements-eval.txt) and their published weights; where
-they cannot be had, `load_networks` says which metric is missing and why.
+they cannot be had, `load_networks` says which metric is missing and why. FeatureStore keeps what they found.
 """
 
+import hashlib
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -23,6 +25,7 @@ class Network(NamedTuple):
     side: int
     mean: tuple = IMAGENET_MEAN
     std: tuple = IMAGENET_STD
+    key: str = ""  # hash of the weights
 
     @torch.inference_mode()
     def __call__(self, images):
@@ -75,8 +78,51 @@ def load_networks(eval_clip, device):
             missing[metric] = str(error).strip().splitlines()[0]
         else:
             network.features.eval().requires_grad_(False).to(device)
-            networks[metric] = network
+            networks[metric] = network._replace(key=weights_hash(network.features))
     return networks, missing
+
+
+def weights_hash(module):
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class FeatureStore:
+    """Features of sets of pictures, kept in files: an evaluation that was stopped, or is run again, extracts the rest.
+
+    A file is named by the metric, the network's weights and the pictures' pixels (PictureSet.key), so that a picture
+    that changed is not taken for the old one. Features are mapped from it: a batch of them is in memory, not all.
+    """
+
+    def __init__(self, folder, batch_size):
+        utils.remove_leftovers(folder)
+        self.folder, self.batch_size = folder, batch_size
+
+    def features(self, name, network, pictures, sample=0):
+        """Features (N, D) float32 of one sample of a PictureSet."""
+        n = len(pictures.image_ids)
+
+        def extract(temporary):
+            rows = None
+            for start in tqdm(range(0, n, self.batch_size), desc=f"{name} of {pictures.label}", unit="batch", delay=2):
+                index = range(start, min(start + self.batch_size, n))
+                found = network(pictures.batch(index, sample)).numpy()
+                if rows is None:
+                    rows = np.lib.format.open_memmap(temporary, "w+", np.float32, (n, found.shape[1]))
+                rows[index.start:index.stop] = found
+            rows.flush()
+
+        return self.kept(f"{name}_{network.side}", network.key + pictures.key(sample), extract)
+
+    def kept(self, name, key, make):
+        """The array that make(file) once wrote for this key."""
+        file = self.folder / f"{name}_{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
+        if not file.exists():
+            with utils.atomic_path(file) as temporary:
+                make(temporary)
+        return utils.load_npy(file, "kept features", "evaluate again", mmap_mode="r")
 
 
 def load_clip(name):

@@ -1,14 +1,20 @@
-"""Compare reconstructions with the images the subject saw: metrics, confidence intervals, contact sheet.
+"""Compare reconstructions with the images the subject saw: metrics, intervals, controls, a report to open.
 
-PNGs + index.csv of recon.py, stimuli -> protocol `mindeye2` -> a value per metric, a sheet of seen and reconstructed
+PNGs + index.csv of recon.py, stimuli -> protocol `mindeye2` -> a value per metric, report/index.html, a contact sheet
 
     python src/evaluate.py --subj 1 --guidance_scale 300000 --guidance_strength 0.2
     python src/evaluate.py --images outputs_all/subj01/cp_4096_v1/300000/0.2 --compare shuffled=DIR unguided=DIR
+    python src/evaluate.py --subjects 1 2 5 7        # a row for each, and their mean
     python src/evaluate.py --images DIR --ground_truth     # the seen images against themselves: every metric's best
 
-Reads index.csv and config.json of the images, nsd_stimuli.hdf5, and retrieval.npy of the scores behind them.
-Writes metrics.json, metrics_per_image.csv, metrics_config.json and contact_sheet.png beside the images.
-Values of several samples of one image are averaged first. Intervals: 95 %, bootstrap over images.
+Reads index.csv and config.json of the images, nsd_stimuli.hdf5, retrieval.npy of the scores behind them and, for brain
+correlation, betas and the GNet of --gnet_run. Beside the images it writes
+    metrics.json           the values            metrics_per_image.csv   a row per image
+    metrics.csv            every row of the table   metrics.tex          a line for a paper
+    compared.json          each --compare and control: its values, and the difference, images paired
+    report/index.html      all of it to look at  contact_sheet.png       seen and reconstructed
+Values of several samples of one image are averaged first. Intervals: 95 %, bootstrap over images. What was extracted is
+kept in outputs_all/.features, by content: run again, an evaluation continues.
 """
 
 import argparse
@@ -16,19 +22,18 @@ import sys
 from functools import partial
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
+import controls
 import data
 import metrics
 import options
+import report
 import utils
 from brain import load_encoder
-from eval_networks import load_networks
+from eval_networks import FeatureStore, load_networks
 from gallery import contact_sheet
-from pictures import as_float, in_batches, name_of, read_images, read_png
+from pictures import PictureSet, in_batches, name_of, read_images, read_png
 
-SIDE = 256  # protocol: both images of a pair are first brought to this side, in pixels
 LOWER_IS_BETTER = ("clip_median_rank", "effnet_distance", "swav_distance")
 # what names the scores behind the images
 RUN_FLAGS = ("subj", "hidden_dim", "num_sessions", "tag", "run", "head", "control", "test_split")
@@ -52,7 +57,12 @@ def get_parser():
                         help="the CLIP that judges; none leaves it out")
     parser.add_argument("--retrieval_feat", type=options.feature, default="c", metavar="FEAT",
                         help="feature whose brain embeddings are retrieved")
-    parser.add_argument("--compare", nargs="+", default=[], metavar="[LABEL=]DIR", help="further rows of the sheet")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="[LABEL=]DIR",
+                        help="further reconstructions of the same images: measured, compared image by image, shown")
+    parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True,
+                        help="measure null controls and ceilings too")
+    parser.add_argument("--subjects", type=options.subject, nargs="+", metavar="S",
+                        help="evaluate each of these, in the folders that the other flags name, and their mean")
     parser.add_argument("--sheet_images", type=options.whole, default=40, metavar="IMAGES", help="size of the sheet")
     parser.add_argument("--batch_size", type=options.whole, default=16, metavar="IMAGES")
     options.add_compute(parser)
@@ -63,34 +73,58 @@ def get_parser():
 def main(argv=None):
     args = get_parser().parse_args(argv)
     utils.check_tracking(args.wandb_log)
-    paths = utils.Paths.from_args(args)
     for name in ("batch_size", "sheet_images"):
         if getattr(args, name) < 1:
             raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
+    if not args.subjects:
+        evaluate(args)
+        return
+    if args.images or args.outdir:
+        raise utils.UserError("--subjects: their folders are named by the flags of recon.py; leave out --images, "
+                              "--outdir")
+    found = {}
+    for subj in args.subjects:
+        sessions = min(args.num_sessions, options.SESSIONS[subj])
+        found[subj] = evaluate(argparse.Namespace(**{**vars(args), "subj": subj, "num_sessions": sessions}))
+    write_subjects(found, utils.Paths.from_args(args), args)
+
+
+def evaluate(args):
+    """Measure one folder and write all results beside it; returns {metric: entry}."""
+    paths = utils.Paths.from_args(args)
     images = read_images(images_folder(args, paths))
     outdir = images.folder / "ground_truth" if args.ground_truth else images.folder
     outdir = paths.root.joinpath(args.outdir) if args.outdir else outdir
-    compared = {} if args.ground_truth else read_compared(args.compare, paths)
+    check_writable(outdir)
     stimuli = data.open_stimuli(paths)
     check_ids(images, stimuli, paths)
+    compared = {} if args.ground_truth else read_compared(args.compare, paths)
     networks, missing = load_networks(args.eval_clip, utils.pick_device(args.device))
-
-    per_image, tables = measure(images, stimuli, networks, args)
     if len(images.image_ids) == 1:
         missing |= dict.fromkeys((name for name in networks if name.endswith("_two_way")), "needs at least two images")
-    results = {name: summarise(statistic_of(name, per_image, tables), len(images.image_ids), args.seed)
-               for name in per_image}
+
+    seen = PictureSet("seen", images.image_ids, lambda i, k: stimuli[images.image_ids[[i]]][0])
+    made = seen if args.ground_truth else PictureSet.of_folder("reconstructed", images)
+    scale = Scale(seen, networks, FeatureStore(paths.root / "outputs_all/.features", args.batch_size),
+                  *brain_of(images, args, paths), paths, args.seed)
+    measured = {made.label: scale.measure(made)}
+    results = measured[made.label].results
     found, reasons = retrieval(images, args, paths)
-    results |= found
-    found, brain, no_brain = brain_correlation(images, stimuli, args, paths)
-    per_image |= found
-    results |= {name: summarise(statistic_of(name, found, {}), len(images.image_ids), args.seed) for name in found}
-    reasons |= no_brain
+    results |= found | effective_ranks(images, args, paths)
     results |= {name: {"value": None, "ci_low": None, "ci_high": None, "n": 0, "missing": why}
-                for name, why in (missing | reasons).items()}
-    write_results(outdir, results, per_image, images, brain, args)
+                for name, why in (missing | scale.missing | reasons).items()}
+    others, absent = other_sets(images, seen, compared, args, paths)
+    measured |= {label: scale.measure(pictures) for label, pictures in others.items()}
+    differences = {label: scale.differences(measured[made.label], other) for label, other in measured.items()
+                   if label != made.label}
+
     sheet = draw_sheet(images, compared, stimuli, results, args)
+    config = {"protocol": "mindeye2", "images": str(images.folder), "n_samples": made.n_samples,
+              "git_commit": utils.git_commit(), "options": vars(args), "brain_correlation": scale.brain_note(images)}
+    write_results(outdir, measured, differences, images, config)
     sheet.save(outdir / "contact_sheet.png")
+    report.write(outdir / "report", name_of(images.folder), measured, differences, absent,
+                 {"seen": seen, made.label: made, **others}, config, paths)
 
     name = f"evaluate_{args.subj}_{name_of(images.folder)}".replace(" ", "_")
     tracker = utils.Tracker(outdir, name, vars(args), args.wandb_log, args.wandb_project)
@@ -98,9 +132,13 @@ def main(argv=None):
     tracker.log_images("eval/contact_sheet", [sheet], [str(images.folder)], step=0)
     tracker.finish()
     print(format_table(results))
-    if brain:
-        print(f"brain_correlation: {brain['note']}")
-    print(f"metrics        {outdir / 'metrics.json'}\ncontact sheet  {outdir / 'contact_sheet.png'}")
+    if config["brain_correlation"]:
+        print(f"brain_correlation: {config['brain_correlation']}")
+    for label, why in absent.items():
+        print(f"{label}: not measured, {why}")
+    print(f"metrics        {outdir / 'metrics.json'}\ncontact sheet  {outdir / 'contact_sheet.png'}\n"
+          f"report         {outdir / 'report/index.html'}")
+    return results
 
 
 # --- which images ------------------------------------------------------------------------------------------------
@@ -140,40 +178,170 @@ def check_ids(images, stimuli, paths):
                               f"({paths.stimuli}); give the --root they were made with")
 
 
+def check_writable(folder):
+    """Refuse a folder that can not be written to before the work, not after it."""
+    try:
+        with utils.atomic_path(folder / "writable") as temporary:
+            temporary.touch()
+            (folder / "writable").touch()
+        (folder / "writable").unlink()
+    except OSError as error:
+        raise utils.UserError(f"{folder}: can not be written to ({error.strerror}); choose another --outdir") from None
+
+
+def other_sets(images, seen, compared, args, paths):
+    """{label: PictureSet} of what is measured beside the reconstructions, and {label: why it is not there}.
+
+    Compared folders; null controls (shuffled, noise and mean responses) that recon.py drew with the same settings; and
+    what needs no decoder at all (controls.py). Sets that lack some of the images are left out.
+    """
+    sets = {label: PictureSet.of_folder(label, folder) for label, folder in compared.items()}
+    absent = {}
+    if args.controls and not args.ground_truth:
+        for label, changed in (("control: shuffled responses", {"control": "shuffle"}),
+                               ("control: noise responses", {"control": "noise"}),
+                               ("control: mean response", {"control": "mean"}),
+                               ("ceiling: true features", {"run": "ground_truth"})):
+            folder = folder_with(images, changed, paths)
+            if folder is None or not (folder / "index.csv").exists():
+                flag = " ".join(f"--{key} {value}" for key, value in changed.items())
+                absent[label] = f"score and draw it with the same flags and {flag}, or give it as --compare"
+            elif folder != images.folder and folder not in [other.folder for other in compared.values()]:
+                sets[label] = PictureSet.of_folder(label, read_images(folder))
+        run, why = run_behind(images, args)
+        made, reasons = controls.make(seen, run, why, args, paths)
+        sets, absent = sets | made, absent | reasons
+        absent["baseline: ridge"] = "score and draw it with --run ridge --method NAME, and give it as --compare"
+    for label in list(sets):
+        lacking = np.setdiff1d(images.image_ids, sets[label].image_ids)
+        if lacking.size:
+            absent[label] = f"it lacks {lacking.size} of the images (first: id {lacking[0]})"
+            del sets[label]
+        elif len(sets[label].image_ids) > len(images.image_ids):
+            sets[label] = sets[label].of_ids(images.image_ids)
+    return sets, absent
+
+
+def folder_with(images, changed, paths):
+    """Where recon.py puts these reconstructions with some flags changed, {flag: value}; None where config.json does not
+    say enough, or they lie elsewhere."""
+    file = images.folder / "config.json"
+    config = {"use_gnet": False, "gnet_roi": None, "gnet_kappa": 0, **(utils.load_json(file) if file.exists() else {})}
+    if not {"method", *RUN_FLAGS} <= config.keys():
+        return None
+    name, new = (utils.images_name(flags) for flags in (config, {**config, **changed}))
+    parts = images.folder.parts  # .../<name>/<guidance_scale>/<guidance_strength>
+    return images.folder.parents[2] / new / parts[-2] / parts[-1] if parts[-3] == name else None
+
+
 # --- metrics -----------------------------------------------------------------------------------------------------
 
 
-def measure(images, stimuli, networks, args):
-    """Compare every reconstruction with what was seen.
+class Measured:
+    """What was found of one set: results {metric: entry}, per_image {metric: (N,)}, tables {metric: (N, N) successes of
+    query against rival}; the last two are means over samples."""
 
-    Returns {metric: (N,) a value per image} and, for identification, {metric: (N, N) successes of query against rival};
-    both are means over samples.
-    """
-    n, n_samples = len(images.image_ids), 1 if args.ground_truth else len(images.files[0])
-    pixels = {"pixcorr": np.zeros((n_samples, n)), "ssim": np.zeros((n_samples, n))}
-    reals, preds = {name: [] for name in networks}, {name: [[] for _ in range(n_samples)] for name in networks}
-    with tqdm(total=n * n_samples, desc="evaluate", unit="image") as progress:
-        for start in range(0, n, args.batch_size):
-            rows = slice(start, min(start + args.batch_size, n))
-            truths = metrics.resize(as_float(stimuli[images.image_ids[rows]]), SIDE)  # (B, 3, 256, 256)
-            for name, network in networks.items():
-                reals[name].append(network(truths))
-            for k in range(n_samples):
-                made = truths if args.ground_truth else read_samples(images, rows, k)
-                pixels["pixcorr"][k, rows] = metrics.pixcorr(truths, made)
-                pixels["ssim"][k, rows] = metrics.ssim(truths, made)
-                for name, network in networks.items():
-                    preds[name][k].append(network(made))
-                progress.update(len(truths))
-    per_image, tables = {name: values.mean(axis=0) for name, values in pixels.items()}, {}
-    for name in networks:
-        compare_features(name, torch.cat(reals[name]), [torch.cat(parts) for parts in preds[name]], per_image, tables)
-    return per_image, tables
+    def __init__(self, per_image, tables, seed):
+        self.per_image, self.tables = per_image, tables
+        self.results = {name: summarise(self.statistic(name), len(values), seed) for name, values in per_image.items()}
+
+    def statistic(self, name):
+        """The metric as a function of an index of images, for the bootstrap."""
+        if name in self.tables:
+            return metrics.pair_mean_of(self.tables[name])
+        average = np.median if "median" in name else np.mean
+
+        def statistic(index):
+            values = self.per_image[name][index]
+            values = values[~np.isnan(values)]  # an image without rivals in its cluster has no value there
+            return average(values) if len(values) else np.nan
+
+        return statistic
 
 
-def read_samples(images, rows, k):
-    """Sample k of the reconstructions in `rows`, (B, 3, 256, 256) float in [0, 1]."""
-    return torch.cat([metrics.resize(as_float(read_png(files[k])[None]), SIDE) for files in images.files[rows]])
+class Scale:
+    """Measures sets of pictures against what was seen, with the same networks."""
+
+    def __init__(self, seen, networks, store, encoder, why, paths, seed):
+        """encoder: brain.Encoder or None, and why there is none."""
+        self.seen, self.networks, self.store, self.encoder, self.seed = seen, networks, store, encoder, seed
+        self.missing = {} if encoder else {"brain_correlation": why}
+        self.reals = {name: store.features(name, network, seen) for name, network in networks.items()}
+        if encoder:
+            self.responses = data.responses_to(paths, encoder.subj, seen.image_ids).betas  # (N, V)
+            self.rois = {roi: mask for roi, mask in data.roi_masks(paths, encoder.subj).items() if mask.any()}
+
+    def measure(self, pictures):
+        """All metrics of a PictureSet of the same images, Measured."""
+        per_image = [self.pixels(pictures, k) | self.brain(pictures, k) for k in range(pictures.n_samples)]
+        per_image, tables = {name: np.mean([found[name] for found in per_image], axis=0) for name in per_image[0]}, {}
+        for name, network in self.networks.items():
+            preds = [self.store.features(name, network, pictures, k) for k in range(pictures.n_samples)]
+            compare_features(name, self.reals[name], preds, per_image, tables)
+        return Measured(per_image, tables, self.seed)
+
+    def pixels(self, pictures, sample):
+        """PixCorr and SSIM of every image, {metric: (N,)}."""
+        def make(file):
+            found, n = [], self.store.batch_size
+            for start in range(0, len(self.seen.image_ids), n):
+                index = range(start, min(start + n, len(self.seen.image_ids)))
+                pair = self.seen.batch(index), pictures.batch(index, sample)
+                found.append([metrics.pixcorr(*pair), metrics.ssim(*pair)])
+            with open(file, "wb") as stream:
+                np.save(stream, np.concatenate(found, axis=1))
+
+        found = self.store.kept("pixels", self.seen.key() + pictures.key(sample), make)
+        return {"pixcorr": np.array(found[0]), "ssim": np.array(found[1])}
+
+    def brain(self, pictures, sample):
+        """Correlation of the response predicted for a picture with the one measured to the seen image, across a
+        region's voxels: {brain_correlation_<ROI>: (N,)}. Measured responses are averaged over an image's repeats; no
+        noise ceiling divides (FIELD section 2)."""
+        if self.encoder is None:
+            return {}
+
+        def make(file):
+            shown = (pictures.read(i, sample) for i in range(len(pictures.image_ids)))
+            with open(file, "wb") as stream:
+                np.save(stream, self.encoder.predict(in_batches(shown, 50), show=f"brain of {pictures.label}"))
+
+        predicted = self.store.kept("voxels", utils.file_hash(self.encoder.file) + self.encoder.subj
+                                    + pictures.key(sample), make)
+        return {f"brain_correlation_{roi}": metrics.paired_correlation(self.responses[:, mask], predicted[:, mask])
+                for roi, mask in self.rois.items()}
+
+    def differences(self, measured, other):
+        """{metric: entry} of a set's values minus another one's, images paired."""
+        n, found = len(self.seen.image_ids), {}
+        for name in measured.per_image:
+            if name in other.per_image:
+                a, b = measured.statistic(name), other.statistic(name)
+                low, high = metrics.paired_ci(a, b, n, seed=self.seed)
+                value = float(a(np.arange(n)) - b(np.arange(n)))
+                found[name] = {"value": value, "ci_low": low, "ci_high": high, "n": n}
+        return found
+
+    def brain_note(self, images):
+        """What the reader of brain correlations must know; None without them."""
+        if self.encoder is None:
+            return None
+        note = f"predicted by {self.encoder.run}, which was fitted to responses of the same subject"
+        config = images.folder / "config.json"
+        guided = utils.load_json(config).get("gnet_run") if config.exists() else None
+        return note + (f"; {guided} guided these pictures, so that its own r is what was optimised" if guided else "")
+
+
+def brain_of(images, args, paths):
+    """The encoding model of --gnet_run (the subject's own where there is one) or None, and why there is none."""
+    subj = args.subj
+    if (images.folder / "config.json").exists():
+        subj = utils.load_json(images.folder / "config.json").get("subj", subj)
+    run = args.gnet_run or utils.run_name("scratch", subj, "gnet", None)
+    file = paths.run(run) / "best.pth"
+    if args.gnet_run is None and not file.exists():
+        return None, f"{file} not found (STAGES=gnet bash scripts/train.sh)"
+    return load_encoder(paths, subj, run, args.seed, utils.pick_device(args.device)), None
 
 
 def compare_features(name, real, preds, per_image, tables):
@@ -191,14 +359,8 @@ def compare_features(name, real, preds, per_image, tables):
         rank = np.array([metrics.ranks_of(successes["rec_to_gt"]) for successes in found])  # (samples, N)
         per_image["clip_median_rank"] = rank.mean(axis=0)
         per_image |= {"clip_top1": (rank <= 1).mean(axis=0), "clip_top5": (rank <= 5).mean(axis=0)}
-
-
-def statistic_of(name, per_image, tables):
-    """The metric as a function of an index of images, for the bootstrap."""
-    if name in tables:
-        return metrics.pair_mean_of(tables[name])
-    average = np.median if "median" in name else np.mean
-    return lambda index: average(per_image[name][index])
+        clusters = metrics.clusters_of(real, round((len(real) / 2) ** 0.5))
+        per_image["clip_two_way_same_cluster"] = metrics.within_clusters(tables[name], clusters)
 
 
 def summarise(statistic, n, seed):
@@ -228,46 +390,27 @@ def retrieval(images, args, paths):
     if brain[0].size != np.prod(seen.row_shape):
         raise utils.UserError(f"{folder}/retrieval.npy: rows of {brain.shape[1:]}, those of {paths.feature(feat)} are "
                               f"{seen.row_shape}; score again, or give --retrieval_feat another feature")
-    hits, drawn = metrics.retrieval_counts(brain, seen[ids], seed=args.seed)
-    gallery = min(metrics.GALLERY, len(ids))
-    return {name: {**summarise(partial(ratio, hits[name], drawn), len(ids), args.seed), "gallery": gallery}
-            for name in names}, {}
+    found = {}
+    for suffix, gallery in (("", min(metrics.GALLERY, len(ids))), ("_of_all", len(ids))):
+        hits, drawn = metrics.retrieval_counts(brain, seen[ids], gallery, seed=args.seed)
+        found |= {name + suffix: {**summarise(partial(ratio, hits[name], drawn), len(ids), args.seed),
+                                  "gallery": gallery} for name in names}
+    return found, {}
 
 
-def brain_correlation(images, stimuli, args, paths):
-    """Correlate the response predicted for a picture with the one measured to the seen image, across a region's voxels.
-
-    GNet of --gnet_run predicts; measured responses are averaged over an image's repeats; no noise ceiling divides
-    (FIELD section 2). Returns {brain_correlation_<ROI>: (N,)}, means over samples, what predicted (None if nothing
-    did), and {metric: why it is missing}.
-    """
-    subj = args.subj
-    if (images.folder / "config.json").exists():
-        subj = utils.load_json(images.folder / "config.json").get("subj", subj)
-    run = args.gnet_run or utils.run_name("scratch", subj, "gnet", None)
-    if args.gnet_run is None and not (paths.run(run) / "best.pth").exists():
-        return {}, None, {"brain_correlation": f"{paths.run(run)}/best.pth not found (STAGES=gnet scripts/train.sh)"}
-    encoder = load_encoder(paths, subj, run, args.seed, utils.pick_device(args.device))
-    measured = data.responses_to(paths, subj, images.image_ids).betas  # (N, V)
-    if args.ground_truth:
-        parts = np.array_split(images.image_ids, -(-len(images.image_ids) // 50))
-        predicted = [encoder.predict((stimuli[part] for part in parts), show="brain")]
-    else:
-        predicted = [encoder.predict(in_batches((read_png(files[k]) for files in images.files), 50), show="brain")
-                     for k in range(len(images.files[0]))]
-    found = {f"brain_correlation_{roi}": np.mean([metrics.paired_correlation(measured[:, mask], responses[:, mask])
-                                                  for responses in predicted], axis=0)
-             for roi, mask in data.roi_masks(paths, subj).items() if mask.any()}
-    guided = guided_by(images)
-    note = f"predicted by {run}, which was fitted to responses of the same subject" + (
-        f"; {guided} guided these pictures, so that its own r is what was optimised" if guided else "")
-    return found, {"gnet_run": run, "checkpoint_sha256": utils.file_hash(encoder.file), "note": note}, {}
-
-
-def guided_by(images):
-    """The encoding model that guided these pictures, or None."""
-    config = images.folder / "config.json"
-    return utils.load_json(config).get("gnet_run") if config.exists() else None
+def effective_ranks(images, args, paths):
+    """How many dimensions the predicted features behind the images use, beside the true ones': {metric: entry}."""
+    run, why = run_behind(images, args)
+    feat = args.retrieval_feat
+    if args.ground_truth or why or not paths.feature(feat).exists():
+        return {}
+    folder = paths.scores(run["subj"], utils.scores_name(run, feat), feat)
+    if not (folder / "nsdgeneral.npy").exists():
+        return {}
+    ids, predicted = utils.load_scores(folder)
+    true = data.open_feature(paths, feat)[ids]
+    return {f"effective_rank_{feat}{suffix}": {"value": metrics.effective_rank(rows), "ci_low": None, "ci_high": None,
+                                               "n": len(ids)} for suffix, rows in (("", predicted), ("_true", true))}
 
 
 def ratio(hits, drawn, index):
@@ -282,33 +425,56 @@ def run_behind(images, args):
     lacking = [flag for flag in RUN_FLAGS if flag not in config]
     if lacking:
         return None, f"{images.folder}/config.json does not say {', '.join(lacking)}"
-    return {flag: config[flag] for flag in RUN_FLAGS}, None
+    return {flag: config[flag] for flag in RUN_FLAGS} | {"sd_model": config.get("sd_model")}, None
 
 
 # --- results -----------------------------------------------------------------------------------------------------
 
 
-def write_results(outdir, results, per_image, images, brain, args):
-    rows = [{"image_id": image_id, **{name: float(values[i]) for name, values in per_image.items()}}
+def write_results(outdir, measured, differences, images, config):
+    """The files beside the images; the first set of `measured` is the reconstructions."""
+    main = next(iter(measured.values()))
+    rows = [{"image_id": image_id, **{name: float(values[i]) for name, values in main.per_image.items()}}
             for i, image_id in enumerate(images.image_ids)]
-    config = {"protocol": "mindeye2", "images": str(images.folder), "n_samples": len(images.files[0]),
-              "git_commit": utils.git_commit(), "options": vars(args), "brain_correlation": brain}
     utils.save_csv(outdir / "metrics_per_image.csv", rows)
+    kept = ("value", "ci_low", "ci_high", "n", "missing")
+    utils.save_csv(outdir / "metrics.csv", [
+        {"set": label, "metric": name, **{key: entry.get(key) for key in kept}}
+        for label, found in measured.items() for name, entry in found.results.items()])
+    utils.save_json(outdir / "compared.json", {
+        label: {"results": measured[label].results, "difference": found} for label, found in differences.items()})
+    with utils.atomic_path(outdir / "metrics.tex") as temporary:
+        temporary.write_text(report.latex_row(config["options"]["method"], main.results))
     utils.save_json(outdir / "metrics_config.json", config)
-    utils.save_json(outdir / "metrics.json", results)
+    utils.save_json(outdir / "metrics.json", main.results)
+
+
+def write_subjects(found, paths, args):
+    """A table with a row per subject and their mean; kept as outputs_all/<method>_subjects.json."""
+    names = [name for name in next(iter(found.values())) if all(name in results for results in found.values())]
+    names = [name for name in names if all(results[name]["n"] for results in found.values())]
+    mean = {name: float(np.mean([results[name]["value"] for results in found.values()])) for name in names}
+    file = paths.root / "outputs_all" / f"{utils.images_name(vars(args))}_subjects.json"
+    utils.save_json(file, {"subjects": found, "mean": mean})
+    width = max(map(len, names))
+    print(f"\n{'metric':<{width}}" + "".join(f"{subj:>9}" for subj in found) + f"{'mean':>9}")
+    for name in names:
+        print(f"{name:<{width}}" + "".join(f"{results[name]['value']:>9.3f}" for results in found.values())
+              + f"{mean[name]:>9.3f}")
+    print(f"subjects       {file}")
 
 
 def format_table(results):
     """The metrics as aligned text; what is missing says why."""
-    lines = [f"{'metric':<24}{'value':>8}   {'95 % interval':<18}{'n':>6}"]
+    lines = [f"{'metric':<28}{'value':>8}   {'95 % interval':<18}{'n':>6}"]
     for name, entry in results.items():
         if "missing" in entry:
-            lines.append(f"{name:<24} missing: {entry['missing']}")
+            lines.append(f"{name:<28} missing: {entry['missing']}")
             continue
         better = "  (lower is better)" if name in LOWER_IS_BETTER else ""
         gallery = f"  (of {entry['gallery']})" if "gallery" in entry else ""
-        interval = f"{entry['ci_low']:.3f} .. {entry['ci_high']:.3f}"
-        lines.append(f"{name:<24}{entry['value']:>8.3f}   {interval:<18}{entry['n']:>6}{gallery}{better}")
+        interval = "" if entry["ci_low"] is None else f"{entry['ci_low']:.3f} .. {entry['ci_high']:.3f}"
+        lines.append(f"{name:<28}{entry['value']:>8.3f}   {interval:<18}{entry['n']:>6}{gallery}{better}")
     return "\n".join(lines)
 
 

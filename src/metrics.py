@@ -54,9 +54,19 @@ def correlation_distance(reals, preds):
 # --- identification ------------------------------------------------------------------------------------------------
 
 
-def correlations(reals, preds):
-    """Pearson correlation of each true feature (rows) with each reconstructed one (columns); (N, D) both -> (N, N)."""
-    return _standardise(reals) @ _standardise(preds).T
+def correlations(reals, preds, block_bytes=2**27):
+    """Pearson correlation of each true feature (rows) with each reconstructed one (columns); (N, D) both -> (N, N).
+
+    In blocks of rows of block_bytes: a thousand images' features of AlexNet are 1.5 GB in double precision.
+    """
+    n = max(1, block_bytes // (8 * int(np.prod(reals.shape[1:]))))
+    parts = [slice(start, start + n) for start in range(0, len(reals), n)]
+    r = np.empty((len(reals), len(preds)))
+    for rows in parts:
+        standard = _standardise(reals[rows])
+        for columns in parts:
+            r[rows, columns] = standard @ _standardise(preds[columns]).T
+    return r
 
 
 def identification(r):
@@ -170,6 +180,11 @@ def bootstrap_ci(statistic, n, draws=1000, level=0.95, seed=0):
     values = [statistic(rng.integers(n, size=n)) for _ in range(draws)]
     low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def paired_ci(statistic_a, statistic_b, n, draws=1000, level=0.95, seed=0):
+    """Percentile bootstrap of statistic_a - statistic_b over images, the same images drawn for both: (low, high)."""
+    return bootstrap_ci(lambda index: statistic_a(index) - statistic_b(index), n, draws, level, seed)
 
 
 def pair_mean_of(successes):

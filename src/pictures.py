@@ -3,8 +3,11 @@ config.json that says what they were made of; beside a picture that the brain gu
 guided step. recon.py fills it, evaluate.py reads it.
 """
 
+import hashlib
 import json
 import re
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +16,9 @@ import torch
 from PIL import Image
 
 import utils
+from metrics import resize
 
+SIDE = 256  # pixels: of both pictures of a pair, before any metric
 FILE_NAME = re.compile(r"(\d{5,})(?:_s(\d+))?\.png")
 END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk, the same in every PNG
 
@@ -100,18 +105,54 @@ class ImageSet(NamedTuple):
 
 
 def read_images(folder):
-    """Read the index.csv of a folder of reconstructions; samples that not every image has are left out."""
+    """Read the index.csv of a folder of reconstructions; samples that not every image has are left out.
+
+    Raises UserError unless the folder holds what the index lists, of one size, each picture once, and nothing else.
+    """
     index = folder / "index.csv"
     rows = utils.load_csv(index, "the list of reconstructions", "reconstruct first (bash scripts/recon.sh)")
     if not rows or not {"image_id", "file"} <= rows[0].keys():
         raise utils.UserError(f"{index}: no rows with image_id and file; run recon again, which writes it")
     files = {}
     for row in rows:
-        files.setdefault(int(row["image_id"]), []).append(folder / row["file"])
+        try:
+            files.setdefault(int(row["image_id"]), []).append(folder / row["file"])
+        except (ValueError, TypeError):
+            raise utils.UserError(f"{index}: image_id {row['image_id']!r}, wanted a 0-based 73k id; run recon again, "
+                                  "which writes it") from None
+    check_files(folder, [file for samples in files.values() for file in samples])
     ids, n_samples = sorted(files), min(map(len, files.values()))
     if n_samples < max(map(len, files.values())):
         print(f"{folder}: some images have more samples than others; the first {n_samples} of each are compared")
     return ImageSet(folder, np.array(ids, np.int64), [files[i][:n_samples] for i in ids])
+
+
+def check_files(folder, files):
+    """Raise UserError for a picture that is listed twice, not there, not listed, or of another size than the others."""
+    twice = [file for file, n in Counter(files).items() if n > 1]
+    if twice:
+        raise utils.UserError(f"{folder}/index.csv: {twice[0].name} is listed twice; run recon again, which writes it")
+    unlisted = set(pictures_in(folder)) - set(files)
+    if unlisted:
+        raise utils.UserError(f"{folder}: {len(unlisted)} pictures that index.csv does not list (first: "
+                              f"{min(unlisted).name}); run recon to its end, or move them elsewhere")
+    first = None
+    for file in files:
+        with open_picture(file) as picture:
+            first = first or (file, picture.size)
+            if picture.size != first[1]:
+                raise utils.UserError(f"{file}: {picture.size[0]} x {picture.size[1]} pixels, {first[0].name} has "
+                                      f"{first[1][0]} x {first[1][1]}; draw all at one --resolution")
+
+
+@contextmanager
+def open_picture(file):
+    """A picture, opened by PIL; missing and damaged files raise UserError."""
+    try:
+        with Image.open(utils.require(file, "a reconstruction of index.csv", "run recon again")) as picture:
+            yield picture
+    except OSError as error:  # PIL's error for what is no image, or a part of one
+        raise utils.UserError(f"{file}: not a readable picture ({error}); delete it and run recon again") from None
 
 
 def name_of(folder):
@@ -125,11 +166,44 @@ def name_of(folder):
 
 def read_png(file):
     """One picture as (H, W, 3) uint8; missing and damaged files raise UserError."""
-    try:
-        with Image.open(utils.require(file, "a reconstruction of index.csv", "run recon again")) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except OSError as error:  # PIL's error for what is no image, or a part of one
-        raise utils.UserError(f"{file}: not a readable picture ({error}); delete it and run recon again") from None
+    with open_picture(file) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+class PictureSet:
+    """Pictures of images, wherever they come from, as evaluate.py reads them: one or more samples of each image.
+
+    label: its name in tables; image_ids (N,): whose they are.
+    """
+
+    def __init__(self, label, image_ids, read, n_samples=1):
+        """read: (number of the image, sample) -> (H, W, 3) uint8."""
+        self.label, self.image_ids, self.read, self.n_samples = label, np.asarray(image_ids), read, n_samples
+        self._keys = {}
+
+    @classmethod
+    def of_folder(cls, label, images):
+        """The pictures of an ImageSet."""
+        return cls(label, images.image_ids, lambda i, k: read_png(images.files[i][k]), len(images.files[0]))
+
+    def of_ids(self, image_ids):
+        """The same pictures of fewer images."""
+        at = np.searchsorted(self.image_ids, image_ids)
+        return PictureSet(self.label, image_ids, lambda i, k: self.read(at[i], k), self.n_samples)
+
+    def batch(self, index, sample=0):
+        """(B, 3, SIDE, SIDE) in [0, 1]: the protocol first brings both pictures of a pair to this side."""
+        return torch.cat([resize(as_float(self.read(i, sample)[None]), SIDE) for i in index])
+
+    def key(self, sample=0):
+        """Hash of the sample's pixels, in order."""
+        if sample not in self._keys:
+            digest = hashlib.sha256()
+            for i in range(len(self.image_ids)):
+                picture = self.read(i, sample)
+                digest.update(str(picture.shape).encode() + picture.tobytes())
+            self._keys[sample] = digest.hexdigest()
+        return self._keys[sample]
 
 
 def in_batches(arrays, size):

@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+import eval_networks
 import evaluate
 import gallery
+import metrics
 import summarise
 import utils
 from eval_networks import load_clip
@@ -116,7 +118,7 @@ def test_values_are_those_of_the_pairs_matched_by_id(root, clip):
     assert found["brain_to_image_top1"]["value"] == pytest.approx(5 / 6)
     assert found["brain_to_image_top1"]["gallery"] == 6
     for entry in found.values():
-        if "missing" not in entry:
+        if entry["ci_low"] is not None:
             assert entry["n"] == len(IDS) and entry["ci_low"] <= entry["value"] <= entry["ci_high"]
     rows = utils.load_csv(folder / "metrics_per_image.csv", "", "")
     assert [int(row["image_id"]) for row in rows] == IDS
@@ -188,9 +190,15 @@ def test_folder_of_flags(root):
 @pytest.mark.parametrize("damage, words, message", [
     (lambda f: (f / "index.csv").unlink(), (), "index.csv"),
     (lambda f: (f / "index.csv").write_text("row,file\n0,00000.png\n"), (), "image_id"),
-    (lambda f: (f / "index.csv").write_text("image_id,file\n99,00000.png\n"), (), "99"),
+    (lambda f: (f / "index.csv").write_text((f / "index.csv").read_text().replace(",20,", ",99,")), (), "99"),
     (lambda f: (f / "00002.png").unlink(), (), "00002.png"),
     (lambda f: (f / "00002.png").write_bytes((f / "00002.png").read_bytes()[:300]), (), "00002.png"),
+    (lambda f: (f / "index.csv").write_text("image_id,file\n3,00000.png\n4,00000.png\n"), (), "listed twice"),
+    (lambda f: (f / "index.csv").write_text("image_id,file\nx,00000.png\n"), (), "image_id 'x'"),
+    (lambda f: (f / "00009.png").write_bytes((f / "00000.png").read_bytes()), (), "does not list (first: 00009.png"),
+    (lambda f: Image.new("RGB", (8, 9)).save(f / "00002.png"), (), "00002.png: 8 x 9 pixels, 00000.png has 32 x 32"),
+    (lambda f: None, ("--outdir", "/proc/nowhere"), "/proc/nowhere: can not be written"),
+    (lambda f: None, ("--subjects", "1", "--images", "x"), "--subjects: their folders"),
     (lambda f: None, ("--eval_clip", "no/such/clip"), "--eval_clip no/such/clip"),
     (lambda f: None, ("--images", "nowhere"), "nowhere/index.csv"),
     (lambda f: None, ("--compare", "x=nowhere"), "nowhere/index.csv"),
@@ -267,3 +275,63 @@ def test_summary_judges_each_set_against_its_scenes(root, monkeypatch, clip, cap
     utils.save_json(root / "truth/metrics.json", {"pixcorr": {"value": 1.0}})
     assert utils.run_cli(summarise.main, argv) == 2
     assert "clip_two_way" in capsys.readouterr().err
+
+
+def test_compared_sets_are_measured_and_subtracted_image_by_image(root, clip):
+    perfect = write_set(root / "perfect", stimuli_of(root)[IDS])
+    fewer = write_set(root / "fewer", stimuli_of(root)[IDS[:4]])
+    run(root, "--subj", 1, "--eval_clip", clip, "--compare", f"perfect={perfect}", f"fewer={fewer}")
+    folder = images_of(root)
+    run(root, "--images", perfect, "--eval_clip", clip)
+    compared = json.loads((folder / "compared.json").read_text())
+    assert compared["perfect"]["results"]["pixcorr"] == metrics_in(perfect)["pixcorr"]
+    assert "fewer" not in compared
+    each = [{row["image_id"]: float(row["pixcorr"]) for row in utils.load_csv(f / "metrics_per_image.csv", "", "")}
+            for f in (folder, perfect)]
+    deltas = np.array([each[0][str(i)] - each[1][str(i)] for i in IDS])
+    entry = compared["perfect"]["difference"]["pixcorr"]
+    assert entry["value"] == pytest.approx(deltas.mean())
+    draws = np.random.default_rng(42).integers(6, size=(1000, 6))  # as numpy's own generator draws, one by one
+    assert entry["ci_low"] == pytest.approx(np.quantile(deltas[draws].mean(1), 0.025), abs=0.03)
+    assert entry["ci_low"] < entry["value"] < entry["ci_high"] < 0
+    rows = utils.load_csv(folder / "metrics.csv", "", "")
+    assert {row["set"] for row in rows} == {"reconstructed", "perfect"}
+    assert (folder / "metrics.tex").read_text().count("&") == 15
+    assert "it lacks 2 of the images" in (folder / "report/index.html").read_text()
+
+
+def test_an_evaluation_keeps_what_it_extracted(root, clip, monkeypatch):
+    """Run again it asks no network anything; a picture that changed is seen anew."""
+    calls, network = [], eval_networks.Network.__call__
+    monkeypatch.setattr(eval_networks.Network, "__call__",
+                        lambda self, images: calls.append(len(images)) or network(self, images))
+    words = ["--subj", 1, "--eval_clip", clip, "--batch_size", 4]
+    run(root, *words)
+    assert calls == [4, 2, 4, 2]  # seen, reconstructed
+    first = metrics_in(images_of(root))
+    run(root, *words)
+    assert len(calls) == 4 and metrics_in(images_of(root)) == first
+    Image.fromarray(stimuli_of(root)[IDS[0]]).save(images_of(root) / "00000.png")
+    run(root, *words)
+    assert calls[4:] == [4, 2] and metrics_in(images_of(root))["pixcorr"]["value"] > first["pixcorr"]["value"]
+
+
+def test_features_in_blocks_correlate_as_at_once():
+    rng = np.random.default_rng(0)
+    reals, preds = rng.standard_normal((2, 11, 40)).astype(np.float32)
+    whole = np.corrcoef(reals, preds)[:11, 11:]
+    np.testing.assert_allclose(metrics.correlations(reals, preds, block_bytes=8 * 40 * 3), whole, atol=1e-6)
+
+
+def test_subjects_have_a_row_each_and_a_mean(root, capsys):
+    paths = utils.Paths(root, root)
+    for subj, noise in (("subj01", 0), ("subj02", 90)):
+        folder = paths.images(subj, "cp_4096_v1", 100, 0.2)
+        pictures = stimuli_of(root)[IDS].astype(float) + np.random.default_rng(0).normal(0, noise, (6, SIDE, SIDE, 3))
+        write_set(folder, pictures.clip(0, 255).astype(np.uint8))
+    run(root, "--subjects", 1, 2, "--guidance_scale", 100, "--eval_clip", "none")
+    found = json.loads((root / "outputs_all/cp_4096_v1_subjects.json").read_text())
+    one, two = (found["subjects"][subj]["pixcorr"]["value"] for subj in ("subj01", "subj02"))
+    assert one == pytest.approx(1) and two < 0.9
+    assert found["mean"]["pixcorr"] == pytest.approx((one + two) / 2)
+    assert "subj01" in capsys.readouterr().out

@@ -1,0 +1,97 @@
+"""Controls and ceilings that need no decoder of their own, as sets of pictures for evaluate.py.
+
+A reconstruction is worth what it has beyond these: the mean training image (no brain at all) and the training image
+nearest to the brain's embedding (retrieval, no generator); above it are the pictures that the VAE makes of the seen
+images themselves (the generator's own ceiling).
+"""
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from tqdm import tqdm
+
+import data
+import utils
+from pictures import PictureSet, as_float
+
+AT_ONCE = 200  # training images whose features are read together
+
+
+def make(seen, run, why, args, paths):
+    """({label: PictureSet of the images of `seen`}, {label: why it is missing}).
+
+    run: the flags that name the scores behind the reconstructions, or None and why.
+    """
+    sets, absent = {}, {}
+    for label, build in (("control: mean image", mean_image), ("control: nearest training image", nearest_image),
+                         ("ceiling: VAE round trip", vae_round_trip)):
+        if run is None:
+            absent[label] = why
+            continue
+        try:
+            sets[label] = build(label, seen, run, args, paths)
+        except utils.UserError as error:  # a file that a reconstruction itself did not need
+            absent[label] = str(error)
+    return sets, absent
+
+
+def training_images(run, paths):
+    """Ids (M,), ascending, of the images that the decoder's subject trained or validated on."""
+    return np.unique(data.load_trials(paths, run["subj"], "train", run["num_sessions"])["image_id"])
+
+
+def mean_image(label, seen, run, args, paths):
+    """The same picture for every image: the mean of the training images."""
+    stimuli, total, ids = data.open_stimuli(paths), 0.0, training_images(run, paths)
+    ids = np.setdiff1d(ids, seen.image_ids)
+    for part in np.array_split(ids, -(-len(ids) // AT_ONCE)):
+        total = total + stimuli[part].sum(axis=0, dtype=np.float64)
+    mean = (total / len(ids)).round().astype(np.uint8)
+    return PictureSet(label, seen.image_ids, lambda i, k: mean)
+
+
+def nearest_image(label, seen, run, args, paths):
+    """For each image the training image whose feature is most similar (cosine) to the brain's embedding."""
+    feat, stimuli = args.retrieval_feat, data.open_stimuli(paths)
+    folder = paths.scores(run["subj"], utils.scores_name(run, feat), feat)
+    ids, brain = utils.load_scores(folder, "retrieval")
+    missing = np.setdiff1d(seen.image_ids, ids)
+    if missing.size:
+        raise utils.UserError(f"{folder}: no embedding for image id {missing[0]}")
+    brain = torch.from_numpy(np.array(brain[np.searchsorted(ids, seen.image_ids)])).flatten(1)
+    feature = data.open_feature(paths, feat)
+    candidates = np.setdiff1d(training_images(run, paths), seen.image_ids)
+    best, nearest = torch.full((len(brain),), -torch.inf), torch.zeros(len(brain), dtype=torch.int64)
+    for start in tqdm(range(0, len(candidates), AT_ONCE), desc=label, unit="batch", delay=2):
+        part = candidates[start:start + AT_ONCE]
+        rows = torch.from_numpy(feature[part].astype(np.float32)).flatten(1)
+        similarity, index = (brain @ torch.nn.functional.normalize(rows).T).max(dim=1)
+        nearest = torch.where(similarity > best, torch.from_numpy(part)[index], nearest)
+        best = torch.maximum(best, similarity)
+    return PictureSet(label, seen.image_ids, lambda i, k: stimuli[nearest[[i]].numpy()][0])
+
+
+def vae_round_trip(label, seen, run, args, paths):
+    """What Stable Diffusion's VAE makes of the seen images when nothing is decoded from the brain."""
+    name, device = run["sd_model"], utils.pick_device(args.device)
+    if name is None:
+        raise utils.UserError("config.json of the images does not say which --sd_model drew them")
+    try:
+        vae = AutoencoderKL.from_pretrained(name, subfolder="vae").to(device).eval()
+    except (OSError, ValueError) as error:
+        raise utils.UserError(f"{name}: its VAE could not be loaded ({str(error).splitlines()[0]})") from None
+    side = vae.config.sample_size
+    cache = {}
+
+    @torch.inference_mode()
+    def read(i, k):
+        if i not in cache:
+            image = as_float(seen.read(i, 0)[None]).to(device)
+            if image.shape[-1] != side:
+                image = torch.nn.functional.interpolate(image, size=(side, side), mode="bilinear", antialias=True)
+            made = vae.decode(vae.encode(2 * image - 1).latent_dist.mean).sample
+            cache.clear()  # one picture at a time: a thousand do not fit
+            cache[i] = (((made[0] + 1) / 2).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        return cache[i]
+
+    return PictureSet(label, seen.image_ids, read)

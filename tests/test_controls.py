@@ -1,0 +1,71 @@
+"""Controls and ceilings of evaluate.py: each picture against numpy, loops and diffusers itself."""
+
+import argparse
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+import controls
+import data
+import utils
+from pictures import PictureSet
+from tiny_nsd import N_IMAGES, SHARED, SIDE, write_tiny_nsd
+from tiny_sd import write_tiny_sd
+
+RUN = {"subj": "subj01", "hidden_dim": 8, "num_sessions": 3, "tag": "", "run": "finetune", "head": None,
+       "control": None, "test_split": "new_test"}
+ARGS = argparse.Namespace(retrieval_feat="c", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The tiny data set with a feature c, and embeddings of the shared images that are features of training images."""
+    paths, _ = write_tiny_nsd(tmp_path_factory.mktemp("world"))
+    rng = np.random.default_rng(0)
+    c = rng.standard_normal((N_IMAGES, 3, 4)).astype(np.float32)
+    with h5py.File(paths.feature("c"), "w") as file:
+        file.create_dataset("data", data=c.reshape(N_IMAGES, -1)).attrs["shape"] = (3, 4)
+    return paths, c, write_tiny_sd(paths.root / "sd")
+
+
+def seen_of(paths):
+    stimuli = data.open_stimuli(paths)
+    return PictureSet("seen", SHARED, lambda i, k: stimuli[[SHARED[i]]][0])
+
+
+def test_each_control_is_what_its_name_says(world, monkeypatch):
+    paths, c, sd = world
+    train = np.unique(data.load_trials(paths, "subj01", "train")["image_id"])
+    wanted = train[[2, 0, 5, 5]]
+    folder = paths.scores("subj01", utils.scores_name(RUN, "c"), "c")
+    utils.save_scores(folder, SHARED, {"retrieval": 7 * c[wanted] + 0.01, "nsdgeneral": c[wanted]}, {})
+    monkeypatch.setattr(controls, "AT_ONCE", 3)
+    sets, absent = controls.make(seen_of(paths), {**RUN, "sd_model": str(sd)}, None, ARGS, paths)
+    assert not absent
+    stimuli = data.open_stimuli(paths)
+    for i, image_id in enumerate(wanted):
+        np.testing.assert_array_equal(sets["control: nearest training image"].read(i, 0), stimuli[[image_id]][0])
+    mean = np.mean([stimuli[[image_id]][0] for image_id in train], axis=0)
+    np.testing.assert_array_equal(sets["control: mean image"].read(1, 0), np.round(mean).astype(np.uint8))
+
+    vae = AutoencoderKL.from_pretrained(sd, subfolder="vae").eval()
+    with torch.no_grad():
+        image = torch.from_numpy(stimuli[[SHARED[2]]]).permute(0, 3, 1, 2) / 127.5 - 1
+        image = torch.nn.functional.interpolate(image, size=(16, 16), mode="bilinear", antialias=True)
+        made = vae(image, sample_posterior=False).sample[0]
+    found = sets["ceiling: VAE round trip"].read(2, 0)
+    assert SIDE != 16 == len(found)
+    np.testing.assert_allclose(found, ((made + 1) * 127.5).clamp(0, 255).permute(1, 2, 0).numpy(), atol=0.51)
+
+
+def test_what_can_not_be_had_says_why(world):
+    paths, *_ = world
+    sets, absent = controls.make(seen_of(paths), None, "config.json not found", ARGS, paths)
+    assert not sets and set(absent.values()) == {"config.json not found"} and len(absent) == 3
+    sets, absent = controls.make(seen_of(paths), {**RUN, "tag": "x", "sd_model": "nowhere/"}, None, ARGS, paths)
+    assert list(sets) == ["control: mean image"]
+    assert "retrieval.npy" in absent["control: nearest training image"]
+    assert "nowhere/: its VAE could not be loaded" in absent["ceiling: VAE round trip"]
