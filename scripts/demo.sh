@@ -60,3 +60,4 @@ stage evaluate_unguided evaluate "$unguided"
 stage evaluate_ground_truth evaluate "$real" --ground_truth
 run "$PYTHON" "$ROOT/summarise.py" --root "$ROOT" --clip "$CLIP" --real "$real" --unguided "$unguided" \
     --shuffled "$shuffled" --ground_truth "$real/ground_truth" --seconds "$ROOT/seconds"
+echo "report: $real/report/index.html"

@@ -60,8 +60,16 @@ class Layer(torch.nn.Module):
         return self.extractor(images)["features"]
 
 
-def load_networks(eval_clip, device):
-    """Return {metric: Network} and {metric: why it is missing}; raises UserError for a CLIP that cannot be loaded."""
+def load_networks(eval_clip, device, weights_dir=None):
+    """Return {metric: Network} and {metric: why it is missing}; raises UserError for a CLIP that cannot be loaded.
+
+    weights_dir: torch.hub's folder; a CLIP lying there under the last part of its name is preferred.
+    """
+    if weights_dir is not None:
+        folder = utils.require(weights_dir, "--weights_dir: the folder of the judges' weights", "check its name")
+        torch.hub.set_dir(str(folder))
+        if (folder / eval_clip.rsplit("/", 1)[-1] / "config.json").exists() and eval_clip != "none":
+            eval_clip = str(folder / eval_clip.rsplit("/", 1)[-1])
     loaders = {
         "alexnet2_two_way": partial(load_alexnet, "features.4"),
         "alexnet5_two_way": partial(load_alexnet, "features.11"),

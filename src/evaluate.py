@@ -55,6 +55,9 @@ def get_parser():
                         help="score the seen images themselves; results go to ground_truth/ beside the images")
     parser.add_argument("--eval_clip", default="openai/clip-vit-large-patch14", metavar="NAME|DIR",
                         help="the CLIP that judges; none leaves it out")
+    parser.add_argument("--weights_dir", metavar="DIR",
+                        help="where torch.hub keeps weights (checkpoints/*.pth) and SwAV's code, and a folder "
+                             "clip-vit-large-patch14 may lie (torch's own, ~/.cache/torch/hub)")
     parser.add_argument("--retrieval_feat", type=options.feature, default="c", metavar="FEAT",
                         help="feature whose brain embeddings are retrieved")
     parser.add_argument("--compare", nargs="+", default=[], metavar="[LABEL=]DIR",
@@ -99,7 +102,7 @@ def evaluate(args):
     stimuli = data.open_stimuli(paths)
     check_ids(images, stimuli, paths)
     compared = {} if args.ground_truth else read_compared(args.compare, paths)
-    networks, missing = load_networks(args.eval_clip, utils.pick_device(args.device))
+    networks, missing = load_networks(args.eval_clip, utils.pick_device(args.device), args.weights_dir)
     if len(images.image_ids) == 1:
         missing |= dict.fromkeys((name for name in networks if name.endswith("_two_way")), "needs at least two images")
 
@@ -129,6 +132,7 @@ def evaluate(args):
     name = f"evaluate_{args.subj}_{name_of(images.folder)}".replace(" ", "_")
     tracker = utils.Tracker(outdir, name, vars(args), args.wandb_log, args.wandb_project)
     tracker.log({f"eval/{name}": entry["value"] for name, entry in results.items() if entry["n"]}, step=0)
+    tracker.log_table("eval/metrics", table_of(measured), step=0)
     tracker.log_images("eval/contact_sheet", [sheet], [str(images.folder)], step=0)
     tracker.finish()
     print(format_table(results))
@@ -437,16 +441,20 @@ def write_results(outdir, measured, differences, images, config):
     rows = [{"image_id": image_id, **{name: float(values[i]) for name, values in main.per_image.items()}}
             for i, image_id in enumerate(images.image_ids)]
     utils.save_csv(outdir / "metrics_per_image.csv", rows)
-    kept = ("value", "ci_low", "ci_high", "n", "missing")
-    utils.save_csv(outdir / "metrics.csv", [
-        {"set": label, "metric": name, **{key: entry.get(key) for key in kept}}
-        for label, found in measured.items() for name, entry in found.results.items()])
+    utils.save_csv(outdir / "metrics.csv", table_of(measured))
     utils.save_json(outdir / "compared.json", {
         label: {"results": measured[label].results, "difference": found} for label, found in differences.items()})
     with utils.atomic_path(outdir / "metrics.tex") as temporary:
         temporary.write_text(report.latex_row(config["options"]["method"], main.results))
     utils.save_json(outdir / "metrics_config.json", config)
     utils.save_json(outdir / "metrics.json", main.results)
+
+
+def table_of(measured):
+    """Every value of every set as a row."""
+    kept = ("value", "ci_low", "ci_high", "n", "missing")
+    return [{"set": label, "metric": name, **{key: entry.get(key) for key in kept}}
+            for label, found in measured.items() for name, entry in found.results.items()]
 
 
 def write_subjects(found, paths, args):

@@ -443,6 +443,16 @@ class Tracker:
 
         self._to_wandb(send)
 
+    def log_table(self, key, rows, step=None):
+        """A table of equal-keyed dicts, for W&B only."""
+        def send(run):
+            import wandb
+
+            columns = list(rows[0])
+            run.log({key: wandb.Table(columns, [[row[name] for name in columns] for row in rows])}, step=step)
+
+        self._to_wandb(send)
+
     def finish(self):
         self._to_wandb(lambda run: run.finish())
 

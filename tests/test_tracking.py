@@ -13,7 +13,9 @@ import yaml
 from wandb.proto import wandb_internal_pb2
 
 import train_c
+import train_gnet
 import train_z
+import utils
 from tiny_runs import SCRATCH, SRC, flags_of, train, write_world
 
 REPO = SRC.parent
@@ -71,6 +73,16 @@ def test_every_metric_of_the_readme_is_in_an_offline_run(paths, monkeypatch, scr
     assert keys == readme_keys(feature)
     written = [json.loads(line) for line in (paths.run(run) / "metrics.jsonl").read_text().splitlines()]
     assert [row["train/loss"] for row in rows] == [row["train/loss"] for row in written]
+
+
+def test_gnets_metrics_are_those_of_the_readme(paths, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    flags = ["--root", paths.root, "--num_epochs", 1, "--num_sessions", 3, "--batch_size", 4, "--trunk_width", 4,
+             "--pass_through", 4, "--num_workers", 0, "--val_fraction", 0.3, "--device", "cpu", "--wandb_log"]
+    assert utils.run_cli(train_gnet.main, [str(flag) for flag in flags]) == 0
+    (row,) = offline_rows(paths.run("gnet_subj01"))
+    keys = {key for key in row if not key.startswith("_") and not key.endswith("_nsd_general")}
+    assert keys == readme_keys("GNet")
 
 
 def test_not_logged_in_is_one_line_before_any_work(paths):
