@@ -178,3 +178,19 @@ def test_effective_rank_is_the_entropy_of_the_singular_values(shape):
     assert metrics.effective_rank(rows) == pytest.approx(np.exp(scipy.stats.entropy(shares)), rel=1e-6)
     line = np.outer(np.arange(10.0), np.ones(4))
     assert metrics.effective_rank(line) == pytest.approx(1)
+
+
+def test_pixcorr_and_ssim_have_their_golden_values():
+    """Three pairs that any version of the libraries must score alike (an old scikit-image reads SSIM's columns as
+    channels, another antialiasing blurs before it compares)."""
+    y, x = torch.meshgrid(torch.arange(64) / 63, torch.arange(64) / 63, indexing="ij")
+    waves = torch.stack([0.5 + 0.5 * torch.sin(k * x) for k in (9, 20, 40)])
+    truths = torch.stack([torch.stack([x, y, (x + y) / 2]), waves,
+                          torch.stack([(x > 0.5) * 1.0, (y > 0.3) * 0.8, (x > y) * 0.6])])
+    made = torch.stack([truths[0].flip(-1), 0.8 * truths[1] + 0.1 * y, truths[2].roll(3, -1)])
+    truths, made = metrics.resize(truths, 256), metrics.resize(made, 256)
+    np.testing.assert_allclose(metrics.pixcorr(truths, made), GOLDEN["pixcorr"], atol=2e-5)
+    np.testing.assert_allclose(metrics.ssim(truths, made), GOLDEN["ssim"], atol=2e-5)
+
+
+GOLDEN = {"pixcorr": (-0.000000, 0.994419, 0.887888), "ssim": (0.920255, 0.975130, 0.928413)}
