@@ -277,7 +277,7 @@ def measure_set(args, paths, guide, judge, folder, sample=0):
         outdir = folder
     else:  # the protocol takes the mean of samples; here it is one of them
         outdir = one_sample(folder, sample, ids)
-    evaluate.main(["--root", args.root, "--images", str(outdir), "--eval_clip", args.clip_model])
+    evaluate.main(["--root", args.root, "--images", str(outdir), "--eval_clip", args.clip_model, "--no-controls"])
     table = read_table(outdir, None, args.clip_model)
     found |= {name: np.array(table[name], float) for name in MEASURES}
     np.savez(file, **found)
@@ -366,6 +366,8 @@ def report(tables, settings, same, seconds, guide, judge, paths, args):
         lines.append(f"| kappa 1 minus best of {k}: r of GNet; judge; PixCorr | "
                      + "; ".join(shown(default, name, best) for name in ("guide all", "judge all", "pixcorr")) + " |")
     columns = [f"{title} {roi}" for title in ("guide", "judge") for roi in (*regions, "all")] + list(MEASURES)
+    if args.table:
+        lines += ["", f"![change with kappa]({Path(args.table).stem}.png)"]
     lines += ["", "| guides | kappa | " + " | ".join(MEASURES.get(name, name) for name in columns) + " |",
               "|---" * (len(columns) + 2) + "|"]
     for key, table in tables.items():
@@ -398,7 +400,7 @@ def draw_figure(tables, file):
     for axis in axes:
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("change from CLIP alone, in the region that guides")
+    axes[0].set_ylabel("change from CLIP alone,\nin the region that guides")
     axes[0].legend(title="guides", frameon=False)
     figure.savefig(file, dpi=110)
 

@@ -89,7 +89,8 @@ def main(argv=None):
         recon.main([*same, *changed, "--test_split", "val", "--outdir", str(folder)])
         metrics = folder / "metrics_per_image.csv"
         if not metrics.exists() or metrics.stat().st_mtime < (folder / "index.csv").stat().st_mtime:
-            evaluate.main(["--root", args.root, "--images", str(folder), "--eval_clip", args.clip_model])
+            evaluate.main(["--root", args.root, "--images", str(folder), "--eval_clip", args.clip_model,
+                           "--no-controls"])
         tables.append(read_table(folder, truths, args.clip_model))
     n = len(tables[0]["image_id"])
     text = "\n".join([
