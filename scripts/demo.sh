@@ -55,8 +55,8 @@ shuffled=$sets/cp_4096_v1_shuffle/$scale/$strength
 unguided=$sets/cp_4096_v1/0/0
 evaluate() { bash "$scripts/evaluate.sh" "${hidden[@]}" --eval_clip "$CLIP" --images "$@"; }
 stage evaluate evaluate "$real" --compare "unguided=$unguided" "shuffled fMRI=$shuffled"
-stage evaluate_shuffled evaluate "$shuffled"
-stage evaluate_unguided evaluate "$unguided"
+stage evaluate_shuffled evaluate "$shuffled" --no-controls
+stage evaluate_unguided evaluate "$unguided" --no-controls
 stage evaluate_ground_truth evaluate "$real" --ground_truth
 run "$PYTHON" "$ROOT/summarise.py" --root "$ROOT" --clip "$CLIP" --real "$real" --unguided "$unguided" \
     --shuffled "$shuffled" --ground_truth "$real/ground_truth" --seconds "$ROOT/seconds"

@@ -4,6 +4,20 @@ MKL reads the setting once. Without this, whether a process has it would depend 
 that are compared to the bit would differ.
 """
 
+import fcntl
+import tempfile
+from pathlib import Path
+
+import pytest
+
 import utils
 
 utils.reproducible_products()
+
+
+@pytest.fixture
+def one_launch():
+    """Launched groups of processes meet on one port: of the tests that launch, one runs at a time (pytest -n)."""
+    with open(Path(tempfile.gettempdir()) / "one_launch.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -104,7 +104,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture
-def paths(alone, tmp_path):
+def paths(alone, tmp_path, one_launch):
     """The world of `alone`, with its stopped run."""
     shutil.copytree(alone[0].root, tmp_path / "copy")
     return type(alone[0])(tmp_path / "copy", tmp_path / "copy/MindEyeV2/mindeyev2")

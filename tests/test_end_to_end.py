@@ -90,7 +90,7 @@ def test_another_subject_few_sessions_and_the_other_ways_to_a_score(root):
         assert c.shape[1:] == (20, 64) and z.shape[1:] == (4, 16, 16) and len(c) == len(z)
 
 
-def test_a_launcher_trains_with_two_processes(root):
+def test_a_launcher_trains_with_two_processes(root, one_launch):
     """From a foreign directory, with the configuration for several GPUs, on the CPU."""
     launch = f"accelerate launch --config_file {REPO}/scripts/accelerate/ddp.yaml --num_processes 2"
     result = script("train", root, *SMALL, "--num_epochs", 1, "--num_sessions", 2, "--tag", "two", FEATS="g_2",

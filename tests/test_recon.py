@@ -125,7 +125,7 @@ def test_a_subset_draws_the_same_pictures_to_the_bit(root, models, monkeypatch, 
         assert all(found[name] == everything[name] for name in names)
 
 
-def test_two_processes_write_the_files_of_one(demo):
+def test_two_processes_write_the_files_of_one(demo, one_launch):
     """A real launch, with the project's own configuration; each process has half of the threads."""
     root, models = demo
     flags = (*GUIDED, "--feats", "g_2", "--num_samples", 2)
