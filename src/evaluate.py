@@ -20,6 +20,7 @@ kept in outputs_all/.features, by content: run again, an evaluation continues.
 import argparse
 import sys
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,7 +30,7 @@ import metrics
 import options
 import report
 import utils
-from brain import load_encoder
+from brain import Encoder, load_encoder
 from eval_networks import FeatureStore, load_networks
 from gallery import contact_sheet
 from pictures import PictureSet, in_batches, name_of, read_images, read_png
@@ -108,14 +109,16 @@ def evaluate(args):
 
     seen = PictureSet("seen", images.image_ids, lambda i, k: stimuli[images.image_ids[[i]]][0])
     made = seen if args.ground_truth else PictureSet.of_folder("reconstructed", images)
-    scale = Scale(seen, networks, FeatureStore(paths.root / "outputs_all/.features", args.batch_size),
-                  *brain_of(images, args, paths), paths, args.seed)
+    brain, no_brain = brain_of(images, args, paths)
+    if brain is None:
+        missing["brain_correlation"] = no_brain
+    scale = Scale(seen, networks, FeatureStore(paths.root / "outputs_all/.features", args.batch_size), brain, args.seed)
     measured = {made.label: scale.measure(made)}
     results = measured[made.label].results
     found, reasons = retrieval(images, args, paths)
     results |= found | effective_ranks(images, args, paths)
     results |= {name: {"value": None, "ci_low": None, "ci_high": None, "n": 0, "missing": why}
-                for name, why in (missing | scale.missing | reasons).items()}
+                for name, why in (missing | reasons).items()}
     others, absent = other_sets(images, seen, compared, args, paths)
     measured |= {label: scale.measure(pictures) for label, pictures in others.items()}
     differences = {label: scale.differences(measured[made.label], other) for label, other in measured.items()
@@ -266,18 +269,14 @@ class Measured:
 class Scale:
     """Measures sets of pictures against what was seen, with the same networks."""
 
-    def __init__(self, seen, networks, store, encoder, why, paths, seed):
-        """encoder: brain.Encoder or None, and why there is none."""
-        self.seen, self.networks, self.store, self.encoder, self.seed = seen, networks, store, encoder, seed
-        self.missing = {} if encoder else {"brain_correlation": why}
+    def __init__(self, seen, networks, store, brain, seed):
+        """brain: Brain or None."""
+        self.seen, self.networks, self.store, self.brain, self.seed = seen, networks, store, brain, seed
         self.reals = {name: store.features(name, network, seen) for name, network in networks.items()}
-        if encoder:
-            self.responses = data.responses_to(paths, encoder.subj, seen.image_ids).betas  # (N, V)
-            self.rois = {roi: mask for roi, mask in data.roi_masks(paths, encoder.subj).items() if mask.any()}
 
     def measure(self, pictures):
         """All metrics of a PictureSet of the same images, Measured."""
-        per_image = [self.pixels(pictures, k) | self.brain(pictures, k) for k in range(pictures.n_samples)]
+        per_image = [self.pixels(pictures, k) | self.brain_correlation(pictures, k) for k in range(pictures.n_samples)]
         per_image, tables = {name: np.mean([found[name] for found in per_image], axis=0) for name in per_image[0]}, {}
         for name, network in self.networks.items():
             preds = [self.store.features(name, network, pictures, k) for k in range(pictures.n_samples)]
@@ -298,22 +297,22 @@ class Scale:
         found = self.store.kept("pixels", self.seen.key() + pictures.key(sample), make)
         return {"pixcorr": np.array(found[0]), "ssim": np.array(found[1])}
 
-    def brain(self, pictures, sample):
+    def brain_correlation(self, pictures, sample):
         """Correlation of the response predicted for a picture with the one measured to the seen image, across a
         region's voxels: {brain_correlation_<ROI>: (N,)}. Measured responses are averaged over an image's repeats; no
         noise ceiling divides (FIELD section 2)."""
-        if self.encoder is None:
+        if self.brain is None:
             return {}
+        encoder, responses, rois = self.brain
 
         def make(file):
             shown = (pictures.read(i, sample) for i in range(len(pictures.image_ids)))
             with open(file, "wb") as stream:
-                np.save(stream, self.encoder.predict(in_batches(shown, 50), show=f"brain of {pictures.label}"))
+                np.save(stream, encoder.predict(in_batches(shown, 50), show=f"brain of {pictures.label}"))
 
-        predicted = self.store.kept("voxels", utils.file_hash(self.encoder.file) + self.encoder.subj
-                                    + pictures.key(sample), make)
-        return {f"brain_correlation_{roi}": metrics.paired_correlation(self.responses[:, mask], predicted[:, mask])
-                for roi, mask in self.rois.items()}
+        predicted = self.store.kept("voxels", utils.file_hash(encoder.file) + encoder.subj + pictures.key(sample), make)
+        return {f"brain_correlation_{roi}": metrics.paired_correlation(responses[:, mask], predicted[:, mask])
+                for roi, mask in rois.items()}
 
     def differences(self, measured, other):
         """{metric: entry} of a set's values minus another one's, images paired."""
@@ -328,24 +327,36 @@ class Scale:
 
     def brain_note(self, images):
         """What the reader of brain correlations must know; None without them."""
-        if self.encoder is None:
+        if self.brain is None:
             return None
-        note = f"predicted by {self.encoder.run}, which was fitted to responses of the same subject"
+        note = f"predicted by {self.brain.encoder.run}, which was fitted to responses of the same subject"
         config = images.folder / "config.json"
         guided = utils.load_json(config).get("gnet_run") if config.exists() else None
         return note + (f"; {guided} guided these pictures, so that its own r is what was optimised" if guided else "")
 
 
+class Brain(NamedTuple):
+    """What judges by a subject's responses."""
+
+    encoder: Encoder
+    responses: np.ndarray  # (N, V) measured to the seen images, averaged over repeats
+    rois: dict  # name -> bool (V,)
+
+
 def brain_of(images, args, paths):
-    """The encoding model of --gnet_run (the subject's own where there is one) or None, and why there is none."""
+    """The Brain of --gnet_run (the subject's own where there is one) or None, and why there is none."""
     subj = args.subj
     if (images.folder / "config.json").exists():
         subj = utils.load_json(images.folder / "config.json").get("subj", subj)
-    run = args.gnet_run or utils.run_name("scratch", subj, "gnet", None)
-    file = paths.run(run) / "best.pth"
-    if args.gnet_run is None and not file.exists():
-        return None, f"{file} not found (STAGES=gnet bash scripts/train.sh)"
-    return load_encoder(paths, subj, run, args.seed, utils.pick_device(args.device)), None
+    try:
+        encoder = load_encoder(paths, subj, args.gnet_run, args.seed, utils.pick_device(args.device))
+        responses = data.responses_to(paths, subj, images.image_ids).betas
+        rois = {roi: mask for roi, mask in data.roi_masks(paths, subj).items() if mask.any()}
+    except utils.UserError as error:
+        if args.gnet_run:
+            raise
+        return None, str(error)
+    return Brain(encoder, responses, rois), None
 
 
 def compare_features(name, real, preds, per_image, tables):
