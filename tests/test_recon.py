@@ -364,9 +364,9 @@ def test_a_diverged_picture_does_not_keep_the_others_back(root, models, monkeypa
     draw_batch = recon.draw_batch
 
     def one_diverges(jobs, *rest):
-        images = draw_batch(jobs, *rest)
+        images, steps = draw_batch(jobs, *rest)
         images[2] = float("nan")
-        return images
+        return images, steps
 
     monkeypatch.setattr(recon, "draw_batch", one_diverges)
     assert run(root, models) == 2
