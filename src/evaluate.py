@@ -102,6 +102,7 @@ def evaluate(args):
     check_writable(outdir)
     stimuli = data.open_stimuli(paths)
     check_ids(images, stimuli, paths)
+    check_rows(images, args, paths)
     compared = {} if args.ground_truth else read_compared(args.compare, paths)
     networks, missing = load_networks(args.eval_clip, utils.pick_device(args.device), args.weights_dir)
     if len(images.image_ids) == 1:
@@ -175,6 +176,21 @@ def read_compared(words, paths):
         folder = paths.root.joinpath(folder)
         compared[label or name_of(folder)] = read_images(folder)
     return compared
+
+
+def check_rows(images, args, paths):
+    """Refuse an index whose ids are not those of the scores that the pictures were drawn from, row by row."""
+    run, why = run_behind(images, args)
+    folder = None if why else paths.scores(run["subj"], utils.scores_name(run, "c"), "c")
+    if folder is None or not (folder / "image_ids.npy").exists():
+        return
+    ids = utils.load_npy(folder / "image_ids.npy", "the scores' image ids", "score again")
+    for line in utils.load_csv(images.folder / "index.csv", "the list of reconstructions", "reconstruct again"):
+        row = int(line.get("row", -1))
+        if row >= len(ids) or (row >= 0 and ids[row] != int(line["image_id"])):
+            found = ids[row] if row < len(ids) else "none"
+            raise utils.UserError(f"{images.folder}/index.csv: row {row} is image id {line['image_id']}, in {folder} "
+                                  f"it is {found}; these pictures were not drawn from these scores: reconstruct again")
 
 
 def check_ids(images, stimuli, paths):

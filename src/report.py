@@ -74,7 +74,7 @@ def write(folder, name, measured, differences, absent, sets, config, paths):
         gallery_section(shown, per_image),
         brain_section(measured, config),
         training_section(recon_config, paths),
-        settings_section(config, recon_config),
+        settings_section(config, recon_config, paths),
     ]
     here = Path(__file__).resolve().parent
     embedded = json.dumps(data).replace("</", "<\\/")  # no label can end the script
@@ -271,9 +271,15 @@ def svg_of(figure):
     return text[text.index("<svg"):]
 
 
-def settings_section(config, recon_config):
-    blocks = {"of the reconstructions, with hashes of the scores behind them": recon_config,
-              "of this evaluation": config}
+def settings_section(config, recon_config, paths):
+    """Everything that led here: settings of this evaluation, of the drawing, of the scores with their checkpoints."""
+    blocks = {"of this evaluation": config, "of the reconstructions, with hashes of the scores": recon_config}
+    if {"run", "subj", "head", "control", "test_split"} <= recon_config.keys():
+        for feat in recon_config.get("score_hashes", {}):
+            if feat in ("c", "z") or feat.startswith("g_"):
+                file = paths.scores(recon_config["subj"], utils.scores_name(recon_config, feat), feat) / "config.json"
+                if file.exists():
+                    blocks[f"of the scores of {feat}, with the checkpoint's hash"] = utils.load_json(file)
     return "<section id=settings><h2>Settings</h2>" + "".join(
         f"<details><summary>{title}</summary><pre>{escape(json.dumps(block, indent=1, default=str))}</pre></details>"
         for title, block in blocks.items()) + "</section>"

@@ -199,6 +199,8 @@ def test_folder_of_flags(root):
     (lambda f: Image.new("RGB", (8, 9)).save(f / "00002.png"), (), "00002.png: 8 x 9 pixels, 00000.png has 32 x 32"),
     (lambda f: None, ("--outdir", "/proc/nowhere"), "/proc/nowhere: can not be written"),
     (lambda f: None, ("--subjects", "1", "--images", "x"), "--subjects: their folders"),
+    (lambda f: (f / "index.csv").write_text((f / "index.csv").read_text().replace(",3,", ",X,").replace(
+        ",4,", ",3,").replace(",X,", ",4,")), (), "row 0 is image id 4, in"),
     (lambda f: None, ("--eval_clip", "no/such/clip"), "--eval_clip no/such/clip"),
     (lambda f: None, ("--images", "nowhere"), "nowhere/index.csv"),
     (lambda f: None, ("--compare", "x=nowhere"), "nowhere/index.csv"),

@@ -43,7 +43,10 @@ def page(tmp_path):
     differences = {"other </script><b>": {"pixcorr": {"value": 0.25, "ci_low": 0.05, "ci_high": 0.45, "n": 3}}}
     images = tmp_path / "images"
     utils.save_json(images / "config.json", {"run": "finetune", "subj": "subj01", "hidden_dim": 8, "num_sessions": 3,
-                                             "tag": "", "feats": ["g_2"], "z": "none", "score_hashes": {"c": "abc123"}})
+                                             "tag": "", "feats": ["g_2"], "z": "none", "head": None, "control": None,
+                                             "test_split": "new_test", "score_hashes": {"c": "abc123", "image_ids": "1"}})
+    name = utils.run_name("finetune", "subj01", "c", 8, 3)
+    utils.save_json(paths.scores("subj01", name, "c") / "config.json", {"checkpoint_sha256": "feedbeef"})
     run = paths.run(utils.run_name("finetune", "subj01", "c", 8, 3))
     run.mkdir(parents=True)
     lines = (json.dumps({"step": step, "train/loss": 3 - step, "val/loss": 2.5}) for step in (1, 2))
@@ -58,7 +61,7 @@ def page(tmp_path):
 def test_the_page_says_what_was_found_and_what_was_not(page):
     text = (page / "index.html").read_text()
     for words in ("a &lt;set&gt;", "0.500", "No module named &#x27;torchvision&#x27;", "draw it", "Brain-IT 2026",
-                  "Not independent evidence", "fitted to the same subject", "abc123", "Not comparable",
+                  "Not independent evidence", "fitted to the same subject", "abc123", "feedbeef", "Not comparable",
                   "a world of 50 images", "0.050 … 0.450", "losses of pretrained_subj01_3sess_ext1_c_8_mlp"):
         assert words in text, words
     assert "</script><b>" not in text
