@@ -99,7 +99,8 @@ def evaluate(args):
     images = read_images(images_folder(args, paths))
     outdir = images.folder / "ground_truth" if args.ground_truth else images.folder
     outdir = paths.root.joinpath(args.outdir) if args.outdir else outdir
-    check_writable(outdir)
+    for folder in (outdir, outdir / "report"):
+        check_writable(folder)
     stimuli = data.open_stimuli(paths)
     check_ids(images, stimuli, paths)
     check_rows(images, args, paths)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_tracking import offline_rows
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import eval_networks
@@ -316,6 +317,14 @@ def test_an_evaluation_keeps_what_it_extracted(root, clip, monkeypatch):
     Image.fromarray(stimuli_of(root)[IDS[0]]).save(images_of(root) / "00000.png")
     run(root, *words)
     assert calls[4:] == [4, 2] and metrics_in(images_of(root))["pixcorr"]["value"] > first["pixcorr"]["value"]
+
+
+def test_wandb_gets_values_table_and_sheet(root, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run(root, "--subj", 1, "--eval_clip", "none", "--wandb_log")
+    logged = {key for row in offline_rows(images_of(root)) for key in row}
+    assert {"eval/pixcorr", "eval/ssim"} <= logged
+    assert any(key.startswith("eval/metrics") for key in logged) and any("contact_sheet" in key for key in logged)
 
 
 def test_features_in_blocks_correlate_as_at_once():
