@@ -216,7 +216,7 @@ def brain_section(measured, config):
                  error_kw={"elinewidth": 0.8, "ecolor": "#808890"})
     axis.set_xticks(range(len(rois)), [roi.removeprefix("brain_correlation_") for roi in rois])
     axis.set_ylabel("brain correlation, r")
-    axis.legend(frameon=False, fontsize=7, ncols=2)
+    axis.legend(frameon=False, fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))  # above, off the bars
     rows = {label: measured[label].results for label in labels}
     return (f"<section id=brain><h2>Brain correlation</h2><p><strong>Not independent evidence:</strong> "
             f"{escape(config['brain_correlation'])}.</p><p class=faint>Pearson's r across a region's voxels of the "
