@@ -54,19 +54,28 @@ def correlation_distance(reals, preds):
 # --- identification ------------------------------------------------------------------------------------------------
 
 
-def correlations(reals, preds, block_bytes=2**27):
+def correlations(reals, preds, at_once=4096):
     """Pearson correlation of each true feature (rows) with each reconstructed one (columns); (N, D) both -> (N, N).
 
-    In blocks of rows of block_bytes: a thousand images' features of AlexNet are 1.5 GB in double precision.
+    Features are read `at_once` columns at a time, twice: a thousand images' of AlexNet are 1.5 GB in double precision.
+    A row that is constant up to float32 rounding correlates 0, as in `paired_correlation`.
     """
-    n = max(1, block_bytes // (8 * int(np.prod(reals.shape[1:]))))
-    parts = [slice(start, start + n) for start in range(0, len(reals), n)]
-    r = np.empty((len(reals), len(preds)))
-    for rows in parts:
-        standard = _standardise(reals[rows])
-        for columns in parts:
-            r[rows, columns] = standard @ _standardise(preds[columns]).T
-    return r
+    sides = [np.asarray(x).reshape(len(x), -1) for x in (reals, preds)]
+    means = [x.mean(axis=1, dtype=np.float64, keepdims=True) for x in sides]
+    dots = np.zeros((len(reals), len(preds)))
+    squares, spread, size = ([np.zeros(len(x)) for x in sides] for _ in range(3))
+    for start in range(0, sides[0].shape[1], at_once):
+        centred = []
+        for i, x in enumerate(sides):
+            part = np.asarray(x[:, start:start + at_once], np.float64)
+            centred.append(part - means[i])
+            size[i] = np.maximum(size[i], np.abs(part).max(axis=1))
+            spread[i] = np.maximum(spread[i], np.abs(centred[i]).max(axis=1))
+            squares[i] += (centred[i] ** 2).sum(axis=1)
+        dots += centred[0] @ centred[1].T
+    weights = [np.where(wide > 1e-6 * large, 1 / np.sqrt(np.where(square > 0, square, 1)), 0)
+               for wide, large, square in zip(spread, size, squares, strict=True)]
+    return weights[0][:, None] * dots * weights[1]
 
 
 def identification(r):

@@ -327,11 +327,14 @@ def test_wandb_gets_values_table_and_sheet(root, monkeypatch):
     assert any(key.startswith("eval/metrics") for key in logged) and any("contact_sheet" in key for key in logged)
 
 
-def test_features_in_blocks_correlate_as_at_once():
+def test_features_read_in_parts_correlate_as_at_once():
     rng = np.random.default_rng(0)
     reals, preds = rng.standard_normal((2, 11, 40)).astype(np.float32)
-    whole = np.corrcoef(reals, preds)[:11, 11:]
-    np.testing.assert_allclose(metrics.correlations(reals, preds, block_bytes=8 * 40 * 3), whole, atol=1e-6)
+    preds[3] = 0.7
+    whole = np.corrcoef(reals, preds + 1e-9 * rng.standard_normal((11, 40)))[:11, 11:]
+    found = metrics.correlations(reals, preds, at_once=7)
+    np.testing.assert_allclose(np.delete(found, 3, 1), np.delete(whole, 3, 1), atol=1e-6)
+    assert not found[:, 3].any()  # a constant row correlates with nothing
 
 
 def test_subjects_have_a_row_each_and_a_mean(root, capsys):
