@@ -502,15 +502,16 @@ def write_subjects(found, paths, args):
 
 def format_table(results):
     """The metrics as aligned text; what is missing says why."""
-    lines = [f"{'metric':<28}{'value':>8}   {'95 % interval':<18}{'n':>6}"]
+    width = max(map(len, results)) + 2
+    lines = [f"{'metric':<{width}}{'value':>8}   {'95 % interval':<18}{'n':>6}"]
     for name, entry in results.items():
         if "missing" in entry:
-            lines.append(f"{name:<28} missing: {entry['missing']}")
+            lines.append(f"{name:<{width}} missing: {entry['missing']}")
             continue
         better = "  (lower is better)" if name in LOWER_IS_BETTER else ""
         gallery = f"  (of {entry['gallery']})" if "gallery" in entry else ""
         interval = "" if entry["ci_low"] is None else f"{entry['ci_low']:.3f} .. {entry['ci_high']:.3f}"
-        lines.append(f"{name:<28}{entry['value']:>8.3f}   {interval:<18}{entry['n']:>6}{gallery}{better}")
+        lines.append(f"{name:<{width}}{entry['value']:>8.3f}   {interval:<18}{entry['n']:>6}{gallery}{better}")
     return "\n".join(lines)
 
 
