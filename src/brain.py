@@ -185,8 +185,8 @@ class BrainGuide:
         for trials in data.split_trials(paths, self.encoder.subj, *self.encoder.held_out):
             seen = data.AveragedRows(betas, trials)
             chosen = np.unique(np.linspace(0, len(seen.image_ids) - 1, PREFLIGHT_IMAGES).round().astype(int))
-            batches = (stimuli[seen.image_ids[part]] for part in np.array_split(chosen, -(-len(chosen) // 50)))
-            predicted = torch.from_numpy(self.encoder.predict(batches, voxels=self.voxels)).to(self.device)
+            predicted = self.encoder.predict(stimuli.batches(seen.image_ids[chosen], 50), voxels=self.voxels)
+            predicted = torch.from_numpy(predicted).to(self.device)
             yield predicted, torch.from_numpy(seen[chosen]).to(self.device)[:, self.voxels]
 
     def term(self, rows):

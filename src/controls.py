@@ -12,15 +12,17 @@ from tqdm import tqdm
 
 import data
 import utils
+from eval_networks import weights_hash
 from pictures import PictureSet, as_float
 
 AT_ONCE = 200  # training images whose features are read together
 
 
-def make(seen, run, why, args, paths):
+def make(seen, run, why, args, paths, store):
     """({label: PictureSet of the images of `seen`}, {label: why it is missing}).
 
-    run: the flags that name the scores behind the reconstructions, or None and why.
+    run: the flags that name the scores behind the reconstructions, or None and why. store: a FeatureStore, for what is
+    dear to make.
     """
     sets, absent = {}, {}
     for label, build in (("control: mean image", mean_image), ("control: nearest training image", nearest_image),
@@ -29,7 +31,7 @@ def make(seen, run, why, args, paths):
             absent[label] = why
             continue
         try:
-            sets[label] = build(label, seen, run, args, paths)
+            sets[label] = build(label, seen, run, args, paths, store)
         except utils.UserError as error:  # a file that a reconstruction itself did not need
             absent[label] = str(error)
     return sets, absent
@@ -40,17 +42,17 @@ def training_images(run, paths):
     return np.unique(data.load_trials(paths, run["subj"], "train", run["num_sessions"])["image_id"])
 
 
-def mean_image(label, seen, run, args, paths):
+def mean_image(label, seen, run, args, paths, store):
     """The same picture for every image: the mean of the training images."""
     stimuli, total, ids = data.open_stimuli(paths), 0.0, training_images(run, paths)
     ids = np.setdiff1d(ids, seen.image_ids)
-    for part in np.array_split(ids, -(-len(ids) // AT_ONCE)):
-        total = total + stimuli[part].sum(axis=0, dtype=np.float64)
+    for pictures in stimuli.batches(ids, AT_ONCE):
+        total = total + pictures.sum(axis=0, dtype=np.float64)
     mean = (total / len(ids)).round().astype(np.uint8)
     return PictureSet(label, seen.image_ids, lambda i, k: mean)
 
 
-def nearest_image(label, seen, run, args, paths):
+def nearest_image(label, seen, run, args, paths, store):
     """For each image the training image whose feature is most similar (cosine) to the brain's embedding."""
     feat, stimuli = args.retrieval_feat, data.open_stimuli(paths)
     folder = paths.scores(run["subj"], utils.scores_name(run, feat), feat)
@@ -71,7 +73,7 @@ def nearest_image(label, seen, run, args, paths):
     return PictureSet(label, seen.image_ids, lambda i, k: stimuli[nearest[[i]].numpy()][0])
 
 
-def vae_round_trip(label, seen, run, args, paths):
+def vae_round_trip(label, seen, run, args, paths, store):
     """What Stable Diffusion's VAE makes of the seen images when nothing is decoded from the brain."""
     name, device = run["sd_model"], utils.pick_device(args.device)
     if name is None:
@@ -81,17 +83,17 @@ def vae_round_trip(label, seen, run, args, paths):
     except (OSError, ValueError) as error:
         raise utils.UserError(f"{name}: its VAE could not be loaded ({str(error).splitlines()[0]})") from None
     side = vae.config.sample_size
-    cache = {}
 
     @torch.inference_mode()
-    def read(i, k):
-        if i not in cache:
+    def make_all(file):
+        rows = np.lib.format.open_memmap(file, "w+", np.uint8, (len(seen.image_ids), side, side, 3))
+        for i in tqdm(range(len(rows)), desc=label, unit="image", delay=2):
             image = as_float(seen.read(i, 0)[None]).to(device)
             if image.shape[-1] != side:
                 image = torch.nn.functional.interpolate(image, size=(side, side), mode="bilinear", antialias=True)
             made = vae.decode(vae.encode(2 * image - 1).latent_dist.mean).sample
-            cache.clear()  # one picture at a time: a thousand do not fit
-            cache[i] = (((made[0] + 1) / 2).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        return cache[i]
+            rows[i] = (((made[0] + 1) / 2).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        rows.flush()
 
-    return PictureSet(label, seen.image_ids, read)
+    kept = store.kept("vae", weights_hash(vae) + seen.key(), make_all)
+    return PictureSet(label, seen.image_ids, lambda i, k: np.array(kept[i]))

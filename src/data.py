@@ -111,6 +111,10 @@ class Rows:
             rows = source[unique][inverse]
         return rows.reshape(len(ids), *self.row_shape)
 
+    def batches(self, ids, size):
+        """The rows of `ids` (n,), at most `size` at a time."""
+        return (self[part] for part in np.array_split(ids, -(-len(ids) // size)))
+
 
 def open_betas(paths, subj):
     """Rows of a subject's single-trial responses: (trials, V) float32, z-scored by session."""

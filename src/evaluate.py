@@ -35,7 +35,6 @@ from eval_networks import FeatureStore, load_networks
 from gallery import contact_sheet
 from pictures import PictureSet, in_batches, name_of, read_images, read_png
 
-LOWER_IS_BETTER = ("clip_median_rank", "effnet_distance", "swav_distance")
 # what names the scores behind the images
 RUN_FLAGS = ("subj", "hidden_dim", "num_sessions", "tag", "run", "head", "control", "test_split")
 
@@ -103,7 +102,7 @@ def evaluate(args):
         check_writable(folder)
     stimuli = data.open_stimuli(paths)
     check_ids(images, stimuli, paths)
-    check_rows(images, args, paths)
+    check_rows(images, paths)
     compared = {} if args.ground_truth else read_compared(args.compare, paths)
     networks, missing = load_networks(args.eval_clip, utils.pick_device(args.device), args.weights_dir)
     if len(images.image_ids) == 1:
@@ -114,14 +113,15 @@ def evaluate(args):
     brain, no_brain = brain_of(images, args, paths)
     if brain is None:
         missing["brain_correlation"] = no_brain
-    scale = Scale(seen, networks, FeatureStore(paths.root / "outputs_all/.features", args.batch_size), brain, args.seed)
+    store = FeatureStore(paths.root / "outputs_all/.features", args.batch_size)
+    scale = Scale(seen, networks, store, brain, args.seed)
     measured = {made.label: scale.measure(made)}
     results = measured[made.label].results
     found, reasons = retrieval(images, args, paths)
     results |= found | effective_ranks(images, args, paths)
     results |= {name: {"value": None, "ci_low": None, "ci_high": None, "n": 0, "missing": why}
                 for name, why in (missing | reasons).items()}
-    others, absent = other_sets(images, seen, compared, args, paths)
+    others, absent = other_sets(images, seen, compared, args, paths, store)
     measured |= {label: scale.measure(pictures) for label, pictures in others.items()}
     differences = {label: scale.differences(measured[made.label], other) for label, other in measured.items()
                    if label != made.label}
@@ -132,7 +132,7 @@ def evaluate(args):
     write_results(outdir, measured, differences, images, config)
     sheet.save(outdir / "contact_sheet.png")
     report.write(outdir / "report", name_of(images.folder), measured, differences, absent,
-                 {"seen": seen, made.label: made, **others}, config, paths)
+                 {"seen": seen, made.label: made, **others}, config, images.config or {}, paths)
 
     name = f"evaluate_{args.subj}_{name_of(images.folder)}".replace(" ", "_")
     tracker = utils.Tracker(outdir, name, vars(args), args.wandb_log, args.wandb_project)
@@ -179,9 +179,9 @@ def read_compared(words, paths):
     return compared
 
 
-def check_rows(images, args, paths):
+def check_rows(images, paths):
     """Refuse an index whose ids are not those of the scores that the pictures were drawn from, row by row."""
-    run, why = run_behind(images, args)
+    run, why = run_behind(images)
     folder = None if why else paths.scores(run["subj"], utils.scores_name(run, "c"), "c")
     if folder is None or not (folder / "image_ids.npy").exists():
         return
@@ -207,13 +207,12 @@ def check_writable(folder):
     try:
         with utils.atomic_path(folder / "writable") as temporary:
             temporary.touch()
-            (folder / "writable").touch()
         (folder / "writable").unlink()
     except OSError as error:
         raise utils.UserError(f"{folder}: can not be written to ({error.strerror}); choose another --outdir") from None
 
 
-def other_sets(images, seen, compared, args, paths):
+def other_sets(images, seen, compared, args, paths, store):
     """{label: PictureSet} of what is measured beside the reconstructions, and {label: why it is not there}.
 
     Compared folders; null controls (shuffled, noise and mean responses) that recon.py drew with the same settings; and
@@ -226,14 +225,14 @@ def other_sets(images, seen, compared, args, paths):
                                ("control: noise responses", {"control": "noise"}),
                                ("control: mean response", {"control": "mean"}),
                                ("ceiling: true features", {"run": "ground_truth"})):
-            folder = folder_with(images, changed, paths)
+            folder = folder_with(images, changed)
             if folder is None or not (folder / "index.csv").exists():
                 flag = " ".join(f"--{key} {value}" for key, value in changed.items())
                 absent[label] = f"score and draw it with the same flags and {flag}, or give it as --compare"
             elif folder != images.folder and folder not in [other.folder for other in compared.values()]:
                 sets[label] = PictureSet.of_folder(label, read_images(folder))
-        run, why = run_behind(images, args)
-        made, reasons = controls.make(seen, run, why, args, paths)
+        run, why = run_behind(images)
+        made, reasons = controls.make(seen, run, why, args, paths, store)
         sets, absent = sets | made, absent | reasons
         absent["baseline: ridge"] = "score and draw it with --run ridge --method NAME, and give it as --compare"
     for label in list(sets):
@@ -246,11 +245,10 @@ def other_sets(images, seen, compared, args, paths):
     return sets, absent
 
 
-def folder_with(images, changed, paths):
+def folder_with(images, changed):
     """Where recon.py puts these reconstructions with some flags changed, {flag: value}; None where config.json does not
     say enough, or they lie elsewhere."""
-    file = images.folder / "config.json"
-    config = {"use_gnet": False, "gnet_roi": None, "gnet_kappa": 0, **(utils.load_json(file) if file.exists() else {})}
+    config = {"use_gnet": False, "gnet_roi": None, "gnet_kappa": 0, **(images.config or {})}
     if not {"method", *RUN_FLAGS} <= config.keys():
         return None
     name, new = (utils.images_name(flags) for flags in (config, {**config, **changed}))
@@ -347,8 +345,7 @@ class Scale:
         if self.brain is None:
             return None
         note = f"predicted by {self.brain.encoder.run}, which was fitted to responses of the same subject"
-        config = images.folder / "config.json"
-        guided = utils.load_json(config).get("gnet_run") if config.exists() else None
+        guided = (images.config or {}).get("gnet_run")
         return note + (f"; {guided} guided these pictures, so that its own r is what was optimised" if guided else "")
 
 
@@ -362,9 +359,7 @@ class Brain(NamedTuple):
 
 def brain_of(images, args, paths):
     """The Brain of --gnet_run (the subject's own where there is one) or None, and why there is none."""
-    subj = args.subj
-    if (images.folder / "config.json").exists():
-        subj = utils.load_json(images.folder / "config.json").get("subj", subj)
+    subj = (images.config or {}).get("subj", args.subj)
     try:
         encoder = load_encoder(paths, subj, args.gnet_run, args.seed, utils.pick_device(args.device))
         responses = data.responses_to(paths, subj, images.image_ids).betas
@@ -409,7 +404,7 @@ def retrieval(images, args, paths):
     names = ("brain_to_image_top1", "image_to_brain_top1")
     if args.ground_truth:
         return {}, {}
-    run, why = run_behind(images, args)
+    run, why = run_behind(images)
     if why:
         return {}, dict.fromkeys(names, why)
     feat, subj = args.retrieval_feat, run["subj"]
@@ -432,7 +427,7 @@ def retrieval(images, args, paths):
 
 def effective_ranks(images, args, paths):
     """How many dimensions the predicted features behind the images use, beside the true ones': {metric: entry}."""
-    run, why = run_behind(images, args)
+    run, why = run_behind(images)
     feat = args.retrieval_feat
     if args.ground_truth or why or not paths.feature(feat).exists():
         return {}
@@ -449,11 +444,11 @@ def ratio(hits, drawn, index):
     return hits[index].sum() / drawn[index].sum()
 
 
-def run_behind(images, args):
+def run_behind(images):
     """The flags that name the scores the images were made from, as recon.py left them; or None and why not."""
-    if not (images.folder / "config.json").exists():
+    config = images.config
+    if config is None:
         return None, f"{images.folder}/config.json, which says whose images these are, not found"
-    config = utils.load_json(images.folder / "config.json")
     lacking = [flag for flag in RUN_FLAGS if flag not in config]
     if lacking:
         return None, f"{images.folder}/config.json does not say {', '.join(lacking)}"
@@ -508,7 +503,7 @@ def format_table(results):
         if "missing" in entry:
             lines.append(f"{name:<{width}} missing: {entry['missing']}")
             continue
-        better = "  (lower is better)" if name in LOWER_IS_BETTER else ""
+        better = "  (lower is better)" if name in metrics.LOWER_IS_BETTER else ""
         gallery = f"  (of {entry['gallery']})" if "gallery" in entry else ""
         interval = "" if entry["ci_low"] is None else f"{entry['ci_low']:.3f} .. {entry['ci_high']:.3f}"
         lines.append(f"{name:<{width}}{entry['value']:>8.3f}   {interval:<18}{entry['n']:>6}{gallery}{better}")

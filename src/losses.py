@@ -272,20 +272,20 @@ class EncodingObjective:
         r_norm, r_norm_<ROI>: that median as a share of the median ceiling, where the ceilings are known. (The median
         of ratios would hang on the voxels that hardly respond, whose ceilings are near 0.)
         """
-        sums, found = {key: value for key, value in means.items() if isinstance(key, tuple)}, {}
+        sums, found, scalars = {key: value for key, value in means.items() if isinstance(key, tuple)}, {}, {}
         for subj in dict.fromkeys(key[0] for key in sums):
             r = correlation_of({name: sums[subj, name] for name in MOMENTS}).cpu()
             self.kept.setdefault("val_r", {})[subj] = r.float()
-            ceiling = torch.as_tensor(self.ceilings[subj]) if subj in self.ceilings else None
-            for suffix, mask in {"": slice(None), **{f"_{roi}": torch.as_tensor(mask) for roi, mask in
-                                                     self.rois.get(subj, {}).items()}}.items():
-                found.setdefault(f"r{suffix}", []).append(r[mask])
-                if ceiling is not None:
-                    found.setdefault(f"ceiling{suffix}", []).append(ceiling[mask])
-        medians = {key: torch.cat(values).median() for key, values in found.items()}
-        scalars = {key: value for key, value in medians.items() if not key.startswith("ceiling")}
-        scalars |= {key.replace("r", "r_norm", 1): value / medians[key.replace("r", "ceiling", 1)]
-                    for key, value in scalars.items() if key.replace("r", "ceiling", 1) in medians}
+            masks = {f"_{roi}": torch.as_tensor(mask) for roi, mask in self.rois.get(subj, {}).items()}
+            for suffix, mask in {"": slice(None), **masks}.items():
+                correlations, ceilings = found.setdefault(suffix, ([], []))
+                correlations.append(r[mask])
+                if subj in self.ceilings:
+                    ceilings.append(torch.as_tensor(self.ceilings[subj])[mask])
+        for suffix, (correlations, ceilings) in found.items():
+            scalars[f"r{suffix}"] = torch.cat(correlations).median()
+            if ceilings:
+                scalars[f"r_norm{suffix}"] = scalars[f"r{suffix}"] / torch.cat(ceilings).median()
         if scalars:
             scalars["loss_r"] = 1 - scalars["r"]
         return {key: value for key, value in means.items() if not isinstance(key, tuple)} | scalars

@@ -10,6 +10,7 @@ from skimage.color import rgb2gray
 from skimage.metrics import structural_similarity
 
 PIXEL_SIDE = 425  # side of NSD's stimuli, at which pixels are compared
+LOWER_IS_BETTER = ("clip_median_rank", "effnet_distance", "swav_distance")  # as evaluate.py names them
 GALLERY, DRAWS = 300, 30  # retrieval: images per gallery, galleries drawn
 
 

@@ -97,11 +97,13 @@ def write_index(folder, image_ids, seed):
 
 
 class ImageSet(NamedTuple):
-    """The reconstructions of one folder: 73k ids (N,), ascending, and each id's files, one per sample."""
+    """The reconstructions of one folder: 73k ids (N,), ascending, each id's files, one per sample, and what config.json
+    says of how they were drawn (None where there is none)."""
 
     folder: Path
     image_ids: np.ndarray
     files: list[list[Path]]
+    config: dict | None
 
 
 def read_images(folder):
@@ -124,7 +126,8 @@ def read_images(folder):
     ids, n_samples = sorted(files), min(map(len, files.values()))
     if n_samples < max(map(len, files.values())):
         print(f"{folder}: some images have more samples than others; the first {n_samples} of each are compared")
-    return ImageSet(folder, np.array(ids, np.int64), [files[i][:n_samples] for i in ids])
+    config = utils.load_json(folder / "config.json") if (folder / "config.json").exists() else None
+    return ImageSet(folder, np.array(ids, np.int64), [files[i][:n_samples] for i in ids], config)
 
 
 def check_files(folder, files):

@@ -9,17 +9,15 @@ import json
 from html import escape
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
+import data
 import utils
-
-matplotlib.use("agg")
-from matplotlib.figure import Figure  # noqa: E402  after the choice of what draws
+from metrics import LOWER_IS_BETTER
 
 THUMBNAIL = 256  # pixels: larger pictures are made smaller, as JPEG
-LOWER_IS_BETTER = ("clip_median_rank", "effnet_distance", "swav_distance")
 NSD_IMAGES = 73000
 TITLES = {
     "pixcorr": "PixCorr", "ssim": "SSIM", "alexnet2_two_way": "Alex(2)", "alexnet5_two_way": "Alex(5)",
@@ -44,17 +42,16 @@ PUBLISHED = {
 }
 
 
-def write(folder, name, measured, differences, absent, sets, config, paths):
+def write(folder, name, measured, differences, absent, sets, config, recon_config, paths):
     """Write the report of `measured` {label: Measured}, the reconstructions first, into `folder`.
 
     differences: {label: {metric: entry}}, reconstructions minus that set; absent: {label: why it was not measured};
-    sets: {label: PictureSet} of what is shown; config: what metrics_config.json holds.
+    sets: {label: PictureSet} of what is shown; config: what metrics_config.json holds;
+    recon_config: what the pictures' config.json says, {} where there is none.
     """
     main = next(iter(measured))
     shown_sets = [label for label in sets if not label.startswith(("control", "ceiling"))]
     images = write_pictures(folder, sets, shown_sets)
-    recon_config = Path(config["images"]) / "config.json"
-    recon_config = utils.load_json(recon_config) if recon_config.exists() else {}
     n = len(sets[main].image_ids)
     per_image = measured[main].per_image
     for i, image in enumerate(images):
@@ -62,8 +59,8 @@ def write(folder, name, measured, differences, absent, sets, config, paths):
                             for metric, values in per_image.items()}
         image["metrics"]["id"] = image["id"]
     shown = [metric for metric in ("clip_two_way", "pixcorr", "ssim") if metric in per_image]
-    data = {"images": images, "shown": shown, "titles": {metric: title_of(metric) for metric in per_image},
-            "lower_is_better": LOWER_IS_BETTER}
+    for_script = {"images": images, "shown": shown, "titles": {metric: title_of(metric) for metric in per_image},
+                  "lower_is_better": LOWER_IS_BETTER}
     page = [
         f"<h1>{escape(name)}</h1>",
         f"<p class=faint>{n} images, {config['n_samples']} sample{'s' * (config['n_samples'] > 1)} of each · protocol "
@@ -77,7 +74,7 @@ def write(folder, name, measured, differences, absent, sets, config, paths):
         settings_section(config, recon_config, paths),
     ]
     here = Path(__file__).resolve().parent
-    embedded = json.dumps(data).replace("</", "<\\/")  # no label can end the script
+    embedded = json.dumps(for_script).replace("</", "<\\/")  # no label can end the script
     text = (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width, initial-scale=1'><link rel=icon href='data:,'>"
@@ -131,7 +128,7 @@ def is_rate(metric):
     return "two_way" in metric or "top1" in metric or "top5" in metric
 
 
-def table(rows, metrics, first="", main=None, note=""):
+def table(rows, metrics, first="", main=None):
     """rows: {label: {metric: entry}}."""
     head = "".join(f"<th scope=col>{escape(title_of(metric))}{' %' * is_rate(metric)}"
                    f"{' ↓' * (metric in LOWER_IS_BETTER)}</th>" for metric in metrics)
@@ -140,7 +137,7 @@ def table(rows, metrics, first="", main=None, note=""):
         + "".join(cell(entries.get(metric), is_rate(metric)) for metric in metrics) + "</tr>"
         for label, entries in rows.items())
     return (f"<div class=scroll><table class=sortable><thead><tr><th scope=col>{escape(first)}</th>{head}</tr></thead>"
-            f"<tbody>{body}</tbody></table></div>{note}")
+            f"<tbody>{body}</tbody></table></div>")
 
 
 def results_section(main, measured, differences, absent, paths):
@@ -153,7 +150,6 @@ def results_section(main, measured, differences, absent, paths):
     published = {label: {metric: {"value": value / 100 if is_rate(metric) else value, "n": 1, "ci_low": None}
                          for metric, value in zip(PROTOCOL, values, strict=True)}
                  for label, values in PUBLISHED.items()}
-    stimuli = paths.stimuli / "nsd_stimuli.hdf5"
     parts = ["<section id=results><h2>Results</h2>",
              "<p class=faint>95 % intervals: bootstrap over images. ↓: lower is better. Two-way: chance is 50 %, and "
              "high ones flatter: see the ranks. <em>Same cluster</em>: rivals are images of the same kind of scene "
@@ -170,17 +166,13 @@ def results_section(main, measured, differences, absent, paths):
                                                  for what, why in missing.items()), "</ul>"]
     parts += ["<h2>Published on NSD</h2>",
               "<p class=faint>Mean of subjects 1, 2, 5 and 7, 40 sessions, protocol mindeye2. "
-              f"{comparable(stimuli)}</p>",
+              f"{comparable(len(data.open_stimuli(paths)))}</p>",
               table(published, PROTOCOL, "method"), "</section>"]
     return "\n".join(parts)
 
 
-def comparable(stimuli):
-    """Whether ours may be held against them."""
-    import h5py
-
-    with h5py.File(stimuli) as file:
-        n = len(file["imgBrick"])
+def comparable(n):
+    """Whether results on a world of n images may be held against them."""
     if n == NSD_IMAGES:
         return ("MindEye2 scores 1,000 images of the new split; tables made with another scikit-image, another "
                 "antialiasing or other weights differ.")

@@ -100,8 +100,7 @@ def read_images(args, paths):
             raise utils.UserError(f"--ids {ids[-1]}: wanted 0..{len(stimuli) - 1}, the images of {stimuli.path}")
     else:
         ids, which = np.unique(data.load_trials(paths, args.subj, "test")["image_id"]), []
-    parts = np.array_split(ids, -(-len(ids) // args.batch_size))
-    return ids, (stimuli[part] for part in parts), None, which
+    return ids, stimuli.batches(ids, args.batch_size), None, which
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 import controls
 import data
 import utils
+from eval_networks import FeatureStore
 from pictures import PictureSet
 from tiny_nsd import N_IMAGES, SHARED, SIDE, write_tiny_nsd
 from tiny_sd import write_tiny_sd
@@ -31,6 +32,10 @@ def world(tmp_path_factory):
     return paths, c, write_tiny_sd(paths.root / "sd")
 
 
+def store_of(paths):
+    return FeatureStore(paths.root / "features", batch_size=4)
+
+
 def seen_of(paths):
     stimuli = data.open_stimuli(paths)
     return PictureSet("seen", SHARED, lambda i, k: stimuli[[SHARED[i]]][0])
@@ -43,7 +48,7 @@ def test_each_control_is_what_its_name_says(world, monkeypatch):
     folder = paths.scores("subj01", utils.scores_name(RUN, "c"), "c")
     utils.save_scores(folder, SHARED, {"retrieval": 7 * c[wanted] + 0.01, "nsdgeneral": c[wanted]}, {})
     monkeypatch.setattr(controls, "AT_ONCE", 3)
-    sets, absent = controls.make(seen_of(paths), {**RUN, "sd_model": str(sd)}, None, ARGS, paths)
+    sets, absent = controls.make(seen_of(paths), {**RUN, "sd_model": str(sd)}, None, ARGS, paths, store_of(paths))
     assert not absent
     stimuli = data.open_stimuli(paths)
     for i, image_id in enumerate(wanted):
@@ -63,9 +68,10 @@ def test_each_control_is_what_its_name_says(world, monkeypatch):
 
 def test_what_can_not_be_had_says_why(world):
     paths, *_ = world
-    sets, absent = controls.make(seen_of(paths), None, "config.json not found", ARGS, paths)
+    sets, absent = controls.make(seen_of(paths), None, "config.json not found", ARGS, paths, store_of(paths))
     assert not sets and set(absent.values()) == {"config.json not found"} and len(absent) == 3
-    sets, absent = controls.make(seen_of(paths), {**RUN, "tag": "x", "sd_model": "nowhere/"}, None, ARGS, paths)
+    run = {**RUN, "tag": "x", "sd_model": "nowhere/"}
+    sets, absent = controls.make(seen_of(paths), run, None, ARGS, paths, store_of(paths))
     assert list(sets) == ["control: mean image"]
     assert "retrieval.npy" in absent["control: nearest training image"]
     assert "nowhere/: its VAE could not be loaded" in absent["ceiling: VAE round trip"]

@@ -42,9 +42,9 @@ def page(tmp_path):
     sets = {label: PictureSet(label, IDS, lambda i, k: stack[i]) for label in ("seen", *measured)}
     differences = {"other </script><b>": {"pixcorr": {"value": 0.25, "ci_low": 0.05, "ci_high": 0.45, "n": 3}}}
     images = tmp_path / "images"
-    utils.save_json(images / "config.json", {"run": "finetune", "subj": "subj01", "hidden_dim": 8, "num_sessions": 3,
+    recon_config = {"run": "finetune", "subj": "subj01", "hidden_dim": 8, "num_sessions": 3,
                                              "tag": "", "feats": ["g_2"], "z": "none", "head": None, "control": None,
-                                             "test_split": "new_test", "score_hashes": {"c": "abc123", "ids": "1"}})
+                                             "test_split": "new_test", "score_hashes": {"c": "abc123", "ids": "1"}}
     name = utils.run_name("finetune", "subj01", "c", 8, 3)
     utils.save_json(paths.scores("subj01", name, "c") / "config.json", {"checkpoint_sha256": "feedbeef"})
     run = paths.run(utils.run_name("finetune", "subj01", "c", 8, 3))
@@ -54,7 +54,7 @@ def page(tmp_path):
     config = {"protocol": "mindeye2", "images": str(images), "n_samples": 1, "git_commit": "0123456789abcdef",
               "options": {"method": "m"}, "brain_correlation": "predicted by gnet_subj01, fitted to the same subject"}
     report.write(tmp_path / "report", "a <set>", measured, differences, {"control: noise": "draw it"}, sets, config,
-                 paths)
+                 recon_config, paths)
     return tmp_path / "report"
 
 
