@@ -43,7 +43,7 @@ def main(argv=None):
     utils.seed_everything(args.seed)
     pipe = load_pipeline(args.sd_model, device)
     latents = data.open_feature(paths, "z")
-    tested = {i for subj in data.subjects(paths) for i in data.load_trials(paths, subj, "test")["image_id"]}
+    tested = {i for subj in data.subjects(paths) for i in data.load_trials(paths, subj, "new_test")["image_id"]}
     ids = np.random.default_rng(args.seed).permutation([i for i in range(len(latents)) if i not in tested])
     held_out, ids = ids[:100], ids[100:]
 

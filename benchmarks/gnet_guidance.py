@@ -210,7 +210,8 @@ def shuffled_target(paths, args):
     """A file of measured responses in which every validation image has another one's."""
     folder = paths.root / "outputs_all" / args.subj / "gnet_guidance/shuffled_target"
     folder.mkdir(parents=True, exist_ok=True)
-    test = data.load_test_set(paths, args.subj, held_out=(args.num_sessions, options.VAL_FRACTION, args.seed))
+    held_out = (args.num_sessions, options.VAL_FRACTION, args.seed)
+    test = data.load_test_set(paths, args.subj, held_out=held_out, split="val")
     np.save(folder / "target.npy", np.roll(test.betas, 7, axis=0))
     np.save(folder / "image_ids.npy", test.image_ids)
     return folder / "target.npy"

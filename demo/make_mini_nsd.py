@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from scenes import ATTRIBUTES, BACKGROUNDS, COLOURS, KINDS, captions, render, sample_scene
 
-WORLD_VERSION = 1  # raise it when the same seed gives other files
+WORLD_VERSION = 2  # raise it when the same seed gives other files
 MARKER = "mini_nsd.json"  # in the root, written last: the world is whole
 IMAGE_SIZE = 64  # pixels, the tiny models' resolution
 N_SUBJECTS, N_REPEATS, N_CAPTIONS = 8, 3, 5
@@ -504,8 +504,9 @@ def write_masks(root, masks):
 
 
 def write_shards(root, s, behav, session_trials):
-    """One tar per session of the trials with the subject's own images; one test tar with all shared images' trials.
+    """One tar per session of the trials with the subject's own images; test tars with the shared images' trials.
 
+    new_test has all shared images, test (MindEye1's) 98 % of them, as it has 982 of NSD's 1000 (which ones: not found).
     behav: (trials, 17). `past_behav` and `future_behav` are the neighbouring trials, the nearest first, and
     `olds_behav` the earlier trials with the same image, the first one first (the order in MindEye2's files: not found).
     """
@@ -523,13 +524,19 @@ def write_shards(root, s, behav, session_trials):
                 "future_behav": padded[t + 16 : t + 31], "olds_behav": olds}
 
     folder = f"MindEyeV2/mindeyev2/wds/{subject_name(s)}"
-    with tarfile.open(_file(root, folder, "new_test/0.tar"), "w") as test:
+    shared = np.unique(behav[behav[:, 16] == 1, 0])
+    old_shared = shared[: int(0.982 * len(shared))]
+    with tarfile.open(_file(root, folder, "new_test/0.tar"), "w") as test, \
+            tarfile.open(_file(root, folder, "test/0.tar"), "w") as old_test:
         for session in range(n // session_trials):
             with tarfile.open(_file(root, folder, f"train/{session}.tar"), "w") as train:
                 for t in range(session * session_trials, (session + 1) * session_trials):
-                    shard = test if behav[t, 16] else train
+                    shards = [test] if behav[t, 16] else [train]
+                    if behav[t, 0] in old_shared:
+                        shards.append(old_test)
                     for name, array in members(t).items():
-                        _add_npy(shard, f"sample{t:09d}.{name}.npy", array)
+                        for shard in shards:
+                            _add_npy(shard, f"sample{t:09d}.{name}.npy", array)
 
 
 def _add_npy(shard, name, array):

@@ -36,7 +36,7 @@ from gallery import contact_sheet
 from pictures import PictureSet, in_batches, name_of, read_images, read_png
 
 # what names the scores behind the images
-RUN_FLAGS = ("subj", "hidden_dim", "num_sessions", "tag", "run", "head", "control", "test_split")
+RUN_FLAGS = ("subj", "hidden_dim", "num_sessions", "tag", "run", "head", "control", "test_split", "repeats")
 
 
 def get_parser():

@@ -121,9 +121,11 @@ def add_scored_run(parser):
     parser.add_argument("--head", type=head, metavar="own|adapt|1..8",
                         help="voxel encoder: --subj's own in that run; a new one, fitted to --subj's training trials "
                              "with the rest frozen; or another subject's (default: own where there is one, else adapt)")
-    parser.add_argument("--test_split", choices=["new_test", "val"], default="new_test",
-                        help="new_test: the shared images; val: training images held out for validation, to choose "
-                             "settings on")
+    parser.add_argument("--test_split", choices=["new_test", "test", "val"], default="new_test",
+                        help="new_test: the shared images (1000 of subjects 1, 2, 5, 7); test: MindEye1's 982 of them; "
+                             "val: training images held out for validation, to choose settings on")
+    parser.add_argument("--repeats", choices=["mean", "single"], default="mean",
+                        help="decode the mean of an image's trials (3, or as many as there are), or the first alone")
 
 
 def tag(text):

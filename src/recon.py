@@ -11,7 +11,8 @@ Writes  outputs_all/subj0X/<method>/<guidance_scale>/<guidance_strength>/%05d.pn
 An interrupted run continues. The noise of an image depends on --seed, its id and the sample's number only, so a subset
 (--limit, --ids), another batch size or number of processes draws the same pictures; on a CPU, to the bit. A null
 control (--control) gets the folder <method>_<control>, true features (--run ground_truth) <method>_ground_truth,
-validation images (--test_split val) <method>_val; what is not guided lies in <method>/0/0.
+validation images (--test_split val) <method>_val, single trials (--repeats single) <method>_single; what is not guided
+lies in <method>/0/0.
 
 --guidance_rule raw adds guidance_scale (default 300000) times the gradient, as NeuralDiffuser does. With norm,
 guidance_scale is lambda (default 0.3): the share of the noise level by which a step moves its predicted image against
@@ -231,7 +232,8 @@ def brain_guide(image_ids, team, args):
     if args.target_fmri_npy:
         targets = read_target(Path(args.target_fmri_npy), image_ids, len(encoder.val_r))
     else:
-        targets = data.responses_to(paths, args.subj, image_ids, args.num_sessions, args.control, args.seed).betas
+        targets = data.responses_to(paths, args.subj, image_ids, args.num_sessions, args.control, args.seed,
+                                    args.repeats).betas
     return BrainGuide(encoder, paths, targets, args.gnet_roi, args.gnet_kappa, args.gnet_alpha, team.print)
 
 

@@ -266,7 +266,7 @@ def svg_of(figure):
 def settings_section(config, recon_config, paths):
     """Everything that led here: settings of this evaluation, of the drawing, of the scores with their checkpoints."""
     blocks = {"of this evaluation": config, "of the reconstructions, with hashes of the scores": recon_config}
-    if {"run", "subj", "head", "control", "test_split"} <= recon_config.keys():
+    if {"run", "subj", "head", "control", "test_split", "repeats"} <= recon_config.keys():
         for feat in recon_config.get("score_hashes", {}):
             if feat in ("c", "z") or feat.startswith("g_"):
                 file = paths.scores(recon_config["subj"], utils.scores_name(recon_config, feat), feat) / "config.json"

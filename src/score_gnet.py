@@ -99,7 +99,7 @@ def read_images(args, paths):
         if ids[-1] >= len(stimuli):
             raise utils.UserError(f"--ids {ids[-1]}: wanted 0..{len(stimuli) - 1}, the images of {stimuli.path}")
     else:
-        ids, which = np.unique(data.load_trials(paths, args.subj, "test")["image_id"]), []
+        ids, which = np.unique(data.load_trials(paths, args.subj, "new_test")["image_id"]), []
     return ids, stimuli.batches(ids, args.batch_size), None, which
 
 

@@ -78,7 +78,8 @@ def open_source(args, feat, **settings):
     folder = paths.scores(args.subj, utils.scores_name(flags, feat), feat)
     config = {"run": run, "feat": feat, "subj": args.subj, "head": head, "num_sessions": args.num_sessions,
               "checkpoint": checkpoint.name, "checkpoint_sha256": utils.file_hash(checkpoint),
-              "test_split": args.test_split, "control": args.control, "prior_steps": args.prior_steps,
+              "test_split": args.test_split, "repeats": args.repeats, "control": args.control,
+              "prior_steps": args.prior_steps,
               "seed": args.seed, **settings}
     if head == "adapt":
         config["adapt_epochs"] = args.adapt_epochs
@@ -88,7 +89,7 @@ def open_source(args, feat, **settings):
 
     trained_seed = args.seed if head == "adapt" else state["config"]["seed"]
     held_out = (args.num_sessions, state["config"]["val_fraction"], trained_seed)
-    test = data.load_test_set(paths, args.subj, args.control, args.seed, held_out if args.test_split == "val" else None)
+    test = data.load_test_set(paths, args.subj, args.control, args.seed, held_out, args.test_split, args.repeats)
     if head == "adapt":
         model = adapt(args, paths, feat, run, state, config["checkpoint_sha256"])
         subj = args.subj
@@ -156,7 +157,9 @@ def predict(source, betas, image_ids, what):
 
 def save(source, scores):
     utils.save_scores(source.folder, source.test.image_ids, scores, source.config)
-    print(f"{source.folder}: {len(source.test.image_ids)} images")
+    repeats, n_images = np.unique(source.test.n_repeats, return_counts=True)
+    counts = ", ".join(f"{n} of {k} trial{'s' if k > 1 else ''}" for k, n in zip(repeats, n_images, strict=True))
+    print(f"{source.folder}: {len(source.test.image_ids)} images ({counts})")
 
 
 def save_ground_truth(args, feat):
@@ -165,8 +168,8 @@ def save_ground_truth(args, feat):
         raise utils.UserError(f"--control {args.control}: a null control of the brain's responses; with --ground_truth "
                               "there are none, leave one of them out")
     paths, flags = utils.Paths.from_args(args), vars(args)
-    held_out = (args.num_sessions, options.VAL_FRACTION, args.seed) if args.test_split == "val" else None
-    image_ids = data.load_test_set(paths, args.subj, held_out=held_out).image_ids
+    held_out = (args.num_sessions, options.VAL_FRACTION, args.seed)
+    image_ids = data.load_test_set(paths, args.subj, held_out=held_out, split=args.test_split).image_ids
     folder = paths.scores(args.subj, utils.scores_name(flags, feat), feat)
     config = {"run": args.run, "feat": feat, "subj": args.subj, "test_split": args.test_split}
     utils.save_scores(folder, image_ids, {"nsdgeneral": data.open_feature(paths, feat)[image_ids]}, config)

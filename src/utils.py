@@ -1,6 +1,7 @@
 """Paths, run names, seeds, checkpoints and tracking: the plumbing every script shares."""
 
 import csv
+import gc
 import hashlib
 import json
 import os
@@ -64,6 +65,12 @@ def run_cli(main, argv=None):
 
     Returns the exit status; of what a signal stopped 128 + its number, as shells do.
     """
+    status = _status_of(main, argv)
+    _leave_processes(failed=status != 0)
+    return status
+
+
+def _status_of(main, argv):
     try:
         main(argv)
     except UserError as error:
@@ -78,6 +85,18 @@ def run_cli(main, argv=None):
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     return 0
+
+
+def _leave_processes(failed):
+    """Destroy the process group, if a launcher made one, while Python is whole.
+
+    A thread of gloo's that lets go of its last tensor while Python ends aborts the process. Gloo's end waits for
+    nobody; NCCL's does, so that a process that failed, maybe alone, leaves NCCL to the exit.
+    """
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized() and not (failed and dist.get_backend() != "gloo"):
+        gc.collect()  # networks in cycles hold the group, and its threads end with its last holder
+        dist.destroy_process_group()
 
 
 # --- paths ------------------------------------------------------------------------------------------------------
@@ -184,9 +203,9 @@ def images_name(flags):
 
 
 def _variant_of(flags):
-    """Parts of a name: the images, unless they are the test set, and a null control."""
-    split = [flags["test_split"]] if flags["test_split"] != "new_test" else []
-    return split + ([flags["control"]] if flags["control"] else [])
+    """Parts of a name, each where it is not the default: the images, the trials of each, a null control."""
+    parts = {"test_split": "new_test", "repeats": "mean", "control": None}
+    return [flags[name] for name, default in parts.items() if flags[name] != default]
 
 
 def require(path, what, hint):

@@ -243,7 +243,7 @@ def test_responses_to_images_follow_their_control(world):
     np.testing.assert_array_equal(plain.betas, reference.betas)
     shuffled = data.responses_to(world, "subj01", SHARED, control="shuffle", seed=42)
     np.testing.assert_array_equal(shuffled.betas, data.load_test_set(world, "subj01", "shuffle", 42).betas)
-    held_out = data.load_test_set(world, "subj01", held_out=(3, 0.3, 42))
+    held_out = data.load_test_set(world, "subj01", held_out=(3, 0.3, 42), split="val")
     some = data.responses_to(world, "subj01", held_out.image_ids[1:], 3)
     np.testing.assert_array_equal(some.betas, held_out.betas[1:])
 

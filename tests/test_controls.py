@@ -17,7 +17,7 @@ from tiny_nsd import N_IMAGES, SHARED, SIDE, write_tiny_nsd
 from tiny_sd import write_tiny_sd
 
 RUN = {"subj": "subj01", "hidden_dim": 8, "num_sessions": 3, "tag": "", "run": "finetune", "head": None,
-       "control": None, "test_split": "new_test"}
+       "control": None, "test_split": "new_test", "repeats": "mean"}
 ARGS = argparse.Namespace(retrieval_feat="c", device="cpu")
 
 

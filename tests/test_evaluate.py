@@ -66,7 +66,7 @@ def write_set(folder, pictures, samples=1):
         Image.fromarray(picture).save(folder / row["file"])
     utils.save_csv(folder / "index.csv", rows)
     config = {"subj": "subj01", "hidden_dim": 1024, "num_sessions": 40, "tag": "", "run": "finetune", "head": None,
-              "control": None, "test_split": "new_test"}
+              "control": None, "test_split": "new_test", "repeats": "mean"}
     utils.save_json(folder / "config.json", config)
     return folder
 

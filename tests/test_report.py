@@ -44,7 +44,8 @@ def page(tmp_path):
     images = tmp_path / "images"
     recon_config = {"run": "finetune", "subj": "subj01", "hidden_dim": 8, "num_sessions": 3,
                                              "tag": "", "feats": ["g_2"], "z": "none", "head": None, "control": None,
-                                             "test_split": "new_test", "score_hashes": {"c": "abc123", "ids": "1"}}
+                                             "test_split": "new_test", "repeats": "mean",
+                                             "score_hashes": {"c": "abc123", "ids": "1"}}
     name = utils.run_name("finetune", "subj01", "c", 8, 3)
     utils.save_json(paths.scores("subj01", name, "c") / "config.json", {"checkpoint_sha256": "feedbeef"})
     run = paths.run(utils.run_name("finetune", "subj01", "c", 8, 3))

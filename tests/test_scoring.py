@@ -70,7 +70,7 @@ def test_own_head_is_the_default_and_the_prediction_is_the_networks(world):
     model.load_state_dict(state["model"])
     with h5py.File(world.betas("subj01")) as file:
         betas = file["betas"][()]
-    trials = data.load_trials(world, "subj01", "test")
+    trials = data.load_trials(world, "subj01", "new_test")
     mean = np.stack([betas[trials["row"][trials["image_id"] == i]].mean(axis=0) for i in SHARED])
     expected = model.eval()({"subj01": torch.from_numpy(mean)})[1]
     np.testing.assert_allclose(scores(world, FINETUNED, "retrieval"), expected.detach(), atol=1e-5)
@@ -122,6 +122,7 @@ def test_own_head_of_a_run_that_has_none_is_refused(world, capsys):
     ({"tag": "b", "control": "noise"}, "pretrained_subj01_40sess_ext1_c_1024_mlp_b_noise"),
     ({"run": "ridge"}, "ridge_subj01_40sess_ext1_c"),
     ({"run": "ridge", "test_split": "val", "control": "mean"}, "ridge_subj01_40sess_ext1_c_val_mean"),
+    ({"run": "ridge", "test_split": "test", "repeats": "single"}, "ridge_subj01_40sess_ext1_c_test_single"),
     ({"run": "ground_truth"}, "ground_truth_subj01_c"),
     ({"run": "pretrain", "num_sessions": 1}, "multisubject_subj01_ext1_c_1024_mlp_adapt1sess"),
     ({"run": "pretrain:subj02"}, "multisubject_subj02_ext1_c_1024_mlp"),
@@ -130,7 +131,7 @@ def test_own_head_of_a_run_that_has_none_is_refused(world, capsys):
 ])
 def test_names_of_scores(flags, name):
     default = {"subj": "subj01", "hidden_dim": 1024, "num_sessions": 40, "tag": "", "run": "finetune", "head": None,
-               "control": None, "test_split": "new_test"}
+               "control": None, "test_split": "new_test", "repeats": "mean"}
     assert utils.scores_name(default | flags, "c") == name
 
 
@@ -185,7 +186,7 @@ def test_z_has_the_training_latents_statistics_and_no_test_statistic(world):
     images, on_training = predict(data.split_trials(world, "subj01", 3, 0.2, 42)[0])
     with h5py.File(world.feature("z")) as file:
         latents = file["data"][images].astype(np.float32).reshape(-1, 4, 8, 8)
-    predicted = predict(data.load_trials(world, "subj01", "test"))[1]
+    predicted = predict(data.load_trials(world, "subj01", "new_test"))[1]
     expected = (predicted - on_training.mean(0)) / on_training.std(0) * latents.std(0) + latents.mean(0)
     np.testing.assert_allclose(scores(world, Z_RUN), expected, rtol=1e-2, atol=2e-3)
     assert config(world, Z_RUN)["transductive"] is False

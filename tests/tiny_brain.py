@@ -27,7 +27,7 @@ def write_brain(root, noise=0.5):
         gnet.readouts["subj01"].weight /= std[:, None]
         gnet.readouts["subj01"].bias.copy_(-mean / std)
         responses = gnet(images, "subj01").numpy()
-    trials = np.concatenate([data.load_trials(paths, "subj01", split) for split in ("train", "test")])
+    trials = np.concatenate([data.load_trials(paths, "subj01", split) for split in ("train", "new_test")])
     rng = np.random.default_rng(1)
     betas = np.zeros((len(trials), V), np.float32)
     for _, _, image_id, row, _ in trials:
