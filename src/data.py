@@ -211,11 +211,12 @@ def subjects(paths):
 def load_trials(paths, subj, split, num_sessions=None):
     """Table of a subject's trials: DataFrame [subject, session, image_id, row, is_shared], one line per trial.
 
-    split: "train" (the first num_sessions shards, None = all) or "test" (every trial of the shared images).
-    row is the trial's row in the subject's betas. Raises UserError for missing or truncated shards, for more sessions
-    than there are, and for image ids that nsd_expdesign.mat (where it exists) contradicts.
+    split, a folder of shards: "train" (the first num_sessions, None = all), "new_test" (every trial of the shared
+    images) or "test" (MindEye1's selection of them: 982 images). row is the trial's row in the subject's betas. Raises
+    UserError for missing or truncated shards, for more sessions than there are, for shared images among the training's
+    or others among the test's, and for image ids that nsd_expdesign.mat (where it exists) contradicts.
     """
-    folder = paths.data_path / "wds" / subj / {"train": "train", "test": "new_test"}[split]
+    folder = paths.data_path / "wds" / subj / split
     shards = _session_shards(folder, subj, num_sessions) if split == "train" else [folder / "0.tar"]
     behav = np.concatenate(_read_shards(folder, shards, f"{subj} {split} trials"))  # (trials, 17)
     trials = pd.DataFrame({
@@ -228,6 +229,12 @@ def load_trials(paths, subj, split, num_sessions=None):
     twice = trials["row"].duplicated()
     if twice.any():
         raise utils.UserError(f"{folder}: trial {trials['row'][twice].iloc[0]} is there twice; download it again")
+    stray = trials[trials["is_shared"] == (split == "train")]
+    if len(stray):
+        found, wanted = ("a shared", "those of --subj alone") if split == "train" else ("not a shared", "shared ones")
+        raise utils.UserError(f"{folder}: trial {stray['row'].iloc[0]} and {len(stray) - 1} others show {found} image "
+                              f"(id {stray['image_id'].iloc[0]}), wanted {wanted}, or training images would be tested; "
+                              "download it again")
     if _expdesign_file(paths).exists():
         check_against_expdesign(paths, subj, trials)
     return trials
@@ -543,28 +550,26 @@ class TestSet(NamedTuple):
     n_repeats: np.ndarray  # (N,) int64
 
 
-def load_test_set(paths, subj, control=None, seed=0, held_out=None):
+def load_test_set(paths, subj, control=None, seed=0, held_out=None, split="new_test", repeats="mean"):
     """Read a subject's test set: the shared images, or the validation images that a training held out.
 
-    held_out: (num_sessions, val_fraction, seed) of that training, as in split_trials; None is the test split.
-    control makes a null control of the same size and repeats (same images and ids):
+    split: "new_test" or "test" (see load_trials), or "val", of which held_out says what it is: (num_sessions,
+    val_fraction, seed) of that training, as in split_trials. repeats: "mean" of an image's trials, or "single", the
+    first of them. control makes a null control of the same size and repeats (same images and ids):
 
     "shuffle": every response is one to another image, trials permuted; "noise": normal noise with each voxel's mean and
     standard deviation over the test trials; "mean": the mean response for every image.
     """
-    if held_out is None:
-        trials = load_trials(paths, subj, "test")
-    else:
-        trials = split_trials(paths, subj, *held_out)[1]
-    return average_repeats(open_betas(paths, subj), trials, control, seed)
+    trials = split_trials(paths, subj, *held_out)[1] if split == "val" else load_trials(paths, subj, split)
+    return average_repeats(open_betas(paths, subj), trials, control, seed, repeats)
 
 
-def responses_to(paths, subj, image_ids, num_sessions=None, control=None, seed=0):
+def responses_to(paths, subj, image_ids, num_sessions=None, control=None, seed=0, repeats="mean"):
     """TestSet of exactly these images (N,): test images, or training images of the first num_sessions.
 
-    control, seed: as load_test_set. Raises UserError for an image that the subject did not see.
+    control, seed, repeats: as load_test_set. Raises UserError for an image that the subject did not see.
     """
-    trials = load_trials(paths, subj, "test")
+    trials = load_trials(paths, subj, "new_test")
     if not np.isin(image_ids, trials["image_id"]).all():
         trials = load_trials(paths, subj, "train", num_sessions)
     trials = trials[trials["image_id"].isin(image_ids)]
@@ -572,14 +577,16 @@ def responses_to(paths, subj, image_ids, num_sessions=None, control=None, seed=0
     if unseen.size:
         raise utils.UserError(f"image id {unseen[0]}: {subj} did not see it and {unseen.size - 1} others, all as test "
                               "images or all as training images; check --subj")
-    return average_repeats(open_betas(paths, subj), trials, control, seed)
+    return average_repeats(open_betas(paths, subj), trials, control, seed, repeats)
 
 
-def average_repeats(betas, trials, control=None, seed=0):
+def average_repeats(betas, trials, control=None, seed=0, repeats="mean"):
     """Average the responses (Rows `betas`) to each image of a table of trials; returns a TestSet.
 
-    control: as load_test_set.
+    control, repeats: as load_test_set.
     """
+    if repeats == "single":
+        trials = trials.sort_values("row").drop_duplicates("image_id")
     by_image = AveragedRows(betas, trials)
     responses = read_betas(betas, by_image.rows)  # (trials, V), grouped by image
     if control is not None:

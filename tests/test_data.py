@@ -139,7 +139,7 @@ def test_missing_file_key_and_attribute_of_another_size(paths):
 def test_trials_of_both_splits_are_what_was_shown(nsd):
     paths, shown = nsd
     for subj, image_ids in shown.items():
-        train, test = data.load_trials(paths, subj, "train"), data.load_trials(paths, subj, "test")
+        train, test = data.load_trials(paths, subj, "train"), data.load_trials(paths, subj, "new_test")
         assert list(train.columns) == ["subject", "session", "image_id", "row", "is_shared"]
         both = pd.concat([train, test]).sort_values("row")
         np.testing.assert_array_equal(both["row"], np.arange(len(image_ids)))
@@ -170,7 +170,7 @@ def test_too_many_sessions_gaps_and_missing_folders(paths):
     with pytest.raises(UserError, match="wds/subj03/train: shards not found"):
         data.load_trials(paths, "subj03", "train")
     with pytest.raises(UserError, match="new_test/0.tar: shard not found"):
-        data.load_trials(paths, "subj03", "test")
+        data.load_trials(paths, "subj03", "new_test")
 
 
 def test_truncated_tar_wherever_it_is_cut(paths):
@@ -193,7 +193,7 @@ def test_tar_with_wrong_content(paths):
                            (np.ones((2, 17)), "trial 1 is there twice")]:
         tiny_nsd.write_tar(tar, behav)
         with pytest.raises(UserError, match=message):
-            data.load_trials(paths, "subj01", "test")
+            data.load_trials(paths, "subj01", "new_test")
 
 
 def test_ids_that_contradict_the_experiments_design(nsd):
@@ -484,7 +484,7 @@ def test_test_set_is_the_mean_over_the_repeats_that_exist(nsd):
     del rows[rows.index(np.flatnonzero(shown == 5)[1])]  # image 5 keeps two repeats
     for row in rows[::-1]:
         line = np.zeros((1, 17))
-        line[0, [tiny_nsd.IMAGE_ID, tiny_nsd.SESSION, tiny_nsd.TRIAL]] = shown[row], 1, row
+        line[0, [tiny_nsd.IMAGE_ID, tiny_nsd.SESSION, tiny_nsd.TRIAL, tiny_nsd.IS_SHARED]] = shown[row], 1, row, 1
         behav = np.concatenate([behav, line])
     tiny_nsd.write_tar(paths.data_path / "wds/subj01/new_test/0.tar", behav)
     test = data.load_test_set(paths, "subj01")
@@ -495,6 +495,35 @@ def test_test_set_is_the_mean_over_the_repeats_that_exist(nsd):
         wanted = np.mean([betas[row] for row in rows if shown[row] == image_id], axis=0)
         np.testing.assert_allclose(mean, wanted, rtol=1e-5, atol=1e-6)
     assert test.betas.dtype == np.float32 and test.image_ids.dtype == np.int64
+
+    single = data.load_test_set(paths, "subj01", repeats="single")
+    np.testing.assert_array_equal(single.image_ids, test.image_ids)
+    np.testing.assert_array_equal(single.n_repeats, [1, 1, 1, 1])
+    first = [min(row for row in rows if shown[row] == image_id) for image_id in single.image_ids]
+    np.testing.assert_array_equal(single.betas, betas[first])
+
+
+def test_the_old_test_split(nsd):
+    paths, shown = nsd
+    behav = np.zeros((2, 17))
+    rows = np.flatnonzero(shown["subj01"] == 11)[:2]
+    behav[:, tiny_nsd.IMAGE_ID], behav[:, tiny_nsd.TRIAL], behav[:, tiny_nsd.IS_SHARED] = 11, rows, 1
+    tiny_nsd.write_tar(paths.data_path / "wds/subj01/test/0.tar", behav)
+    old, new = (data.load_test_set(paths, "subj01", split=split) for split in ("test", "new_test"))
+    assert old.image_ids.tolist() == [11] and old.n_repeats.tolist() == [2] and new.n_repeats.tolist() == [3] * 4
+    with pytest.raises(UserError, match="wds/subj02/test/0.tar: shard not found"):
+        data.load_test_set(paths, "subj02", split="test")
+
+
+def test_a_shared_image_does_not_train_and_no_other_tests(nsd):
+    paths, shown = nsd
+    behav = np.zeros((1, 17))
+    for folder, split, image_id in (("train/1", "train", 11), ("new_test/0", "new_test", 4)):
+        row = np.flatnonzero(shown["subj01"] == image_id)[0]
+        behav[0, [tiny_nsd.IMAGE_ID, tiny_nsd.TRIAL, tiny_nsd.IS_SHARED]] = image_id, row, split == "train"
+        tiny_nsd.write_tar(paths.data_path / f"wds/subj01/{folder}.tar", behav)
+        with pytest.raises(UserError, match=rf"{split}: trial {row} and 0 others show .* image \(id {image_id}\)"):
+            data.load_trials(paths, "subj01", split)
 
 
 def test_null_controls(nsd):
