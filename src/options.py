@@ -17,10 +17,12 @@ VISION_LAYERS = ["g_2", "g_4", "g_6", "g_8", "g_10", "g_12"]  # NeuralDiffuser's
 class Parser(argparse.ArgumentParser):
     """argparse with the house's rules: no abbreviations, dashes accepted for underscores, docstring as --help."""
 
-    def __init__(self, doc):
+    def __init__(self, doc, dry_run_stops=True):
+        """dry_run_stops: --dry_run prints the options and ends the program; else it is left to the script."""
+        self.dry_run_stops = dry_run_stops
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self.add_argument("--dry_run", action=argparse.BooleanOptionalAction, default=False,
-                          help="print the resolved options and stop")
+                          help="print the resolved options and stop" if dry_run_stops else "show the plan and stop")
 
     def error(self, message):
         """One line and exit 2, without argparse's page of usage."""
@@ -32,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         parsed = super().parse_args(words, namespace)
         if "num_sessions" in parsed and parsed.num_sessions is None:
             parsed.num_sessions = SESSIONS[parsed.subj]
-        if parsed.dry_run:
+        if parsed.dry_run and self.dry_run_stops:
             print(json.dumps(vars(parsed), indent=1, default=str))
             self.exit(0)
         return parsed
@@ -173,7 +175,8 @@ def add_control(parser):
 
 def add_guidance_folder(parser):
     """Flags that name a folder of reconstructions (DESIGN section 3)."""
-    parser.add_argument("--method", default="cp_4096_v1", metavar="NAME", help="name of this set of reconstructions")
+    parser.add_argument("--method", type=tag, default="cp_4096_v1", metavar="NAME",
+                        help="name of this set of reconstructions")
     parser.add_argument("--guidance_scale", type=float, metavar="X",
                         help="gradient guidance: raw multiplies the gradient (300000), norm is lambda (see recon.py)")
     parser.add_argument("--guidance_strength", type=float, default=0.2, metavar="FRACTION",

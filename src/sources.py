@@ -1,0 +1,91 @@
+"""Which files a plan needs, and where they come from: NSD's bucket, the Hugging Face hub, COCO.
+
+A group of files (`GROUPS`) has one name in download.py --what, in check_data.py's table and in its mending commands.
+"""
+
+from typing import NamedTuple
+
+HUB_DATA = "pscotti/mindeyev2"  # MindEye2's prepared NSD, a data set on the hub
+NSD_URL = "https://natural-scenes-dataset.s3.amazonaws.com"
+COCO_URL = "http://images.cocodataset.org"
+COCO_CAPTIONS = "annotations/annotations_trainval2017.zip"
+SD_MODEL = "CompVis/stable-diffusion-v1-4"
+CLIP_MODEL, EVAL_CLIP = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
+# of a model's repository, what from_pretrained reads (not the same weights again in other formats)
+SD_FILES = ["model_index.json", "scheduler/*.json", "tokenizer/*", "text_encoder/config.json", "unet/config.json",
+            "vae/config.json", "text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors",
+            "vae/diffusion_pytorch_model.safetensors"]
+CLIP_FILES = ["config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin"]
+
+GROUPS = {  # name: what it is
+    "design": "which subject saw which image in which trial, and which COCO picture an image is",
+    "stimuli": "the 73,000 images",
+    "captions": "what people said of them",
+    "betas": "responses, trial by trial",
+    "trials": "shards: the images of training and test trials",
+    "masks": "regions of interest over the betas' voxels",
+    "rois": "NSD's own volumes of them, to check the masks against",
+    "gnet": "the published brain encoding model",
+    "sd": "Stable Diffusion v1.4",
+    "clip": "CLIP ViT-B/32, which makes g",
+    "eval_clip": "CLIP ViT-L/14, which judges",
+}
+DEFAULT_GROUPS = [group for group in GROUPS if group != "gnet"]
+# which groups a stage of the pipeline reads
+STAGES = {
+    "features": ["design", "stimuli", "captions", "sd", "clip"],
+    "train": ["design", "betas", "trials"],
+    "gnet": ["design", "stimuli", "betas", "trials", "masks", "rois"],
+    "score": ["design", "betas", "trials"],
+    "recon": ["sd", "clip"],
+    "evaluate": ["stimuli", "betas", "trials", "masks", "rois", "eval_clip"],
+}
+# published facts of NSD as MindEye2 prepared it: {subject: (trials, voxels, new_test trials, test trials)}
+PUBLISHED = {
+    "subj01": (30000, 15724, 3000, 2770), "subj02": (30000, 14278, 3000, 2770),
+    "subj03": (24000, 15226, 2371, 2113), "subj04": (22500, 13153, 2188, 1985),
+    "subj05": (30000, 13039, 3000, 2770), "subj06": (24000, 17907, 2371, 2113),
+    "subj07": (30000, 12682, 3000, 2770), "subj08": (22500, 14386, 2188, 1985),
+}
+N_IMAGES = 73000  # of NSD: the facts above hold for a table of so many stimuli
+
+
+class Wanted(NamedTuple):
+    """One file to have; of the hub's, also a pattern of files."""
+
+    group: str
+    origin: str  # "hub" (HUB_DATA), "nsd" (the bucket) or "coco"
+    remote: str  # path in the repository, key in the bucket
+    local: str  # under the root; of the hub's files, under the data path
+
+
+def files_of(group, subjects):
+    """The files of a group, [Wanted], for some subjects; [] for weights (`weights_of`)."""
+    nsd, hub = _from(group, "nsd"), _from(group, "hub")
+    if group == "design":
+        return [*(nsd(f"nsddata/experiments/nsd/{name}") for name in ("nsd_expdesign.mat", "nsd_stim_info_merged.csv")),
+                *map(hub, ("shared1000.npy", "COCO_73k_subj_indices.hdf5"))]
+    if group == "stimuli":
+        return [nsd("nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5")]
+    if group == "captions":
+        return [Wanted(group, "coco", COCO_CAPTIONS, "nsddata_stimuli/stimuli/nsd/annotations/nsd_captions.json")]
+    if group == "betas":
+        return [hub(f"betas_all_{subj}_fp32_renorm.hdf5") for subj in subjects]
+    if group == "trials":
+        return [hub(f"wds/{subj}/{split}/*.tar") for subj in subjects for split in ("train", "new_test", "test")]
+    if group == "masks":
+        return [hub("brain_region_masks.hdf5")]
+    if group == "rois":
+        return [nsd(f"nsddata/ppdata/{subj}/func1pt8mm/roi/{name}.nii.gz") for subj in subjects
+                for name in ("nsdgeneral", "prf-visualrois")]
+    return [hub("gnet_multisubject.pt")] if group == "gnet" else []
+
+
+def _from(group, origin):
+    return lambda remote: Wanted(group, origin, remote, remote)
+
+
+def weights_of(group):
+    """(repository, patterns of its files) of a group of weights on the hub; None of any other group."""
+    weights = {"sd": (SD_MODEL, SD_FILES), "clip": (CLIP_MODEL, CLIP_FILES), "eval_clip": (EVAL_CLIP, CLIP_FILES)}
+    return weights.get(group)

@@ -1,0 +1,267 @@
+"""download.py against local servers that stand in for NSD's bucket, COCO and the hub: an empty root becomes a world."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import h5py
+import nibabel
+import numpy as np
+import pytest
+from huggingface_hub import constants
+
+import data
+import download
+import make_mini_nsd
+import sources
+import utils
+from web_servers import Site, serve
+
+REPO = Path(__file__).resolve().parent.parent
+HUB = f"datasets/{sources.HUB_DATA}"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A small NSD as the servers have it."""
+    root = tmp_path_factory.mktemp("servers")
+    make_mini_nsd.main(["--root", str(root), "--size", "small"])
+    paths = utils.Paths(root, root / "MindEyeV2/mindeyev2")
+    for subj in ("subj01", "subj02"):
+        write_volumes(paths, subj)
+    return paths
+
+
+def write_volumes(paths, subj):
+    """NSD's ROI volumes, of the masks."""
+    with h5py.File(paths.data_path / "brain_region_masks.hdf5") as file:
+        masks = {name: mask[()] for name, mask in file[subj].items()}
+    labels = sum(values[0] * masks[name].astype(np.int16) for name, values in data.PRF_LABELS.items())
+    paths.rois(subj).mkdir(parents=True)
+    for name, volume in (("nsdgeneral", np.ones_like(labels)), ("prf-visualrois", labels)):
+        nibabel.save(nibabel.Nifti1Image(volume[:, None, None], np.eye(4)), paths.rois(subj) / f"{name}.nii.gz")
+
+
+def coco_archive(paths):
+    """COCO's zip: the captions in two parts, among those of other images."""
+    texts = json.loads(paths.captions.read_text())
+    annotations = [{"image_id": int(coco_id), "caption": text} for coco_id, captions in texts.items()
+                   for text in captions]
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for part, rows in (("train", annotations[:700]), ("val", annotations[700:])):
+            rows = [*rows, {"image_id": 999_999, "caption": "an image that NSD did not show"}]
+            archive.writestr(f"annotations/captions_{part}2017.json", json.dumps({"annotations": rows}))
+        archive.writestr("../outside.txt", "not to be unpacked")
+    return buffer.getvalue()
+
+
+def files_under(folder):
+    """{path: content}, without hidden files and folders: the hub's client keeps notes in .cache."""
+    names = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name: file.read_bytes() for name, file in names.items() if not name.startswith(".") and "/." not in name}
+
+
+def same(found, wanted):
+    """Whether two folders are equal; says where they are not (and not with megabytes of bytes)."""
+    differing = [name for name in {*found, *wanted} if found.get(name) != wanted.get(name)]
+    assert not differing
+    return True
+
+
+@pytest.fixture
+def site(world):
+    bucket = {f"/{name}": content for name, content in files_under(world.root).items()
+              if name.startswith(("nsddata/", "nsddata_stimuli/")) and "annotations" not in name}
+    weights = {name: files_under(REPO / f"demo/models/{folder}") for name, folder in
+               ((sources.SD_MODEL, "sd"), (sources.CLIP_MODEL, "clip"), (sources.EVAL_CLIP, "clip"))}
+    weights[sources.SD_MODEL]["unet/diffusion_pytorch_model.bin"] = b"the same weights once more"
+    return Site({**bucket, f"/{sources.COCO_CAPTIONS}": coco_archive(world)},
+                {HUB: {**files_under(world.data_path), "evals/all_images.pt": b"not needed"}, **weights})
+
+
+@pytest.fixture
+def run(site, tmp_path):
+    """Run download.sh on an empty root; returns the finished process."""
+    root, cache = tmp_path / "root", tmp_path / "cache"
+    for folder in ("nsddata", "nsddata_stimuli", "MindEyeV2"):
+        (root / folder).mkdir(parents=True)
+    with serve(site) as url:
+        def script(*flags, wanted=0, name="download", **knobs):
+            knobs = {"ROOT": str(root), "HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", **knobs}
+            where = ("--nsd_url", url, "--coco_url", url) if name == "download" else ()
+            result = subprocess.run(["bash", REPO / f"scripts/{name}.sh", *where, *map(str, flags)], text=True,
+                                    env={**os.environ, **knobs}, capture_output=True, check=False)
+            assert result.returncode == wanted, result.stdout + result.stderr
+            assert "Traceback" not in result.stderr
+            return result
+        script.root, script.url, script.cache = root, url, cache
+        yield script
+
+
+@pytest.fixture
+def ask(run, monkeypatch, capsys):
+    """Run download.py in this process, where each test would wait seconds for imports otherwise; returns its output."""
+    for name, value in {"ENDPOINT": run.url, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(run.cache),
+                        "HUGGINGFACE_CO_URL_TEMPLATE": run.url + "/{repo_id}/resolve/{revision}/{filename}"}.items():
+        monkeypatch.setattr(constants, name, value)
+
+    def script(*flags, wanted=0):
+        capsys.readouterr()
+        words = ["--root", str(run.root), "--nsd_url", run.url, "--coco_url", run.url, *map(str, flags)]
+        status, output = utils.run_cli(download.main, words), capsys.readouterr()
+        assert status == wanted, output
+        return output.out if wanted == 0 else output.err.strip().splitlines()[-1]
+
+    script.root, script.url = run.root, run.url
+    return script
+
+
+def last_line(result):
+    return result.stderr.strip().splitlines()[-1]
+
+
+def test_an_empty_disk_becomes_a_world(run, world, site):
+    plan = run("--subj", 1, 2, "--dry_run").stdout
+    assert not list(run.root.rglob("*.*")) and "evals" not in plan
+    assert "to fetch" in plan and f"{run.root}/MindEyeV2/mindeyev2" in plan
+
+    run("--subj", 1, 2)
+    hub = {name: content for name, content in files_under(world.data_path).items()
+           if not any(f"subj0{other}" in name for other in range(3, 9))}
+    assert same(files_under(run.root / "MindEyeV2/mindeyev2"), hub)
+    fetched, wanted = (files_under(root / "nsddata") | files_under(root / "nsddata_stimuli")
+                       for root in (run.root, world.root))
+    captions = [json.loads(files.pop("stimuli/nsd/annotations/nsd_captions.json")) for files in (fetched, wanted)]
+    assert same(fetched, wanted) and captions[0] == captions[1]
+    assert not list(run.root.rglob("*.part*")) and not list(run.root.rglob("*.zip"))
+
+    # the doctor finds nothing lacking but what the features script will write
+    words = ("--subj", 1, 2, "--feats", "c")
+    assert "1 fail" in run(*words, name="check_data", wanted=1, HF_HUB_OFFLINE="1").stdout
+    run("--feats", "c", name="features", HF_HUB_OFFLINE="1")  # the weights come from the cache
+    assert "0 fail" in run(*words, name="check_data", HF_HUB_OFFLINE="1").stdout
+
+    site.asked.clear()
+    again = run("--subj", 1, 2)
+    assert "to fetch: 0 files, 0 B" in again.stdout
+    assert not [path for method, path, asked in site.asked if "/resolve/" in path and method == "GET"]
+
+
+def test_another_disk_is_linked_into_the_root(ask, tmp_path):
+    disk = tmp_path / "disk"
+    assert "no such folder" in ask("--to", disk, wanted=2)
+    disk.mkdir()
+    (ask.root / "nsddata/experiments").mkdir()  # a folder that is there already: what it lacks is linked
+    ask("--subj", 1, "--to", disk, "--what", "design", "captions", "betas", "trials", "masks")
+    paths = utils.Paths(ask.root, ask.root / "MindEyeV2/mindeyev2")
+    assert data.load_trials(paths, "subj01", "train")["session"].nunique() == 5
+    assert len(data.load_captions(paths)) == 240
+    assert os.readlink(paths.data_path) == str(disk / "MindEyeV2/mindeyev2")
+    assert os.readlink(ask.root / "nsddata/experiments/nsd") == str(disk / "nsddata/experiments/nsd")
+    ask("--subj", 1, "--to", disk, "--what", "design", "captions", "betas", "trials", "masks")  # again: nothing changes
+
+    (ask.root / "nsddata_stimuli/stimuli").unlink()
+    (ask.root / "nsddata_stimuli/stimuli").write_text("mine")
+    assert "is there already, wanted a link" in ask("--to", disk, "--what", "captions", wanted=2)
+    assert (ask.root / "nsddata_stimuli/stimuli").read_text() == "mine"
+
+
+def test_what_is_damaged_is_fetched_again(ask, world):
+    what = ("--subj", 1, "--what", "betas", "design", "rois")
+    ask(*what)
+    betas = ask.root / "MindEyeV2/mindeyev2/betas_all_subj01_fp32_renorm.hdf5"
+    table = ask.root / "nsddata/experiments/nsd/nsd_stim_info_merged.csv"
+    content, text = betas.read_bytes(), table.read_bytes()
+    betas.write_bytes(content[:-100])
+    ask(*what)
+    assert betas.read_bytes() == content
+    betas.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the right size
+    table.write_bytes(b"?" + text[1:])
+    assert "to fetch: 0 files" in ask(*what)
+    assert "to fetch: 2 files" in ask(*what, "--verify")
+    assert betas.read_bytes() == content and table.read_bytes() == text
+
+
+def test_a_dropped_connection_to_the_hub(ask, site, world):
+    site.drop_after, site.drops = 10_000, 1
+    ask("--subj", 1, "--what", "betas")
+    name = "betas_all_subj01_fp32_renorm.hdf5"
+    assert (ask.root / "MindEyeV2/mindeyev2" / name).read_bytes() == (world.data_path / name).read_bytes()
+    assert site.drops == 0 and len([path for method, path, _ in site.asked if method == "GET" and name in path]) == 2
+
+
+@pytest.mark.parametrize(("path", "status", "words"), [
+    ("/api/datasets/pscotti/mindeyev2/tree/main", 401, ["datasets/pscotti/mindeyev2", "401", "hf auth login"]),
+    ("/api/datasets/pscotti/mindeyev2/tree/main", 403, ["datasets/pscotti/mindeyev2", "403", "accept its terms"]),
+    ("/api/datasets/pscotti/mindeyev2/tree/main", 404, ["datasets/pscotti/mindeyev2", "not there", "by hand"]),
+    ("/nsddata/experiments/nsd/nsd_expdesign.mat", 403, ["nsd_expdesign.mat", "403", "form"]),
+    ("/nsddata/experiments/nsd/nsd_expdesign.mat", 404, ["nsd_expdesign.mat", "404", "form"]),
+    (f"/{sources.COCO_CAPTIONS}", 404, ["annotations_trainval2017.zip", "404", "--coco_url"]),
+    ("/api/models/CompVis/stable-diffusion-v1-4/revision/main", 401, ["stable-diffusion-v1-4", "hf auth login"]),
+])
+def test_refusals_say_what_to_do(ask, site, path, status, words):
+    site.status[path] = status
+    line = ask("--subj", 1, "--what", "design", "captions", "sd", wanted=2)
+    assert line.startswith("error: ") and all(word in line for word in words), line
+    assert not list(ask.root.rglob("*.*"))
+
+
+def test_what_the_hub_lost(ask, site):
+    del site.repositories[HUB]["shared1000.npy"]
+    line = ask("--subj", 1, "--what", "design", wanted=2)
+    assert "shared1000.npy is not there any more" in line
+
+
+def test_names_from_the_hub_stay_inside(ask, site, tmp_path):
+    site.repositories[HUB]["wds/subj01/train/../../../../../../evil.tar"] = b"evil"
+    ask("--subj", 1, "--what", "trials")
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_without_network(ask, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    line = ask("--what", "betas", wanted=2)
+    assert "HF_HUB_OFFLINE" in line
+
+
+def test_a_full_disk_is_seen_before(ask, site, monkeypatch, capsys):
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    flags = ["--root", str(ask.root), "--nsd_url", ask.url, "--what", "stimuli"]
+    assert utils.run_cli(download.main, flags) == 2
+    assert "1.0 kB free, wanted" in capsys.readouterr().err
+    assert not list(ask.root.rglob("*.*"))
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--what", "everything"], "--what"), (["--subj", "9"], "'9' is not a subject"), (["--parts", "0"], "--parts 0"),
+    (["--to", ".", "--data_path", "."], "--to with --data_path"), (["--root", "nowhere"], "no such folder")])
+def test_bad_flags(flags, words, capsys):
+    try:
+        assert utils.run_cli(download.main, flags) == 2
+    except SystemExit as stop:  # argparse's
+        assert stop.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_captions_need_all_images(world, tmp_path):
+    copy = utils.Paths(tmp_path, tmp_path)
+    shutil.copytree(world.experiments, copy.experiments)
+    archive = tmp_path / "coco.zip"
+    for content, words in ((b"no zip", "not COCO's captions"), (coco_archive(world)[:-30], "not COCO's captions")):
+        archive.write_bytes(content)
+        with pytest.raises(utils.UserError, match=words):
+            data.write_captions(copy, archive)
+    with zipfile.ZipFile(archive, "w") as parts:
+        for part in ("train", "val"):
+            parts.writestr(f"annotations/captions_{part}2017.json", json.dumps({"annotations": []}))
+    with pytest.raises(utils.UserError, match="no caption of COCO image .* and 239 others"):
+        data.write_captions(copy, archive)
+    assert not copy.captions.exists()
+    archive.write_bytes(coco_archive(world))
+    data.write_captions(copy, archive)
+    assert json.loads(copy.captions.read_text()) == json.loads(world.captions.read_text())
