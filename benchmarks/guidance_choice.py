@@ -76,7 +76,7 @@ def main(argv=None):
              if getattr(args, name) != ""]
     same = [word for name in given for word in (f"--{name}", str(getattr(args, name)))]
     attributes = paths.root / "demo_attributes.json"
-    truths = utils.load_json(attributes) if attributes.exists() else None
+    truths = utils.load_json(attributes, kind=list) if attributes.exists() else None
     settings, tables = SETTINGS, []
     if args.decoders:
         settings = [UNGUIDED, RAW, NORM]

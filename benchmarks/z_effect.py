@@ -54,7 +54,7 @@ def main(argv=None):
     evaluate.main(["--root", args.root, "--images", str(without_z), "--eval_clip", args.clip])
 
     attributes = paths.root / "demo_attributes.json"
-    truths = utils.load_json(attributes) if attributes.exists() else None
+    truths = utils.load_json(attributes, kind=list) if attributes.exists() else None
     tables = [read_table(folder, truths, args.clip) for folder in (with_z, without_z)]
     if tables[0]["image_id"] != tables[1]["image_id"]:
         raise utils.UserError(f"{with_z}: other images than {without_z}; draw both with the same --limit and --ids")

@@ -45,7 +45,7 @@ def get_parser():
 def main(argv=None):
     args = get_parser().parse_args(argv)
     paths = utils.Paths.from_args(args)
-    attributes = utils.load_json(paths.root / "demo_attributes.json", "attributes of the scenes", HINT)
+    attributes = utils.load_json(paths.root / "demo_attributes.json", "attributes of the scenes", HINT, list)
     utils.require(args.clip, "--clip: folder of the CLIP", HINT)
     stimuli = data.open_stimuli(paths)
 

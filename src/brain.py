@@ -14,7 +14,7 @@ import data
 import metrics
 import options
 import utils
-from models import GNet, build_model
+from models import GNet, restore
 
 GOOD_R = 0.1  # validation r from which a voxel may guide
 FEWEST_VOXELS = 20  # that a region must have, to guide
@@ -73,8 +73,7 @@ def load_encoder(paths, subj, run, seed, device):
                               f"{n_voxels}; use both of one data set, or train it on these")
     if "val_r" not in state:
         raise utils.UserError(f"{file}: does not hold its voxels' validation r; train it again with --overwrite")
-    model = build_model(state["model_args"])
-    model.load_state_dict(state["model"])
+    model = restore(state, file)
     config = state["config"]  # the published network's says nothing of a split: ours is as good as any then
     held_out = (config.get("num_sessions"), config.get("val_fraction", options.VAL_FRACTION), config.get("seed", seed))
     return Encoder(run, subj, model.requires_grad_(False).eval().to(device), state["val_r"][subj].numpy(), held_out,
@@ -211,9 +210,10 @@ def read_target(file, image_ids, n_voxels):
     hint = "give responses (n, voxels) beside an image_ids.npy (n,) (score_gnet.py writes such)"
     rows = utils.load_npy(file, "--target_fmri_npy", hint, mmap_mode="r")
     ids = utils.load_npy(file.parent / "image_ids.npy", "--target_fmri_npy: the ids of its rows", hint)
-    if rows.ndim != 2 or ids.shape != rows.shape[:1] or len(np.unique(ids)) != len(ids):
-        raise utils.UserError(f"--target_fmri_npy {file}: responses of shape {rows.shape} for {len(np.unique(ids))} "
-                              f"different ids, wanted (n, voxels) for n; {hint}")
+    kinds = rows.dtype.kind == "f" and ids.dtype.kind in "iu"
+    if not kinds or rows.ndim != 2 or ids.shape != rows.shape[:1] or len(np.unique(ids)) != len(ids):
+        raise utils.UserError(f"--target_fmri_npy {file}: {rows.dtype} of shape {rows.shape} for {len(np.unique(ids))} "
+                              f"different ids ({ids.dtype}), wanted (n, voxels) for n, in float; {hint}")
     if rows.shape[1] != n_voxels:
         raise utils.UserError(f"--target_fmri_npy {file}: {rows.shape[1]} voxels, wanted the {n_voxels} of the betas; "
                               "give responses of this subject")

@@ -26,7 +26,7 @@ import sources
 import utils
 
 SAMPLE = 16  # rows of a file that are looked at without --deep
-RUN_BYTES = 9e9  # pretraining and fine-tuning of one feature at --hidden_dim 1024: last.pth and best.pth of both
+RUN_BYTES = 6e9  # pretraining and fine-tuning of one feature at --hidden_dim 1024 (benchmarks/stage_costs.py)
 MEMORY = 16e9  # bytes of main memory that training c at its defaults takes (benchmarks/bench_train.py)
 
 
@@ -64,7 +64,11 @@ class Finding(NamedTuple):
 
 
 class Doubt(Exception):
-    """What a check found can be lived with."""
+    """What a check finds that can be lived with."""
+
+
+class Unfinished(utils.UserError):
+    """A feature file that the command that began it will go on with."""
 
 
 def examine(what, mend, look):
@@ -73,8 +77,10 @@ def examine(what, mend, look):
         return Finding("ok", what, look(), "")
     except Doubt as doubt:
         return Finding("warn", what, str(doubt), mend)
-    except (utils.UserError, OSError) as error:
-        return Finding("fail", what, str(error), mend)
+    except Unfinished as defect:
+        return Finding("fail", what, str(defect), mend.removesuffix(" --overwrite"))
+    except (utils.UserError, OSError) as defect:
+        return Finding("fail", what, str(defect), mend)
 
 
 def report(findings):
@@ -174,9 +180,9 @@ def sample_of(n, deep):
     return np.array_split(rows, -(-len(rows) // 256))
 
 
-def look_at_rows(rows, deep, written=None):
-    """Raise UserError for rows that are NaN or infinite, or all zero: never written (a hole in the file)."""
-    numbers = np.arange(len(rows)) if written is None else written
+def look_at_rows(rows, deep, numbers=None):
+    """Raise UserError for rows (of these numbers) that are NaN or infinite, or all zero: a hole in the file."""
+    numbers = np.arange(len(rows)) if numbers is None else numbers
     for part in tqdm(sample_of(len(numbers), deep), desc=rows.path.name, unit="batch", leave=False, delay=3):
         values = rows[numbers[part]].reshape(len(part), -1)
         if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
@@ -193,8 +199,6 @@ def looked(deep):
 def look_at_stimuli(paths, deep):
     stimuli = data.open_stimuli(paths)
     expect(stimuli.path, "images", len(stimuli), n_images_of(paths))
-    if len(stimuli.shape) != 4 or stimuli.shape[3] != 3 or stimuli.dtype != np.uint8:
-        raise utils.UserError(f"{stimuli.path}: {stimuli.shape} {stimuli.dtype}, wanted (images, side, side, 3) uint8")
     if is_nsd(paths):
         expect(stimuli.path, "pixels a side", stimuli.shape[1:3], (425, 425))
     look_at_rows(stimuli, deep)
@@ -208,8 +212,8 @@ def look_at_captions(paths):
 
 def look_at_betas(paths, subj, deep):
     betas = data.open_betas(paths, subj)
-    if len(betas.shape) != 2 or betas.dtype != np.float32:
-        raise utils.UserError(f"{betas.path}: {betas.shape} {betas.dtype}, wanted (trials, voxels) float32")
+    if betas.dtype != np.float32:
+        raise utils.UserError(f"{betas.path}: {betas.dtype}, wanted float32 as MindEye2's are")
     if is_nsd(paths):
         expect(betas.path, "trials x voxels", betas.shape, sources.PUBLISHED[subj][:2])
     else:
@@ -270,10 +274,12 @@ def look_at_feature(paths, feat, args):
     rows = data.open_feature(paths, feat)
     n_images = n_images_of(paths)
     expect(rows.path, "rows", len(rows), n_images)
-    if not np.issubdtype(rows.dtype, np.floating):
-        raise utils.UserError(f"{rows.path}: {rows.dtype}, wanted float16 or float32")
     trials = [data.load_trials(paths, subj, split) for subj in args.subjects for split in ("train", "new_test")]
     seen = np.unique(np.concatenate([table["image_id"] for table in trials]))
+    try:
+        rows.require(seen)
+    except utils.UserError as error:  # it would be a loss to make the file again
+        raise Unfinished(str(error)) from None
     look_at_rows(rows, args.deep, seen)
     return f"{rows.shape} {rows.dtype}, {looked(args.deep)}"
 

@@ -57,7 +57,7 @@ def main(argv=None):
 
 def read_published(file):
     """The published dictionary; a pickle that would make anything but tensors and arrays raises UserError."""
-    utils.require(file, "the published GNet", "download it (README, data), or give --file")
+    utils.require(file, "the published GNet", "download it (bash scripts/download.sh), or give --file")
     try:
         with torch.serialization.safe_globals(ARRAY_PARTS):
             published = torch.load(file, map_location="cpu", weights_only=True)
@@ -67,7 +67,8 @@ def read_published(file):
                               "pscotti/mindeyev2 again") from None
     lacking = [key for key in KEYS if not isinstance(published, dict) or key not in published]
     if lacking:
-        raise utils.UserError(f"{file}: has no {', '.join(lacking)}, wanted the published gnet_multisubject.pt")
+        raise utils.UserError(f"{file}: has no {', '.join(lacking)}, wanted the published gnet_multisubject.pt: "
+                              "download it from pscotti/mindeyev2 again")
     return published
 
 

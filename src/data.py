@@ -5,10 +5,12 @@ converted here (`check_against_expdesign`) and nowhere else.
 """
 
 import io
+import json
 import mmap
 import os
 import tarfile
 import zipfile
+import zlib
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from tqdm import tqdm
 
 import utils
 
+DOWNLOAD = "download it (bash scripts/download.sh)"  # what to do about a file that is not there
 SUBJECTS = [f"subj{number:02d}" for number in range(1, 9)]
 # columns of a shard's behav.npy (1, 17); the global trial is the row of the subject's betas
 BEHAV_IMAGE_ID, BEHAV_SESSION, BEHAV_TRIAL, BEHAV_SHARED, BEHAV_COLUMNS = 0, 2, 5, 16, 17
@@ -44,21 +47,30 @@ class Rows:
     .row_shape  the data set's attribute `shape` where there is one, else known_shapes[width] for flat rows of that
                 width, else the data set's own shape; an axis of 1 as in (73000, 1, 38400) is dropped
     .dtype      as stored
+
+    Where the file has a data set `written` (N,), only rows whose flag is not 0 are there (img2feat.py).
     """
 
-    def __init__(self, path, key, what, hint, known_shapes=None):
-        """what, hint: words for the UserError when the file is missing, truncated or not as wanted."""
+    def __init__(self, path, key, what, hint, known_shapes=None, go_on=None):
+        """what, hint: words for the UserError when the file is missing, truncated or not as wanted.
+
+        go_on: for a row that is not written yet.
+        """
         self.path, self.key = utils.require(path, what, hint), key
-        self._hint = f"delete it and {hint}"
+        self._hint, self._go_on = f"delete it and {hint}", go_on
         try:
             with h5py.File(path, "r") as file:
                 self._describe(file[key], known_shapes or {})
+                written = file["written"][()] != 0 if "written" in file else None
         except (OSError, KeyError, RuntimeError) as error:
             reason = str(error).strip("'\"")
             raise utils.UserError(f"{path}: `{key}` is not readable ({reason}); {self._hint}") from None
+        self._written = None if written is None or written.all() else written  # None: every row is there
         self._source, self._opened_by = None, None
 
     def _describe(self, dataset, known_shapes):
+        if not isinstance(dataset, h5py.Dataset):
+            raise OSError("it is a group")
         self.dtype = dataset.dtype
         self._stored_shape = dataset.shape
         own_shape = dataset.shape[1:]
@@ -100,9 +112,7 @@ class Rows:
     def __getitem__(self, ids):
         """ids: slice or 1-D integers in any order, repeats allowed -> (len(ids), *row_shape) as stored."""
         ids = np.arange(len(self))[ids] if isinstance(ids, slice) else np.asarray(ids, np.int64)
-        if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
-            bad = ids.min() if ids.min() < 0 else ids.max()
-            raise utils.UserError(f"{self.path}: row {bad} wanted, rows 0..{len(self) - 1} found; {self._hint}")
+        self.require(ids)
         source = self._open()
         if self._offset is not None:
             rows = np.asarray(source[ids])
@@ -111,6 +121,23 @@ class Rows:
             rows = source[unique][inverse]
         return rows.reshape(len(ids), *self.row_shape)
 
+    def require(self, ids):
+        """Raise UserError unless the file has all of these rows (n,)."""
+        if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
+            bad = ids.min() if ids.min() < 0 else ids.max()
+            raise utils.UserError(f"{self.path}: row {bad} wanted, rows 0..{len(self) - 1} found; {self._hint}")
+        if self._written is not None and not self._written[ids].all():
+            first = ids[~self._written[ids]][0]
+            raise utils.UserError(f"{self.path}: image id {first} is not written yet, {self._written.sum()} of "
+                                  f"{len(self)} rows are there; {self._go_on}")
+
+    def of(self, kind, n_axes, wanted):
+        """These Rows, if they are of a kind of number (NumPy's letter) and have that many axes: else UserError."""
+        if self.dtype.kind != kind or len(self.row_shape) != n_axes:
+            raise utils.UserError(f"{self.path}: `{self.key}` is {self.dtype} of shape {self.shape}, wanted {wanted}; "
+                                  f"{self._hint}")
+        return self
+
     def batches(self, ids, size):
         """The rows of `ids` (n,), at most `size` at a time."""
         return (self[part] for part in np.array_split(ids, -(-len(ids) // size)))
@@ -118,20 +145,22 @@ class Rows:
 
 def open_betas(paths, subj):
     """Rows of a subject's single-trial responses: (trials, V) float32, z-scored by session."""
-    hint = "download it (README, data), or check --data_path and --subj"
-    return Rows(paths.betas(subj), "betas", f"betas of {subj}", hint)
+    hint = f"{DOWNLOAD}, or check --data_path and --subj"
+    return Rows(paths.betas(subj), "betas", f"betas of {subj}", hint).of("f", 1, "float (trials, voxels)")
 
 
 def open_feature(paths, feat):
     """Rows of a feature of the stimuli, by image id: c (T, D), z (4, h, w), g_k (T, D)."""
     hint = f"write it with python src/img2feat.py --feats {feat}"
-    return Rows(paths.feature(feat), "data", f"feature {feat}", hint, KNOWN_FEATURE_SHAPES)
+    go_on = f"go on with bash scripts/features.sh --feats {feat}"
+    rows = Rows(paths.feature(feat), "data", f"feature {feat}", hint, KNOWN_FEATURE_SHAPES, go_on)
+    return rows.of("f", 3, "float (N, 4, h, w)") if feat == "z" else rows.of("f", 2, "float (N, T, D)")
 
 
 def open_stimuli(paths):
     """Rows of the stimuli, by image id: (N, H, W, 3) uint8."""
-    hint = "download it (README, data), or check --root"
-    return Rows(paths.stimuli / "nsd_stimuli.hdf5", "imgBrick", "stimuli", hint)
+    hint = f"{DOWNLOAD}, or check --root"
+    return Rows(paths.stimuli / "nsd_stimuli.hdf5", "imgBrick", "stimuli", hint).of("u", 3, "uint8 (N, H, W, 3)")
 
 
 def read_betas(betas, rows):
@@ -157,6 +186,7 @@ class AveragedRows:
         self.image_ids, self.first, self.n_repeats = np.unique(trials["image_id"].to_numpy(), return_index=True,
                                                                return_counts=True)
         self.betas, self.path, self.rows = betas, betas.path, trials["row"].to_numpy()
+        betas.require(self.rows)
         self.shape = (len(self.image_ids), betas.shape[1])
         self.table = pd.DataFrame({"image_id": self.image_ids, "row": np.arange(len(self.image_ids))})
 
@@ -242,7 +272,7 @@ def load_trials(paths, subj, split, num_sessions=None):
 
 def _session_shards(folder, subj, num_sessions):
     """The first shards of {0, 1, ...}.tar, in numeric order."""
-    hint = "download it (README, data), or check --data_path and --subj"
+    hint = f"{DOWNLOAD}, or check --data_path and --subj"
     numbers = sorted(int(tar.stem) for tar in utils.require(folder, "shards", hint).glob("*.tar") if tar.stem.isdigit())
     if not numbers or numbers != list(range(len(numbers))):
         raise utils.UserError(f"{folder}: shards {numbers} found, wanted 0.tar, 1.tar, ... without a gap; {hint}")
@@ -268,7 +298,8 @@ def _read_shards(folder, shards, what):
         pass
     found, fresh = [], False
     for shard in tqdm(shards, desc=f"{what}, read once", unit="tar", delay=2, leave=False):
-        stat = utils.require(shard, "shard", "download it (README, data), or check --data_path and --subj").stat()
+        hint = f"{DOWNLOAD}, or check --data_path and --subj"
+        stat = utils.require(shard, "shard", hint).stat()
         name = f"{shard.name} {stat.st_size} {stat.st_mtime_ns}"
         if name not in known:
             known[name], fresh = _read_shard(shard), True
@@ -278,7 +309,7 @@ def _read_shards(folder, shards, what):
         try:
             with utils.atomic_path(kept) as temporary, open(temporary, "wb") as file:
                 np.savez_compressed(file, **current)
-        except OSError:
+        except utils.UserError:  # that it could not be written
             pass
     return found
 
@@ -314,18 +345,23 @@ def _expdesign_file(paths):
     return paths.experiments / "nsd_expdesign.mat"
 
 
-def check_against_expdesign(paths, subj, trials):
-    """Compare the trials' image ids with the experiment's design; raises UserError when one differs.
+def load_design(paths, subj):
+    """Image id of every designed trial of a subject, (trials,), from nsd_expdesign.mat.
 
     The file counts from 1: trial t (row of the betas) of subject s showed subjectim[s, masterordering[t] - 1] - 1.
     """
-    file = _expdesign_file(paths)
+    file = utils.require(paths.experiments / "nsd_expdesign.mat", "the experiment's design", DOWNLOAD)
     try:
         design = scipy.io.loadmat(file, variable_names=["masterordering", "subjectim"])
         order = design["masterordering"].ravel().astype(np.int64) - 1
-        shown = design["subjectim"][SUBJECTS.index(subj)].astype(np.int64)[order] - 1  # image id of every trial
+        return design["subjectim"][SUBJECTS.index(subj)].astype(np.int64)[order] - 1
     except Exception as error:  # scipy raises many types for damaged files
         raise utils.UserError(f"{file}: not readable ({error!r}); download it again") from None
+
+
+def check_against_expdesign(paths, subj, trials):
+    """Compare the trials' image ids with the experiment's design; raises UserError when one differs."""
+    file, shown = _expdesign_file(paths), load_design(paths, subj)
     row, image_id = trials["row"].to_numpy(), trials["image_id"].to_numpy()
     if row.max() >= len(shown):
         raise utils.UserError(f"{file}: {len(shown)} trials, but the shards of {subj} have a trial {row.max()}; "
@@ -339,23 +375,85 @@ def check_against_expdesign(paths, subj, trials):
                               "check that both are of one subject and one data set")
 
 
+def check_shared_images(paths):
+    """Ids of the images that all subjects were to see; raises UserError unless all files that list them agree.
+
+    They are: nsd_expdesign.mat (from 1), the table of the stimuli, and MindEye2's shared1000.npy.
+    """
+    file = utils.require(paths.experiments / "nsd_expdesign.mat", "the experiment's design", DOWNLOAD)
+    try:
+        shared = np.sort(scipy.io.loadmat(file, variable_names=["sharedix"])["sharedix"].ravel().astype(np.int64) - 1)
+    except Exception as error:  # scipy raises many types for damaged files
+        raise utils.UserError(f"{file}: not readable ({error!r}); download it again") from None
+    mask_file = paths.data_path / "shared1000.npy"
+    others = {"nsd_stim_info_merged.csv": load_stimulus_table(paths, ("nsdId", "shared1000"))["shared1000"].to_numpy(),
+              mask_file: utils.load_npy(mask_file, "mask of the shared images", DOWNLOAD)}
+    for name, mask in others.items():
+        if not np.array_equal(np.flatnonzero(mask), shared):
+            raise utils.UserError(f"{name}: {np.count_nonzero(mask)} shared images, of which {file.name} lists "
+                                  f"{np.isin(np.flatnonzero(mask), shared).sum()} of its {len(shared)}, wanted the "
+                                  "same; download both again")
+    return shared
+
+
+def check_trial_images(paths, subj):
+    """Number of trials in COCO_73k_subj_indices.hdf5; raises UserError where it contradicts nsd_expdesign.mat."""
+    file = utils.require(paths.data_path / "COCO_73k_subj_indices.hdf5", "image ids of trials",
+                         DOWNLOAD)
+    try:
+        with h5py.File(file, "r") as listed:
+            image_ids = listed[subj][()].astype(np.int64)
+    except (OSError, KeyError) as error:
+        raise utils.UserError(f"{file}: `{subj}` is not readable ({error}); download it again") from None
+    trials = pd.DataFrame({"row": np.arange(len(image_ids)), "image_id": image_ids})
+    check_against_expdesign(paths, subj, trials)
+    return len(image_ids)
+
+
+def load_stimulus_table(paths, columns=("nsdId", "cocoId")):
+    """NSD's table of the stimuli, one row per image, in the order of image ids: DataFrame of the wanted columns."""
+    file = paths.experiments / "nsd_stim_info_merged.csv"
+    utils.require(file, "table of the stimuli", f"{DOWNLOAD}, or check --root")
+    try:
+        table = pd.read_csv(file, usecols=list(columns)).sort_values("nsdId", ignore_index=True)
+    except ValueError as error:
+        raise utils.UserError(f"{file}: columns {', '.join(columns)} wanted ({error}); download it again") from None
+    if not np.array_equal(table["nsdId"], np.arange(len(table))):
+        raise utils.UserError(f"{file}: nsdId is not 0..{len(table) - 1}, each once; download it again")
+    return table
+
+
+def write_captions(paths, archive):
+    """Make nsd_captions.json, {cocoId: [caption, ...]}, of COCO's annotations_trainval2017.zip.
+
+    NSD's images are from both of COCO's parts. Raises UserError when an image has no caption there.
+    """
+    wanted = {int(coco_id): [] for coco_id in load_stimulus_table(paths)["cocoId"]}
+    try:
+        with zipfile.ZipFile(archive) as parts:
+            for part in ("train", "val"):
+                with parts.open(f"annotations/captions_{part}2017.json") as file:
+                    for annotation in json.load(file)["annotations"]:
+                        if annotation["image_id"] in wanted:
+                            wanted[annotation["image_id"]].append(annotation["caption"].strip())
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, zlib.error) as error:
+        raise utils.UserError(f"{archive}: not COCO's captions ({error}); delete it and download it again") from None
+    missing = [coco_id for coco_id, texts in wanted.items() if not texts]
+    if missing:
+        raise utils.UserError(f"{archive}: no caption of COCO image {missing[0]} and {len(missing) - 1} others; check "
+                              "nsd_stim_info_merged.csv, or delete the archive and download it again")
+    utils.save_json(paths.captions, {str(coco_id): texts for coco_id, texts in wanted.items()})
+
+
 def load_captions(paths):
     """Captions of every image: list by image id of lists of str (about 5 each)."""
-    table_file = paths.experiments / "nsd_stim_info_merged.csv"
-    caption_file = paths.stimuli / "annotations/nsd_captions.json"
-    utils.require(table_file, "table of the stimuli", "download it (README, data), or check --root")
-    try:
-        table = pd.read_csv(table_file, usecols=["nsdId", "cocoId"]).sort_values("nsdId")
-    except ValueError as error:
-        raise utils.UserError(f"{table_file}: columns nsdId and cocoId wanted ({error}); download it again") from None
-    if not np.array_equal(table["nsdId"], np.arange(len(table))):
-        raise utils.UserError(f"{table_file}: nsdId is not 0..{len(table) - 1}, each once; download it again")
-    by_coco_id = utils.load_json(caption_file, "captions", "download them (README, data)")
+    table, caption_file = load_stimulus_table(paths), paths.captions
+    by_coco_id = utils.load_json(caption_file, "captions", "download them (bash scripts/download.sh)")
     captions = [by_coco_id.get(str(coco_id)) for coco_id in table["cocoId"]]
     missing = [image_id for image_id, texts in enumerate(captions) if not texts]
     if missing:
         raise utils.UserError(f"{caption_file}: no caption for image {missing[0]} and {len(missing) - 1} others "
-                              f"(cocoId as in {table_file.name}); write or download it again")
+                              "(cocoId as in nsd_stim_info_merged.csv); write or download it again")
     return captions
 
 
@@ -369,12 +467,15 @@ def roi_masks(paths, subj):
     volumes = paths.rois(subj) / "nsdgeneral.nii.gz"
     if not file.exists() and volumes.exists():
         return _masks_of_volumes(paths, subj)
-    utils.require(file, "ROI masks", f"download it (README, data), check --data_path, or put NSD's {volumes.name} and "
+    utils.require(file, "ROI masks", f"{DOWNLOAD}, check --data_path, or put NSD's {volumes.name} and "
                   f"prf-visualrois.nii.gz into {volumes.parent}")
     try:
         with h5py.File(file, "r") as regions:
-            masks = {name: mask[()].astype(bool) for name, mask in regions[subj].items()}
-    except (OSError, KeyError) as error:
+            masks = {name: mask[()] for name, mask in regions[subj].items()}
+        if words := [name for name, mask in masks.items() if mask.dtype.kind not in "biuf"]:
+            raise OSError(f"{words[0]} is of {masks[words[0]].dtype}, wanted 0 and 1")
+        masks = {name: mask.astype(bool) for name, mask in masks.items()}
+    except (OSError, KeyError, TypeError, AttributeError) as error:
         raise utils.UserError(f"{file}: masks of {subj} are not readable ({error}); download it again") from None
     n_voxels = open_betas(paths, subj).shape[1]
     for name, mask in masks.items():
@@ -397,7 +498,7 @@ def _masks_of_volumes(paths, subj):
     folder = paths.rois(subj)
     volumes = {}
     for name in ("nsdgeneral", "prf-visualrois"):
-        file = utils.require(folder / f"{name}.nii.gz", "ROI volume", "download it (README, data)")
+        file = utils.require(folder / f"{name}.nii.gz", "ROI volume", DOWNLOAD)
         try:
             volumes[name] = np.asarray(nibabel.load(file).dataobj)
         except Exception as error:  # nibabel and gzip raise many types for damaged files
@@ -467,6 +568,9 @@ class EpochBatches(torch.utils.data.Dataset):
         self.betas, self.targets, self.seed = betas, targets, seed
         self.image_ids = {subj: table["image_id"].to_numpy() for subj, table in tables.items()}
         self.rows = {subj: table["row"].to_numpy() for subj, table in tables.items()}
+        for ids in self.image_ids.values():
+            for rows in targets.values():
+                rows.require(ids)
         # an image that is repeated more often than that needs a batch for each of its trials
         repeats = np.unique(np.concatenate(list(self.image_ids.values())), return_counts=True)[1].max()
         self.n_batches = max(-(-max(map(len, tables.values())) // share), int(repeats))

@@ -10,6 +10,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: defaults of its functions would hold it for good (run_cli)
 
 import utils
 

@@ -5,6 +5,7 @@ they cannot be had, `load_networks` says which metric is missing and why. Featur
 """
 
 import hashlib
+import os
 from functools import partial
 from typing import NamedTuple
 
@@ -63,8 +64,10 @@ class Layer(torch.nn.Module):
 def load_networks(eval_clip, device, weights_dir=None):
     """Return {metric: Network} and {metric: why it is missing}; raises UserError for a CLIP that cannot be loaded.
 
-    weights_dir: torch.hub's folder; a CLIP lying there under the last part of its name is preferred.
+    Files of weights are read without running what a pickle may hold. weights_dir: torch.hub's folder; a CLIP lying
+    there under the last part of its name is preferred.
     """
+    os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # torchvision and the hub's code do not ask for it
     if weights_dir is not None:
         folder = utils.require(weights_dir, "--weights_dir: the folder of the judges' weights", "check its name")
         torch.hub.set_dir(str(folder))

@@ -98,12 +98,12 @@ def evaluate(args):
     images = read_images(images_folder(args, paths))
     outdir = images.folder / "ground_truth" if args.ground_truth else images.folder
     outdir = paths.root.joinpath(args.outdir) if args.outdir else outdir
-    for folder in (outdir, outdir / "report"):
-        check_writable(folder)
     stimuli = data.open_stimuli(paths)
     check_ids(images, stimuli, paths)
     check_rows(images, paths)
     compared = {} if args.ground_truth else read_compared(args.compare, paths)
+    for folder in (outdir, outdir / "report"):
+        check_writable(folder)
     networks, missing = load_networks(args.eval_clip, utils.pick_device(args.device), args.weights_dir)
     if len(images.image_ids) == 1:
         missing |= dict.fromkeys((name for name in networks if name.endswith("_two_way")), "needs at least two images")
@@ -129,8 +129,7 @@ def evaluate(args):
     sheet = draw_sheet(images, compared, stimuli, results, args)
     config = {"protocol": "mindeye2", "images": str(images.folder), "n_samples": made.n_samples,
               "git_commit": utils.git_commit(), "options": vars(args), "brain_correlation": scale.brain_note(images)}
-    write_results(outdir, measured, differences, images, config)
-    sheet.save(outdir / "contact_sheet.png")
+    write_results(outdir, measured, differences, images, config, sheet)
     report.write(outdir / "report", name_of(images.folder), measured, differences, absent,
                  {"seen": seen, made.label: made, **others}, config, images.config or {}, paths)
 
@@ -208,8 +207,9 @@ def check_writable(folder):
         with utils.atomic_path(folder / "writable") as temporary:
             temporary.touch()
         (folder / "writable").unlink()
-    except OSError as error:
-        raise utils.UserError(f"{folder}: can not be written to ({error.strerror}); choose another --outdir") from None
+    except utils.UserError as error:
+        raise utils.UserError(f"{folder}: can not be written to ({error.__cause__.strerror}); choose another --outdir"
+                              ) from None
 
 
 def other_sets(images, seen, compared, args, paths, store):
@@ -458,19 +458,22 @@ def run_behind(images):
 # --- results -----------------------------------------------------------------------------------------------------
 
 
-def write_results(outdir, measured, differences, images, config):
-    """The files beside the images; the first set of `measured` is the reconstructions."""
+def write_results(outdir, measured, differences, images, config, sheet):
+    """The files beside the images, all or none; the first set of `measured` is the reconstructions."""
     main = next(iter(measured.values()))
     rows = [{"image_id": image_id, **{name: float(values[i]) for name, values in main.per_image.items()}}
             for i, image_id in enumerate(images.image_ids)]
-    utils.save_csv(outdir / "metrics_per_image.csv", rows)
-    utils.save_csv(outdir / "metrics.csv", table_of(measured))
-    utils.save_json(outdir / "compared.json", {
-        label: {"results": measured[label].results, "difference": found} for label, found in differences.items()})
-    with utils.atomic_path(outdir / "metrics.tex") as temporary:
-        temporary.write_text(report.latex_row(config["options"]["method"], main.results))
-    utils.save_json(outdir / "metrics_config.json", config)
-    utils.save_json(outdir / "metrics.json", main.results)
+    compared = {label: {"results": measured[label].results, "difference": found}
+                for label, found in differences.items()}
+    line = report.latex_row(config["options"]["method"], main.results)
+    utils.save_together({
+        outdir / "metrics.json": utils.write_json(main.results),
+        outdir / "metrics_config.json": utils.write_json(config),
+        outdir / "metrics.tex": lambda path: path.write_text(line),
+        outdir / "compared.json": utils.write_json(compared),
+        outdir / "metrics.csv": utils.write_csv(table_of(measured)),
+        outdir / "metrics_per_image.csv": utils.write_csv(rows),
+        outdir / "contact_sheet.png": lambda path: sheet.save(path, format="PNG")})
 
 
 def table_of(measured):

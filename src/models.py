@@ -60,7 +60,8 @@ class ClipFeatures(nn.Module):
             model = CLIPVisionModel.from_pretrained(name)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise utils.UserError(f"--clip_model {name}: no CLIP vision model could be loaded ({reason})") from None
+            raise utils.UserError(f"--clip_model {name}: no CLIP vision model could be loaded ({reason}); give a "
+                                  "folder or hub id") from None
         return cls(model, layers)
 
     def preprocess(self, image):
@@ -299,6 +300,9 @@ class DiffusionPrior(nn.Module):
 
         generator: None, one, or a list of one per sample, which makes a sample independent of its batch.
         """
+        most = self.schedule.config.num_train_timesteps
+        if steps > most:
+            raise utils.UserError(f"--prior_steps {steps}: wanted at most the {most} that the prior was trained with")
         self.schedule.set_timesteps(steps)
         x = randn_tensor(brain.shape, generator=generator, device=brain.device, dtype=brain.dtype)
         for t in self.schedule.timesteps.tolist():
@@ -503,7 +507,7 @@ def load_prefilter(gnet, file):
                              map_location="cpu", weights_only=True)
         for ours, theirs in ((0, "features.0"), (3, "features.3")):
             gnet.prefilter[ours].load_state_dict({key: weights[f"{theirs}.{key}"] for key in ("weight", "bias")})
-    except (KeyError, TypeError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (KeyError, TypeError, RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
         raise utils.UserError(f"--prefilter {file}: not AlexNet's weights ({str(error).splitlines()[0]}), wanted "
                               "features.0 and features.3 of torchvision's alexnet") from None
 
@@ -620,6 +624,21 @@ def build_model(model_args):
     """Rebuild the network of a checkpoint from its `model_args`; weights are random until loaded."""
     sizes = dict(model_args)
     return MODELS[sizes.pop("kind")](**sizes)
+
+
+def restore(state, file, model=None):
+    """The network of a run's checkpoint `state`, with its weights; UserError, naming the file, unless all of it fits.
+
+    model: to put them into; None makes one.
+    """
+    try:
+        model = build_model(state["model_args"]) if model is None else model
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise utils.UserError(f"{file}: its weights are not those of a network known here ({type(error).__name__}: "
+                              f"{reason}); train it again with --overwrite") from None
+    return model
 
 
 def load_trunk(model, state_dict):

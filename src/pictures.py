@@ -3,6 +3,7 @@ config.json that says what they were made of; beside a picture that the brain gu
 guided step. recon.py fills it, evaluate.py reads it.
 """
 
+import argparse
 import hashlib
 import json
 import re
@@ -15,11 +16,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+import options
 import utils
 from metrics import resize
 
 SIDE = 256  # pixels: of both pictures of a pair, before any metric
 FILE_NAME = re.compile(r"(\d{5,})(?:_s(\d+))?\.png")
+# what config.json says that names of other folders are made of, and what says whether it may
+NAMES = {"subj": options.subject, "run": options.run, "head": options.head, "sd_model": str} | dict.fromkeys(
+    ("method", "tag", "control", "test_split", "repeats", "gnet_run", "gnet_roi"), options.tag)
+NUMBERS = ("hidden_dim", "num_sessions", "gnet_kappa")
 END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk, the same in every PNG
 
 
@@ -118,16 +124,44 @@ def read_images(folder):
     files = {}
     for row in rows:
         try:
-            files.setdefault(int(row["image_id"]), []).append(folder / row["file"])
+            samples = files.setdefault(int(row["image_id"]), [])
+            int(row.get("row", 0))
         except (ValueError, TypeError):
-            raise utils.UserError(f"{index}: image_id {row['image_id']!r}, wanted a 0-based 73k id; run recon again, "
-                                  "which writes it") from None
+            raise utils.UserError(f"{index}: image_id {row['image_id']!r} of row {row.get('row')!r}, wanted a 0-based "
+                                  "73k id of a number; run recon again, which writes it") from None
+        if not FILE_NAME.fullmatch(str(row["file"])):  # a path could lead anywhere
+            raise utils.UserError(f"{index}: file {row['file']!r}, wanted a name such as 00000.png, of a picture beside"
+                                  " it; run recon again, which writes it")
+        samples.append(folder / row["file"])
     check_files(folder, [file for samples in files.values() for file in samples])
     ids, n_samples = sorted(files), min(map(len, files.values()))
     if n_samples < max(map(len, files.values())):
         print(f"{folder}: some images have more samples than others; the first {n_samples} of each are compared")
-    config = utils.load_json(folder / "config.json") if (folder / "config.json").exists() else None
+    config = None
+    if (folder / "config.json").exists():
+        config = utils.load_json(folder / "config.json")
+        check_names(folder / "config.json", config)
     return ImageSet(folder, np.array(ids, np.int64), [files[i][:n_samples] for i in ids], config)
+
+
+def check_names(file, config):
+    """Raise UserError for a value of config.json that recon.py would not have taken: paths are made of them."""
+    found = [(name, kind, config[name]) for name, kind in NAMES.items() if config.get(name) is not None]
+    for name in ("feats", "score_hashes"):
+        feats = config.get(name) or []
+        feats = feats if isinstance(feats, (list, dict)) else [feats]
+        found += [(name, options.feature, feat) for feat in feats if feat not in ("image_ids", "gnet", "target")]
+    for name, kind, value in found:
+        try:
+            fine = isinstance(value, str) and kind(value) is not None
+        except argparse.ArgumentTypeError:
+            fine = False
+        if not fine:
+            raise utils.UserError(f"{file}: {name} {value!r}, wanted what recon.py takes as --{name}; run recon again, "
+                                  "which writes it")
+    for name in NUMBERS:
+        if not isinstance(config.get(name, 0), (int, float)):
+            raise utils.UserError(f"{file}: {name} {config[name]!r}, wanted a number; run recon again, which writes it")
 
 
 def check_files(folder, files):

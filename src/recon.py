@@ -150,34 +150,47 @@ def main(argv=None):
         fill(folder, rows, scores, image_ids, config, team, args)
     except torch.OutOfMemoryError:
         raise utils.UserError(out_of_memory(args)) from None
-    except OSError as error:
-        raise utils.UserError(f"{error.filename or folder}: could not be written ({error.strerror}); make room or "
-                              "choose another --outdir; what is drawn is kept") from error
 
 
 def fill(folder, rows, scores, image_ids, config, team, args):
-    """Draw what `folder` lacks of the pictures of `rows`, shared among the team's processes."""
+    """Draw what `folder` lacks of the pictures of `rows`, shared among the team's processes.
+
+    Nothing in the folder is touched before all networks are there and fit the scores.
+    """
+    jobs = [(row, sample) for row in rows for sample in range(args.num_samples)]
+    missing = [job for job in jobs if args.overwrite or not pictures.is_whole(folder / pictures.file_name(*job))]
+    team.print(f"{folder}: {len(jobs)} pictures wanted, {len(jobs) - len(missing)} exist")
+    mine = team.take(missing)
+    networks = load_networks(image_ids, team, args) if mine else None
+    if mine:
+        check_shapes(mine[0], scores, image_ids, networks, team, args)
+    team.wait()  # until everybody has counted
     if team.is_main:
         pictures.clear_folder(folder, config, args.overwrite)
     team.wait()
-    jobs = [(row, sample) for row in rows for sample in range(args.num_samples)]
-    missing = [job for job in jobs if not pictures.is_whole(folder / pictures.file_name(*job))]
-    team.print(f"{folder}: {len(jobs)} pictures wanted, {len(jobs) - len(missing)} exist")
-    team.wait()  # until everybody has counted
-    draw(team.take(missing), scores, image_ids, folder, team, args)
+    draw(mine, scores, image_ids, folder, networks, team, args)
     team.wait()
     if team.is_main:
         pictures.write_index(folder, image_ids, args.seed)
 
 
-def draw(jobs, scores, image_ids, folder, team, args):
+def check_shapes(job, scores, image_ids, networks, team, args):
+    """Raise UserError unless scores and --resolution are such as the networks take."""
+    condition, begin, seen = inputs_of([job], scores, image_ids, networks, team, args)
+    networks[0].check(condition, begin["z"], args.resolution, args.num_inference_steps, args.sag_scale)
+    with torch.inference_mode():
+        for term in seen["terms"]:
+            term(torch.zeros(1, 3, 8, 8, device=team.device))
+
+
+def draw(jobs, scores, image_ids, folder, networks, team, args):
     """Draw every (row, sample) of `jobs` and write it to `folder` as soon as its batch is done.
 
     W&B shows what the first process draws. Raises UserError, at the end, for pictures that are not finite.
     """
     if not jobs:
         return
-    networks, diverged = load_networks(image_ids, team, args), []
+    diverged = []
     size = rows_at_once(networks[0], scores, team.device, args)
     begun = len(pictures.pictures_in(folder)) or None
     name = f"recon_{args.subj}_{pictures.name_of(folder)}".replace(" ", "_")

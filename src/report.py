@@ -225,7 +225,7 @@ def training_section(recon_config, paths):
             name = utils.run_of(recon_config, feat)
             file = paths.run(name) / "metrics.jsonl"
             if file.exists():
-                plots.append(curve(feat, name, [json.loads(line) for line in file.read_text().splitlines()]))
+                plots.append(curve(feat, name, list(utils.load_rows(file))))
     if not plots:
         return "<section id=training><h2>Training</h2><p class=faint>No metrics.jsonl of its runs.</p></section>"
     return f"<section id=training><h2>Training</h2><div class=plots>{''.join(plots)}</div></section>"

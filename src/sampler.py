@@ -217,12 +217,9 @@ class GuidedPipeline(DiffusionPipeline):
         Returns (B, 3, H, W) float32 in [0, 1]. Raises UserError when c, z or the resolution does not fit the model.
         """
         _check_choices(rule=(rule, RULES), grad=(grad, GRADS), x0=(x0, X0S))
-        self._check_shapes(condition, z)
+        self.check(condition, z, resolution, num_inference_steps, sag_scale)
         context = self.context_of(condition)
         latents, timesteps = self.start(image_ids, sample, seed, z, strength, resolution, num_inference_steps)
-        if sag_scale and min(latents.shape[2:]) <= SAG_TAPS // 2:
-            raise utils.UserError(f"--sag_scale {sag_scale:g}: blurs over {SAG_TAPS} latent pixels, the latents are "
-                                  f"{tuple(latents.shape[2:])}; raise --resolution, or leave it out")
         n_guided = guided_steps(guidance_strength, len(timesteps)) if terms and guidance_scale else 0
         apply_rule = raw_rule if rule == "raw" else norm_rule
         with self._watched_attention(sag_scale) as tokens:
@@ -261,9 +258,6 @@ class GuidedPipeline(DiffusionPipeline):
 
         Timesteps stay on the CPU: indexing by them must not wait for a GPU.
         """
-        most = self.scheduler.config.num_train_timesteps - self.scheduler.config.steps_offset
-        if num_inference_steps > most:
-            raise utils.UserError(f"--num_inference_steps {num_inference_steps}: the model knows {most}; lower it")
         self.scheduler.set_timesteps(num_inference_steps)
         shape = self.latent_shape(resolution, None if z is None else z.shape[1:])
         precision = torch.promote_types(torch.float32, self.unet.dtype)  # latents are never rounded to half
@@ -392,7 +386,8 @@ class GuidedPipeline(DiffusionPipeline):
         height, width = (-(-side // 2**halvings) for side in size)
         return F.interpolate((received > 1).to(tokens.dtype).view(-1, 1, height, width), size)
 
-    def _check_shapes(self, condition, z):
+    def check(self, condition, z=None, resolution=None, num_inference_steps=50, sag_scale=0.0):
+        """Raise UserError for what does not fit the model: arguments as in a call."""
         found, tokens = tuple(condition.shape[1:]), self.tokenizer.model_max_length
         if tokens > 10**6:  # what transformers says of a tokenizer that does not say
             raise utils.UserError("--sd_model: its tokenizer does not say how many tokens a caption has; download the "
@@ -404,6 +399,13 @@ class GuidedPipeline(DiffusionPipeline):
         if z is not None and (z.ndim != 4 or z.shape[1] != self.unet.config.in_channels):
             raise utils.UserError(f"--z: rows of shape {tuple(z.shape[1:])}, --sd_model wants "
                                   f"({self.unet.config.in_channels}, h, w)")
+        most = self.scheduler.config.num_train_timesteps - self.scheduler.config.steps_offset
+        if num_inference_steps > most:
+            raise utils.UserError(f"--num_inference_steps {num_inference_steps}: the model knows {most}; lower it")
+        side = self.latent_shape(resolution, None if z is None else z.shape[1:])[1:]
+        if sag_scale and min(side) <= SAG_TAPS // 2:
+            raise utils.UserError(f"--sag_scale {sag_scale:g}: blurs over {SAG_TAPS} latent pixels, the latents are "
+                                  f"{tuple(side)}; raise --resolution, or leave it out")
 
 
 def guided_steps(guidance_strength, n_steps):

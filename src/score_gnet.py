@@ -44,12 +44,12 @@ def get_parser():
 
 
 def id_range(text):
-    """'7' -> [7], '3-5' -> [3, 4, 5]."""
+    """'7' -> range(7, 8), '3-5' -> range(3, 6)."""
     first, _, last = text.partition("-")
     last = last or first
     if not (first.isdigit() and last.isdigit()) or int(first) > int(last):
         raise argparse.ArgumentTypeError(f"{text!r} is not an id or a range of ids; wanted 7 or 0-99")
-    return list(range(int(first), int(last) + 1))
+    return range(int(first), int(last) + 1)
 
 
 def main(argv=None):
@@ -86,8 +86,9 @@ def read_images(args, paths):
             images = pictures.read_images(folder)
             ids, files = images.image_ids, [samples[0] for samples in images.files]
         else:
-            found = utils.require(folder, "--images: the folder of pictures", "check its name").iterdir()
-            files = sorted(file for file in found if file.suffix.lower() in KINDS)
+            if not folder.is_dir():
+                raise utils.UserError(f"--images {folder}: the folder of pictures not found; check its name")
+            files = sorted(file for file in folder.iterdir() if file.suffix.lower() in KINDS)
             ids = np.arange(len(files))
             if not files:
                 raise utils.UserError(f"--images {folder}: no pictures; wanted {', '.join(KINDS)} files in it")
@@ -95,9 +96,10 @@ def read_images(args, paths):
             pictures.name_of(folder).replace(" ", "_")]
     stimuli = data.open_stimuli(paths)
     if args.ids:
+        last = max(chosen[-1] for chosen in args.ids)
+        if last >= len(stimuli):
+            raise utils.UserError(f"--ids {last}: wanted 0..{len(stimuli) - 1}, the images of {stimuli.path}")
         ids, which = np.unique(np.concatenate(args.ids)), [f"{args.ids[0][0]}-{args.ids[-1][-1]}"]
-        if ids[-1] >= len(stimuli):
-            raise utils.UserError(f"--ids {ids[-1]}: wanted 0..{len(stimuli) - 1}, the images of {stimuli.path}")
     else:
         ids, which = np.unique(data.load_trials(paths, args.subj, "new_test")["image_id"]), []
     return ids, stimuli.batches(ids, args.batch_size), None, which

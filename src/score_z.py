@@ -64,7 +64,8 @@ def training_statistics(source):
     made_from = {key: config[key] for key in ("checkpoint_sha256", "subj", "head", "num_sessions", "seed")}
     made_from |= {"adapt_epochs": config.get("adapt_epochs"), "held_out": list(source.held_out)}
     file = source.paths.run(source.run) / f"z_statistics_{args.subj}_{config['head']}_{args.num_sessions}sess.pth"
-    if file.exists() and (kept := utils.load_checkpoint(file))["made_from"] == made_from:
+    keys, hint = ("made_from", "predictions", "latents"), "score again"
+    if file.exists() and (kept := utils.load_checkpoint(file, "statistics", hint, keys))["made_from"] == made_from:
         return [tuple(part.numpy() for part in kept[key]) for key in ("predictions", "latents")]
     trials, _ = data.split_trials(source.paths, args.subj, *source.held_out)
     images = trials["image_id"].unique()

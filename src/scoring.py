@@ -17,7 +17,7 @@ import training
 import utils
 from distributed import Team
 from losses import OBJECTIVES
-from models import build_model, load_trunk
+from models import build_model, load_trunk, restore
 
 
 def get_parser(doc):
@@ -94,8 +94,7 @@ def open_source(args, feat, **settings):
         model = adapt(args, paths, feat, run, state, config["checkpoint_sha256"])
         subj = args.subj
     else:
-        model = build_model(state["model_args"])
-        model.load_state_dict(state["model"])
+        model = restore(state, checkpoint)
         subj = args.subj if head == "own" else head
         if subj not in state["n_voxels"]:
             raise utils.UserError(f"--head {subj}: {checkpoint} has voxel encoders of {', '.join(state['n_voxels'])}; "

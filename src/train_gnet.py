@@ -78,11 +78,8 @@ def open_run(args):
         for part, trials in zip(("train", "val"), parts, strict=True):
             rows = data.AveragedRows(data.open_betas(paths, subj), trials)
             tables[part][subj], responses[part][subj] = rows.table, rows
-    run = training.make_run(args, paths.run(name), "gnet", config, team, tables, responses,
-                            {"target": data.open_stimuli(paths)})
-    n_train, n_val = run.sizes
-    run.say(f"{n_train} training and {n_val} validation images of {', '.join(subjects)}; {team}")
-    return run
+    return training.make_run(args, paths.run(name), "gnet", config, team, tables, responses,
+                             {"target": data.open_stimuli(paths)})
 
 
 if __name__ == "__main__":

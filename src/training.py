@@ -23,11 +23,12 @@ import options
 import utils
 from distributed import Team
 from losses import pct_correct, similarities
-from models import RidgeModel, load_trunk
+from models import RidgeModel, load_trunk, restore
 
 RIDGE_ALPHAS = np.logspace(-1, 7, 17)  # each target picks its own; betas are z-scored, so these suit any subject
 RIDGE_COLUMNS = 2048  # targets solved at once: bounds the memory
 HOW_ADAMW_RUNS = {"params", "fused", "foreach", "capturable", "differentiable"}  # not what it computes
+PROGRESS = ("epoch", "step", "sums", "best")  # of a checkpoint: epochs done, steps of the next one and their logs
 STEPS_BETWEEN_VOTES = 20  # how often several processes ask each other whether to stop
 
 
@@ -100,13 +101,20 @@ class Run:
     val: data.EpochBatches
     n_voxels: dict  # subject -> voxel count
     shapes: dict  # of one row of each target: {"target": (T, D)}
-    target_statistics: tuple = ()  # mean (T, D) and standard deviation of the training images' targets
     pretrained: object = None  # checkpoint file of the pretraining run, or None
+    target_statistics: tuple = ()  # mean (T, D) and standard deviation of the training images' targets
 
     @property
     def sizes(self):
         """Lines of the training and of the validation table, all subjects together."""
         return [sum(map(len, self.tables[part].values())) for part in ("train", "val")]
+
+    def introduce(self):
+        """Say what is trained on what."""
+        n_train, n_val = self.sizes
+        unit = "images" if self.feat == "gnet" else "trials"
+        self.say(f"{n_train} training and {n_val} validation {unit} of {', '.join(self.n_voxels)}; target {self.feat} "
+                 f"{self.shapes['target']}; {self.team}")
 
     def say(self, text, show=True):
         """Keep a line in the run's log.txt, and print it unless the progress bar shows the same."""
@@ -167,11 +175,11 @@ def check_flags(args):
     for name in ("dropout", "mixup_pct", "val_fraction"):
         if name in given and (not 0 <= given[name] <= 1 or (name == "dropout" and given[name] == 1)):
             raise utils.UserError(f"--{name} {given[name]:g}: wanted a fraction from 0 to 1")
-    if not args.max_lr > 0:
-        raise utils.UserError(f"--max_lr {args.max_lr:g}: wanted more than 0")
-    for name in ("num_workers", "pass_through", "l1"):
-        if name in given and not given[name] >= 0:
-            raise utils.UserError(f"--{name} {given[name]:g}: wanted 0 or more")
+    if not 0 < args.max_lr < float("inf"):
+        raise utils.UserError(f"--max_lr {args.max_lr:g}: wanted a number over 0")
+    for name in ("num_workers", "pass_through", "l1", "clip_scale", "prior_scale"):
+        if name in given and not 0 <= given[name] < float("inf"):
+            raise utils.UserError(f"--{name} {given[name]:g}: wanted a number, 0 or more")
 
 
 def claim(args, paths, feat, name, stage):
@@ -206,12 +214,10 @@ def gather_run(args, paths, feat, name, config, team, subjects, num_sessions, pr
     for subj in subjects:
         tables["train"][subj], tables["val"][subj] = data.split_trials(paths, subj, num_sessions, args.val_fraction,
                                                                        args.seed)
-    statistics = target_statistics(targets["target"], tables["train"], args.seed)
+        betas[subj].require(np.concatenate([tables[part][subj]["row"] for part in ("train", "val")]))
     run = make_run(args, paths.run(name), feat, config, team, tables, {"train": betas, "val": betas}, targets,
-                   target_statistics=statistics, pretrained=pretrained)
-    n_train, n_val = run.sizes
-    run.say(f"{n_train} training and {n_val} validation trials of {', '.join(subjects)}; target {feat} "
-            f"{run.shapes['target']}; {team}")
+                   pretrained=pretrained)
+    run.target_statistics = target_statistics(targets["target"], tables["train"], args.seed)
     return run
 
 
@@ -233,8 +239,16 @@ def target_statistics(target, tables, seed, n=2000):
     images = np.unique(np.concatenate([table["image_id"] for table in tables.values()]))
     chosen = np.random.default_rng(seed).choice(images, min(n, len(images)), replace=False)
     rows = target[np.sort(chosen)].astype(np.float32)
+    check_finite(target, rows)
     mean = rows.mean(axis=0)
     return mean, (rows - mean).std()
+
+
+def check_finite(target, rows):
+    """Raise UserError when rows that were read from the target's file are not finite."""
+    if not np.isfinite(rows).all():
+        raise utils.UserError(f"{target.path}: NaN or infinite values, wanted finite ones; write the feature again "
+                              "(img2feat.py)")
 
 
 def finished(folder, config, args):
@@ -242,7 +256,7 @@ def finished(folder, config, args):
     checkpoint = folder / "last.pth"
     if args.overwrite or not checkpoint.exists():
         return False
-    state = utils.load_checkpoint(checkpoint, hint="use --overwrite")
+    state = utils.load_checkpoint(checkpoint, hint="use --overwrite", keys=(*utils.RUN_KEYS, "epoch"))
     found = state["config"]
     differing = [f"{key} {found.get(key)} -> {config.get(key)}" for key in sorted(found.keys() | config.keys())
                  if found.get(key) != config.get(key)]
@@ -274,15 +288,17 @@ def fit(run, model, objective):
         source = utils.load_checkpoint(run.pretrained)
         check_pretrained(run, source)
         copied = load_trunk(model, source["model"])
-        run.say(f"{len(copied)} tensors copied from {run.pretrained.parent.name} "
-                f"({', '.join(sorted({key.split('.')[0] for key in copied}))}); the voxel encoder starts anew")
     last, state = run.folder / "last.pth", None
     if args.resume and not args.overwrite and last.exists():
-        state = utils.load_checkpoint(last)
+        state = utils.load_checkpoint(last, keys=(*utils.RUN_KEYS, "optimizer", "schedule", *PROGRESS))
         if state["n_voxels"] != run.n_voxels:
             raise utils.UserError(f"{last}: was trained on {state['n_voxels']} (voxels), found {run.n_voxels}; put the "
                                   "same betas there, or --overwrite to train it again")
-        model.load_state_dict(state["model"])
+        restore(state, last, model)
+    run.introduce()  # nothing is written before all that was given is found good
+    if run.pretrained is not None:
+        run.say(f"{len(copied)} tensors copied from {run.pretrained.parent.name} "
+                f"({', '.join(sorted({key.split('.')[0] for key in copied}))}); the voxel encoder starts anew")
     model.to(team.device)
     optimizer = torch.optim.AdamW(weight_decay_groups(model), lr=args.max_lr, fused=team.device.type == "cuda")
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -295,7 +311,7 @@ def fit(run, model, objective):
         schedule.load_state_dict(state["schedule"]["clock"])
         for group, saved in zip(optimizer.param_groups, state["schedule"]["groups"], strict=True):
             group.update(saved)
-        epoch, step, sums, best = (state[key] for key in ("epoch", "step", "sums", "best"))
+        epoch, step, sums, best = (state[key] for key in PROGRESS)
         run.say(f"resumed after epoch {epoch}" + f", step {step}" * (step > 0))
         del state
     tracker = start_records(run, epoch)
@@ -510,8 +526,8 @@ def fit_ridge(run):
     train, val = (data.average_repeats(betas, run.tables[part][subj]) for part in ("train", "val"))
     model = RidgeModel(run.n_voxels, run.shapes["target"])
     rows = target[train.image_ids].reshape(len(train.image_ids), -1)  # (N, F) as stored
-    if not np.isfinite(rows).all():
-        raise utils.UserError(f"{target.path}: NaN or infinite values; write the feature again (img2feat.py)")
+    check_finite(target, rows)
+    run.introduce()
     for start in tqdm(range(0, rows.shape[1], RIDGE_COLUMNS), desc=run.name, unit="block", delay=2):
         columns = slice(start, start + RIDGE_COLUMNS)
         solved = RidgeCV(RIDGE_ALPHAS, alpha_per_target=True).fit(train.betas, rows[:, columns].astype(np.float32))

@@ -1,6 +1,7 @@
 """Paths, run names, seeds, checkpoints and tracking: the plumbing every script shares."""
 
 import csv
+import errno
 import gc
 import hashlib
 import json
@@ -10,7 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+import zipfile
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,12 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHECKPOINT_FORMAT = 2
+# what a checkpoint of a run has beside its format, and a subject's scores of it need
+RUN_KEYS = ("model", "model_args", "config", "n_voxels")
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+# what a disk or its owner refuses: the user's to mend, wherever it happens
+REFUSALS = NO_ROOM | {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EIO,
+                      errno.ENAMETOOLONG}
 
 
 class UserError(Exception):
@@ -78,6 +86,11 @@ def _status_of(main, argv):
         message = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
         print(f"error: {message}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in REFUSALS or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {_refusal(error)}", file=sys.stderr)
+        return 2
     except Interrupted as stop:
         print(f"interrupted: {stop}", file=sys.stderr)
         return 128 + stop.number
@@ -85,6 +98,14 @@ def _status_of(main, argv):
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     return 0
+
+
+def _refusal(error):
+    """What a refused file operation says, and what to do."""
+    what = error.strerror or str(error).splitlines()[0]  # NumPy says how much it has written, but not why no more
+    if error.errno in NO_ROOM or error.errno is None:
+        return f"{what}; make room on the disk, then run the same command again"
+    return f"{what}; check that it is a file or folder you may use, or choose another folder"
 
 
 def _leave_processes(failed):
@@ -125,6 +146,10 @@ class Paths:
     @property
     def experiments(self):
         return self.root / "nsddata/experiments/nsd"
+
+    @property
+    def captions(self):
+        return self.stimuli / "annotations/nsd_captions.json"
 
     def feature(self, feat):
         """HDF5 file of a feature ('c', 'z', 'g_2', ...): one row per 73k image."""
@@ -220,15 +245,21 @@ def require(path, what, hint):
 
 @contextmanager
 def atomic_path(path):
-    """Yield a temporary path beside `path`; rename it into place on success, remove it on failure."""
+    """Yield a temporary path beside `path`; rename it into place on success, remove it on failure.
+
+    Raises UserError when the disk refuses: `path` is then what it was.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{_this_host()}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: could not be written: {_refusal(error)}") from error
 
 
 def remove_leftovers(folder):
@@ -246,51 +277,92 @@ def _this_host():
     return socket.gethostname().replace(".", "-")
 
 
+def save_together(files):
+    """Write several files, {path: function of the path to write to}: until the disk has taken all of them, those that
+    are there stay. They then come into place one by one, the first of `files` last."""
+    with ExitStack() as places:
+        for path, write in files.items():
+            write(places.enter_context(atomic_path(path)))
+
+
+def write_json(value):
+    """A function that writes a value to a path."""
+    return lambda path: path.write_text(json.dumps(value, indent=1) + "\n")
+
+
 def save_json(path, value):
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+    save_together({path: write_json(value)})
 
 
-def load_json(path, what="file", hint="run the stage that writes it"):
+def load_json(path, what="file", hint="run the stage that writes it", kind=dict):
+    """Read a JSON file that holds an object (kind=dict) or a list."""
     try:
-        return json.loads(require(path, what, hint).read_text())
-    except json.JSONDecodeError as error:
+        value = json.loads(require(path, what, hint).read_text())
+    except ValueError as error:  # no JSON, or no text
         raise UserError(f"{path}: not valid JSON ({error}); delete it and run the stage that writes it again") from None
+    if not isinstance(value, kind):
+        wanted = "an object" if kind is dict else "a list"
+        raise UserError(f"{path}: holds a {type(value).__name__}, wanted {wanted}; delete it and {hint}")
+    return value
 
 
-def save_npy(path, array):
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array)
+def write_npy(array):
+    """A function that writes an array to a path."""
+    def write(path):
+        with open(path, "wb") as file:
+            np.save(file, array)
+    return write
 
 
 def load_npy(path, what, hint, mmap_mode=None):
     """Load an array without pickles, with mmap_mode='r' as a map of the file; UserError if missing or damaged."""
     try:
-        return np.load(require(path, what, hint), allow_pickle=False, mmap_mode=mmap_mode)
-    except (ValueError, EOFError, OSError) as error:
+        array = np.load(require(path, what, hint), allow_pickle=False, mmap_mode=mmap_mode)
+        if not isinstance(array, np.ndarray):
+            array.close()
+            raise ValueError("it is an archive of arrays")
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not a readable .npy file ({error}); delete it and {hint}") from None
+    return array
+
+
+def write_csv(rows):
+    """A function that writes a list of equal-keyed dicts to a path."""
+    def write(path):
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return write
 
 
 def save_csv(path, rows):
-    """Write a list of equal-keyed dicts."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    save_together({path: write_csv(rows)})
 
 
 def load_csv(path, what, hint):
-    with open(require(path, what, hint), newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with open(require(path, what, hint), newline="") as file:
+            return list(csv.DictReader(file))
+    except (ValueError, csv.Error) as error:  # no text
+        raise UserError(f"{path}: not a readable .csv file ({error}); delete it and {hint}") from None
 
 
-def file_hash(path):
-    """First 12 hex digits of a file's SHA-256: says which checkpoint made an artefact."""
-    digest = hashlib.sha256()
+def file_hash(path, algorithm="sha256", digits=12):
+    """First hex digits (None: all) of a file's hash: says which checkpoint made an artefact."""
+    digest = hashlib.new(algorithm)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()[:12]
+    return digest.hexdigest()[:digits]
+
+
+def in_bytes(n):
+    """'39.6 GB' of a number of bytes."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
+            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
 
 
 def git_commit():
@@ -306,13 +378,16 @@ def git_commit():
 
 
 def save_scores(folder, image_ids, arrays, config):
-    """Write `arrays` {file stem: (N, ...)} as float32 beside image_ids.npy and config.json (DESIGN section 3)."""
-    (folder / "config.json").unlink(missing_ok=True)  # which would describe other scores until all are there
+    """Write `arrays` {file stem: (N, ...)} as float32 beside image_ids.npy and config.json (DESIGN section 3).
+
+    Scores that are there already stay until the disk has taken all of the new ones.
+    """
+    files = {folder / "config.json": write_json(config),  # in place last: it says whose scores these are
+             folder / "image_ids.npy": write_npy(np.asarray(image_ids, np.int64))}
     for stem, array in arrays.items():
         assert len(array) == len(image_ids), f"{stem}: {len(array)} rows for {len(image_ids)} ids"
-        save_npy(folder / f"{stem}.npy", np.asarray(array, np.float32))
-    save_npy(folder / "image_ids.npy", np.asarray(image_ids, np.int64))
-    save_json(folder / "config.json", config)
+        files[folder / f"{stem}.npy"] = write_npy(np.asarray(array, np.float32))
+    save_together(files)
 
 
 def load_scores(folder, stem="nsdgeneral"):
@@ -323,6 +398,12 @@ def load_scores(folder, stem="nsdgeneral"):
     hint = "run the score stage (bash scripts/score.sh)"
     scores = load_npy(folder / f"{stem}.npy", "scores", hint, mmap_mode="r")
     ids = load_npy(folder / "image_ids.npy", "the scores' image ids", hint)
+    if scores.ndim < 2 or scores.dtype.kind != "f" or not scores.size:
+        raise UserError(f"{folder / stem}.npy: {scores.dtype} of shape {scores.shape}, wanted float (images, ...); "
+                        f"{hint} with --overwrite")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min(initial=0) < 0:
+        raise UserError(f"{folder}/image_ids.npy: {ids.dtype} of shape {ids.shape} from {ids.min(initial=0)}, wanted "
+                        f"0-based 73k ids (images,); {hint} with --overwrite")
     if len(ids) != len(scores) or np.any(np.diff(ids) <= 0):
         raise UserError(f"{folder}: {len(scores)} score rows for {len(ids)} ids (wanted: as many, ascending); {hint}")
     for row, values in enumerate(scores):
@@ -341,12 +422,14 @@ def save_checkpoint(path, state):
     try:
         with atomic_path(path) as temporary:
             torch.save({"format": CHECKPOINT_FORMAT, **state}, temporary)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        raise UserError(f"{path}: could not be written ({error}); the previous checkpoint is intact") from error
+    except RuntimeError as error:  # torch's word for a disk that takes no more
+        raise UserError(f"{path}: could not be written ({str(error).splitlines()[0]}); the previous checkpoint is "
+                        "intact: make room on the disk, then run the same command again") from error
 
 
-def load_checkpoint(path, what="checkpoint", hint="train it first (bash scripts/train.sh)"):
-    """Read a checkpoint with weights_only=True; missing, damaged or foreign files raise UserError."""
+def load_checkpoint(path, what="checkpoint", hint="train it first (bash scripts/train.sh)", keys=RUN_KEYS):
+    """Read a checkpoint with weights_only=True; missing, damaged or foreign files raise UserError, as do those that
+    lack one of `keys`."""
     require(path, what, hint)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -356,6 +439,9 @@ def load_checkpoint(path, what="checkpoint", hint="train it first (bash scripts/
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{path}: {what} of format {found}, wanted {CHECKPOINT_FORMAT}; {hint}")
+    lacking = [key for key in keys if key not in state]
+    if lacking:
+        raise UserError(f"{path}: {what} without {', '.join(lacking)}, wanted {', '.join(keys)}; delete it and {hint}")
     return state
 
 
@@ -406,6 +492,18 @@ def check_tracking(wandb_log):
             raise UserError("--wandb_log: not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
 
 
+def load_rows(file):
+    """The rows of a metrics.jsonl, {"step": int, name: float}; one that a full disk or a kill left half ends them."""
+    for line in file.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            return
+        yield row
+
+
 class Tracker:
     """Metrics to metrics.jsonl in the run folder, and to W&B when asked; scripts never ask which.
 
@@ -432,15 +530,9 @@ class Tracker:
                                 "--relogin`, or set WANDB_MODE=offline") from None
 
     def _rows_until(self, step):
-        """The rows of metrics.jsonl up to a step; what a full disk or a kill left half-written ends them."""
-        if step is None or not self.file.exists():
-            return
-        for row in self.file.read_text().splitlines(keepends=True):
-            try:
-                if json.loads(row)["step"] <= step:
-                    yield row
-            except json.JSONDecodeError:
-                return
+        """The lines of metrics.jsonl up to a step."""
+        if step is not None and self.file.exists():
+            yield from (json.dumps(row) + "\n" for row in load_rows(self.file) if row["step"] <= step)
 
     def log(self, metrics, step):
         """Append one row of scalars."""

@@ -5,6 +5,7 @@ that are compared to the bit would differ.
 """
 
 import fcntl
+import multiprocessing
 import tempfile
 from pathlib import Path
 
@@ -21,3 +22,10 @@ def one_launch():
     with open(Path(tempfile.gettempdir()) / "one_launch.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def pytest_unconfigure():
+    """The traceback of a failed test keeps its DataLoader's workers alive, who take SIGTERM as a training does, and
+    Python would wait for them for good."""
+    for process in multiprocessing.active_children():
+        process.kill()

@@ -12,6 +12,7 @@ from tiny_nsd import N_IMAGES, write_tiny_nsd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import bench_features
 import bench_gnet
 import bench_recon
 import distil_decoder
@@ -81,3 +82,12 @@ def test_bench_gnet_prints_its_ratios(capsys):
     bench_gnet.main([*SHORT, "--voxels", "30", "--train_batch", "5"])
     printed = capsys.readouterr().out
     assert "voxels in chunks of   1024:" in printed and "a guided step: with GNet / CLIP alone = " in printed
+
+
+def test_bench_features_prints_its_ratios(capfd):
+    bench_features.main(["--images", "6", "--single_images", "2", "--rounds", "1", "--batch_size", "3", "--num_workers",
+                         "0", "--device", "cpu"])
+    header, *table = [line for line in capfd.readouterr().out.splitlines() if line.startswith(("  ", "c ", "z ", "g "))]
+    assert header.split() == ["images/s", "/", "network", "/", "one", "memory"]
+    assert [line.split()[0] for line in table] == ["c", "z", "g"]
+    assert all(float(value) > 0 for line in table for value in line.split()[1:4])

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_brain import RUN, V, write_brain, write_run
 
 import brain
 import data
@@ -18,6 +17,7 @@ import sampler
 import score_gnet
 import utils
 from models import GNet
+from tiny_brain import RUN, V, write_brain, write_run
 from tiny_nsd import SHARED
 from tiny_sd import write_tiny_clip, write_tiny_sd
 

@@ -158,7 +158,7 @@ DEFECTS = {  # what is broken: (how, words of the line that names it, words of t
     "betas under another key": (lambda p: edit_hdf5(p.betas("subj01"), lambda f: f.move("betas", "data")),
                                 ["betas: subj01", "`betas`"], BETAS),
     "betas of another type": (lambda p: replace(p.betas("subj01"), "betas", np.ones((195, 78))),
-                              ["betas: subj01", "float64", "wanted (trials, voxels) float32"], BETAS),
+                              ["betas: subj01", "float64", "wanted float32"], BETAS),
     "betas with fewer trials": (lambda p: replace(p.betas("subj01"), "betas", np.ones((190, 78), np.float32)),
                                 ["betas: subj01", "190 trials", "wanted 195"], BETAS),
     "NaN in the betas": (lambda p: nan_in(p.betas("subj01"), "betas", 101), ["row 101", "NaN"], BETAS, "--deep"),
@@ -196,6 +196,9 @@ DEFECTS = {  # what is broken: (how, words of the line that names it, words of t
                                   ["feature: c", "239 rows, wanted 240"], "features.sh --feats c --overwrite"),
     "NaN in a feature": (lambda p: nan_in(p.feature("g_2"), "data", 0), ["feature: g_2", "row 0", "NaN"],
                          "features.sh --feats g_2 --overwrite", "--deep"),
+    "a feature that is unfinished": (
+        lambda p: edit_hdf5(p.feature("c"), lambda f: f.create_dataset("written", data=np.arange(240) > 0)),
+        ["feature: c", "239 of 240 rows"], "features.sh --feats c"),
     "a feature that is missing": (lambda p: p.feature("g_2").unlink(), ["feature: g_2", "not found"],
                                   "bash scripts/features.sh"),
     "weights are cut": (lambda p: folder_without(p, "vae/diffusion_pytorch_model.safetensors"),
@@ -228,6 +231,7 @@ def test_a_defect_is_found_and_mended_by_a_command(paths, capsys, defect):
     failed = [number for number, line in enumerate(lines) if line.startswith("fail")]
     named = [number for number in failed if all(word in lines[number] for word in words)]
     assert status == 1 and named, "\n".join(lines)
+    assert ("--overwrite" in command) == ("--overwrite" in lines[named[0] + 1])  # which loses what is there
     assert command in lines[named[0] + 1] and lines[named[0] + 1].strip().startswith("-> "), lines[named[0] + 1]
     assert lines.index("to mend what failed, in this order:") > named[0]
 
@@ -309,7 +313,7 @@ def test_files_of_the_real_sizes(real, capsys):
     assert status == 0, "\n".join(lines)
     found = "\n".join(lines)
     for words in ("(22500, 13153) float32", "(73000, 425, 425, 3) uint8", "(73000, 77, 768) float16",
-                  "146000 captions of 73000 images", "30 sessions", "1985 trials", "checkpoints 18.0 GB"):
+                  "146000 captions of 73000 images", "30 sessions", "1985 trials", "checkpoints 12.0 GB"):
         assert words in found, words
 
 

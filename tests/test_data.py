@@ -78,7 +78,7 @@ def test_row_shape_of_features(paths, stored, attribute, wanted):
         file["data"] = array
         if attribute:
             file["data"].attrs["shape"] = attribute
-    rows = data.open_feature(paths, "g_2")
+    rows = data.Rows(paths.feature("g_2"), "data", "feature", "write it", data.KNOWN_FEATURE_SHAPES)
     assert rows.row_shape == wanted and rows.shape == (5, *wanted)
     np.testing.assert_array_equal(rows[[4, 1]].reshape(2, -1), array[[4, 1]].reshape(2, -1))
 

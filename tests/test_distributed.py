@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import utils
 from distributed import ALONE, Team
 from tiny_runs import SCRATCH, SRC, checkpoint, flags_of, train, write_world
 
@@ -64,6 +65,27 @@ def test_join_undoes_take_and_keeps_the_own_gradient(monkeypatch, n, offset):
 def test_alone_is_free():
     rows = torch.randn(5, 2, requires_grad=True)
     assert ALONE.join(rows, 5) is rows and torch.equal(ALONE.take(rows), rows) and not ALONE.any(False)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the threads in /proc")
+@pytest.mark.parametrize("failing", [False, True])
+def test_gloos_threads_end_before_python_does(failing):
+    """With the network still in a cycle; a thread that lives on can abort the process at its exit."""
+    def main(argv):
+        net = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        net.itself = [net]
+        net(torch.ones(1, 2)).sum().backward()
+        assert gloo_threads()
+        if failing:
+            raise utils.UserError("alone")
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    assert utils.run_cli(main) == 2 * failing
+    assert not torch.distributed.is_initialized() and not gloo_threads()
+
+
+def gloo_threads():
+    return [task for task in Path("/proc/self/task").iterdir() if "gloo" in (task / "comm").read_text()]
 
 
 # --- real launches ------------------------------------------------------------------------------------------------

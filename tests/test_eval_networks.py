@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 import torch
-from test_evaluate import clip  # noqa: F401  a fixture
 
 import eval_networks
 import utils
+from test_evaluate import clip  # noqa: F401  a fixture
 
 NODES = {"alexnet2_two_way": (256, 192 * 31 * 31), "alexnet5_two_way": (256, 256 * 15 * 15),
          "inception_two_way": (342, 2048), "effnet_distance": (255, 1280), "swav_distance": (224, 2048)}
