@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_tracking import offline_rows
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import eval_networks
@@ -17,6 +16,7 @@ import metrics
 import summarise
 import utils
 from eval_networks import load_clip
+from test_tracking import offline_rows
 
 IDS = [3, 4, 7, 11, 12, 20]  # the test images, ascending; their rows are 0..5
 SIDE = 32
