@@ -246,7 +246,7 @@ def test_captions_do_not_depend_on_the_order_of_the_table(paths):
     with pytest.raises(UserError, match="nsdId is not"):
         data.load_captions(paths)
     table.write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="columns nsdId and cocoId wanted"):
+    with pytest.raises(UserError, match="columns nsdId, cocoId wanted"):
         data.load_captions(paths)
 
 
