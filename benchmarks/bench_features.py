@@ -116,6 +116,8 @@ def measure(args, paths, group):
     kind, *source = sources[group]()
     maker = kind(*source, args, team.device)
     network = maker.load()
+    resident = anonymous()
+    reset_peak()
     single_args = copy.copy(args)
     single_args.batch_size = 1
     single = kind(*source, single_args, team.device)
@@ -154,14 +156,12 @@ def measure(args, paths, group):
             seconds += time.perf_counter() - start
         return seconds
 
-    warm = min(args.batch_size, len(maker))
-    write(maker, args, warm), write(single, single_args, 1), forward(warm)
-    seconds, peak = {"script": 0.0, "network": 0.0, "one": 0.0}, 0
+    write(maker, args, args.images)  # before anything else that could leave memory behind; it warms up, too
+    peak = peak_anonymous() - resident
+    write(single, single_args, 1), forward(min(args.batch_size, len(maker)))
+    seconds = {"script": 0.0, "network": 0.0, "one": 0.0}
     for _ in range(args.rounds):
-        resident = anonymous()
-        reset_peak()
         seconds["script"] += write(maker, args, args.images)
-        peak = max(peak, peak_anonymous() - resident)
         seconds["network"] += forward(args.images)
         seconds["network"] += forward(args.images)  # A B B A: a machine that slows down slows both
         seconds["script"] += write(maker, args, args.images)

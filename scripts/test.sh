@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up and run all tests: bash scripts/test.sh [flags of pytest, such as -k recon or -n 2]
+# Set up and run all tests, side by side on up to four cores: bash scripts/test.sh [flags of pytest, such as -k recon]
 source "$(dirname "$0")/common.sh"
 cd "$REPO"
 bash scripts/setup.sh requirements-dev.txt
@@ -7,4 +7,5 @@ export PATH=$REPO/.venv/bin:$PATH PYTHON=$REPO/.venv/bin/python HF_HUB_OFFLINE=1
 run ruff check .
 run shellcheck -x -P SCRIPTDIR scripts/*.sh scripts/slurm/submit.sh
 run shellcheck -x scripts/slurm/train.slurm
-run "$PYTHON" -m pytest "$@"
+export OMP_NUM_THREADS=1 # the tests share the cores
+run "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"

@@ -124,8 +124,10 @@ class TextFeatures:
 
     def compute(self, encoder, item):
         tokens, numbers, counts = item
-        parts = tokens.to(self.device, non_blocking=True).split(self.args.batch_size)
-        embeddings = torch.cat([encoder(part).last_hidden_state for part in parts])  # (n, T, D)
+        embeddings = torch.empty(len(tokens), *self.row_shape(encoder), device=self.device)  # (n, T, D)
+        batches = tokens.to(self.device, non_blocking=True).split(self.args.batch_size)
+        for part, batch in zip(embeddings.split(self.args.batch_size), batches, strict=True):
+            part.copy_(encoder(batch).last_hidden_state)
         return {"c": torch.stack([embeddings[some].mean(0) for some in numbers.to(self.device).split(counts)])}
 
 

@@ -1,5 +1,6 @@
 """img2feat.py on tiny random models, against the same models asked one image and one caption at a time."""
 
+import errno
 import os
 import random
 import resource
@@ -409,6 +410,34 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_written(paths, folders, extra
     assert written(paths, "g_2") == list(range(14))
     extract(feats=["g_2", "g_4"])
     assert {feat: paths.feature(feat).read_bytes() for feat in whole} == whole
+
+
+@pytest.mark.parametrize("room", [10**6, 1000])
+def test_a_disk_that_takes_parts_and_is_then_full(paths, folders, extract, monkeypatch, capsys, room):
+    """As a real one: some of the bytes go in, then none; but the flags, whose place is taken already, still do."""
+    extract(feats=["g_2"])
+    whole, left, pwrite = paths.feature("g_2").read_bytes(), room, os.pwrite
+    with h5py.File(paths.feature("g_2"), "r") as file:
+        flags_at = file["written"].id.get_offset()
+
+    def filling(descriptor, content, offset):
+        nonlocal left
+        if offset >= flags_at:
+            return pwrite(descriptor, content, offset)
+        if not left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        n = pwrite(descriptor, content[:min(left, 77)], offset)
+        left -= n
+        return n
+
+    with monkeypatch.context() as context:
+        context.setattr(img2feat.os, "pwrite", filling)
+        status = utils.run_cli(img2feat.main, words(paths, folders, ["g_2"], "--overwrite"))
+    if room == 1000:  # less than the second batch needs
+        assert status == 2 and "could not be written (No space left on device)" in capsys.readouterr().err
+        assert written(paths, "g_2") == list(range(7))
+        extract(feats=["g_2"])
+    assert paths.feature("g_2").read_bytes() == whole
 
 
 def test_a_file_that_is_not_finished_goes_on_in_its_own_type(nsd, extract):

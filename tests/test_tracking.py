@@ -6,6 +6,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,14 +30,13 @@ def paths(tmp_path_factory):
 def offline_rows(folder):
     """What an offline run would send: [{key: value}], from its .wandb file."""
     (file,) = Path(folder).glob("wandb/offline-run-*/*.wandb")
-    rows = []
-    for entry in log_entries(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(entry)
-        if record.WhichOneof("record_type") == "history":
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json)
-                         for item in record.history.item})
-    return rows
+    for _ in range(600):  # W&B's own process writes it; on a busy machine its last record comes after finish()
+        records = [wandb_internal_pb2.Record.FromString(entry) for entry in log_entries(file.read_bytes())]
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            break
+        time.sleep(0.1)
+    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            for record in records if record.WhichOneof("record_type") == "history"]
 
 
 def log_entries(content, block=32768, header=7):
