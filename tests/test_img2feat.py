@@ -395,11 +395,16 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_written(paths, folders, extra
     with h5py.File(paths.feature("g_2"), "r") as file:
         middle = file["data"].id.get_offset() + 17 * 60 * 2 + 30  # in a row of the third batch
 
-    def fill_the_disk():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (middle, limits[1]))
+    blocks, write_block = [], img2feat.write_block
+
+    def fill_the_disk(*block):
+        blocks.append(block)
+        if len(blocks) == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (middle, limits[1]))
+        write_block(*block)
 
     with monkeypatch.context() as context:
-        stop_in_batch(context, 3, fill_the_disk)
+        context.setattr(img2feat, "write_block", fill_the_disk)
         command = words(paths, folders, ["g_2", "g_4"], "--overwrite")
         try:
             assert utils.run_cli(img2feat.main, command) == 2
