@@ -155,7 +155,7 @@ class ImageFeatures:
 
     def on_device(self, item):
         """(b, 3, H, W) float32 in [0, 1]."""
-        return item.to(self.device, non_blocking=True).float() / 255
+        return item.to(self.device, non_blocking=True).float().div_(255)
 
 
 class Latents(ImageFeatures):
