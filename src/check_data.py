@@ -11,8 +11,10 @@ themselves. Prints a table; exit status 1 when something has to be mended.
 """
 
 import os
+import re
 import shutil
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +39,7 @@ def get_parser():
                         metavar="1..8", help="whose data (all eight, which pretraining needs)")
     parser.add_argument("--stages", nargs="+", choices=list(sources.STAGES), default=list(sources.STAGES),
                         metavar="STAGE", help="what is to be run: " + ", ".join(sources.STAGES) + " (all)")
-    parser.add_argument("--feats", nargs="+", type=options.feature, default=["c", "z", *options.VISION_LAYERS],
+    parser.add_argument("--feats", nargs="+", type=options.feature, default=options.FEATURES,
                         metavar="FEAT", help="features to train on (c z g_2 ... g_12)")
     parser.add_argument("--sd_model", default=sources.SD_MODEL, metavar="NAME|DIR")
     parser.add_argument("--clip_model", default=sources.CLIP_MODEL, metavar="NAME|DIR")
@@ -48,12 +50,33 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    paths = utils.Paths.from_args(args)
-    findings = []
-    for what, mend, look in tqdm(list(checks(paths, args)), desc="looking", leave=False, disable=None):
-        findings.append(examine(what, mend, look))
+    world = World(utils.Paths.from_args(args))
+    looks = tqdm(list(checks(world, args)), desc="looking", leave=False, disable=None)
+    findings = [examine(what, mend, look) for what, mend, look in looks]
     if report(findings):
         raise SystemExit(1)
+
+
+class World:
+    """The data under a root; what several looks need is read once."""
+
+    def __init__(self, paths):
+        self.paths, self._trials = paths, {}
+
+    @cached_property
+    def n_images(self):
+        return len(data.load_stimulus_table(self.paths))
+
+    @property
+    def is_nsd(self):
+        """Whether this is the full data set, of which published numbers hold."""
+        return self.n_images == sources.N_IMAGES
+
+    def trials(self, subj, split):
+        """Table of a subject's trials (data.load_trials)."""
+        if (subj, split) not in self._trials:
+            self._trials[subj, split] = data.load_trials(self.paths, subj, split)
+        return self._trials[subj, split]
 
 
 class Finding(NamedTuple):
@@ -98,8 +121,9 @@ def report(findings):
     return counts["fail"]
 
 
-def checks(paths, args):
+def checks(world, args):
     """Everything to look at: (what, the command that mends it, function that looks)."""
+    paths = world.paths
     groups = {group for stage in args.stages for group in sources.STAGES[stage]}
     root = "" if paths.root == utils.REPOSITORY else f"ROOT={paths.root} "
 
@@ -111,23 +135,23 @@ def checks(paths, args):
 
     table, design = (paths.experiments / name for name in ("nsd_stim_info_merged.csv", "nsd_expdesign.mat"))
     if "design" in groups:
-        yield "design: stimuli", download("design", table), lambda: f"{n_images_of(paths)} images"
-        yield "design: shared images", download("design", table, design), lambda: look_at_shared(paths)
+        yield "design: stimuli", download("design", table), lambda: f"{world.n_images} images"
+        yield "design: shared images", download("design", table, design), lambda: look_at_shared(world)
         for subj in args.subjects:
             yield f"design: {subj}", download("design", design), lambda subj=subj: look_at_design(paths, subj)
     if "stimuli" in groups:
         file = paths.stimuli / "nsd_stimuli.hdf5"
-        yield "stimuli", download("stimuli", file), lambda: look_at_stimuli(paths, args.deep)
+        yield "stimuli", download("stimuli", file), lambda: look_at_stimuli(world, args.deep)
     if "captions" in groups:
         yield "captions", download("captions", paths.captions), lambda: look_at_captions(paths)
     for subj in args.subjects:
         if "betas" in groups:
             yield (f"betas: {subj}", download("betas", subj=subj),
-                   lambda subj=subj: look_at_betas(paths, subj, args.deep))
+                   lambda subj=subj: look_at_betas(world, subj, args.deep))
         if "trials" in groups:
-            yield f"trials: {subj}", download("trials", subj=subj), lambda subj=subj: look_at_trials(paths, subj)
+            yield f"trials: {subj}", download("trials", subj=subj), lambda subj=subj: look_at_trials(world, subj)
             yield (f"old test trials: {subj}", download("trials", subj=subj),
-                   lambda subj=subj: look_at_old_test(paths, subj))
+                   lambda subj=subj: look_at_old_test(world, subj))
         if "masks" in groups:
             yield f"regions: {subj}", download("masks rois", subj=subj), lambda subj=subj: look_at_masks(paths, subj)
     for group, flag in (("sd", "sd_model"), ("clip", "clip_model"), ("eval_clip", "eval_clip")):
@@ -140,8 +164,8 @@ def checks(paths, args):
         for feat in args.feats:
             again = f" --feats {feat} --overwrite" if paths.feature(feat).exists() else ""
             yield f"feature: {feat}", f"{root}bash scripts/features.sh{again}", lambda feat=feat: look_at_feature(
-                paths, feat, args)
-    yield "disk", "make room, or put ROOT on another disk", lambda: look_at_disk(paths, args)
+                world, feat, args)
+    yield "disk", "make room, or put ROOT on another disk", lambda: look_at_disk(world, args)
     yield "memory", "", look_at_memory
     yield "GPU", "", look_at_gpu
 
@@ -149,24 +173,15 @@ def checks(paths, args):
 # --- the looks ----------------------------------------------------------------------------------------------------
 
 
-def n_images_of(paths):
-    return len(data.load_stimulus_table(paths))
-
-
-def is_nsd(paths):
-    """Whether this is the full data set, of which published numbers hold."""
-    return n_images_of(paths) == sources.N_IMAGES
-
-
 def expect(file, what, found, wanted):
     if found != wanted:
         raise utils.UserError(f"{file}: {found} {what}, wanted {wanted}")
 
 
-def look_at_shared(paths):
-    shared = data.check_shared_images(paths)
-    if is_nsd(paths):
-        expect(paths.data_path / "shared1000.npy", "shared images", len(shared), 1000)
+def look_at_shared(world):
+    shared = data.check_shared_images(world.paths)
+    if world.is_nsd:
+        expect(world.paths.data_path / "shared1000.npy", "shared images", len(shared), 1000)
     return f"{len(shared)} shared images, the same in all three lists"
 
 
@@ -196,10 +211,10 @@ def looked(deep):
     return "all rows read" if deep else f"{SAMPLE} rows read"
 
 
-def look_at_stimuli(paths, deep):
-    stimuli = data.open_stimuli(paths)
-    expect(stimuli.path, "images", len(stimuli), n_images_of(paths))
-    if is_nsd(paths):
+def look_at_stimuli(world, deep):
+    stimuli = data.open_stimuli(world.paths)
+    expect(stimuli.path, "images", len(stimuli), world.n_images)
+    if world.is_nsd:
         expect(stimuli.path, "pixels a side", stimuli.shape[1:3], (425, 425))
     look_at_rows(stimuli, deep)
     return f"{stimuli.shape} {stimuli.dtype}, {looked(deep)}"
@@ -210,24 +225,24 @@ def look_at_captions(paths):
     return f"{sum(map(len, captions))} captions of {len(captions)} images"
 
 
-def look_at_betas(paths, subj, deep):
-    betas = data.open_betas(paths, subj)
+def look_at_betas(world, subj, deep):
+    betas = data.open_betas(world.paths, subj)
     if betas.dtype != np.float32:
         raise utils.UserError(f"{betas.path}: {betas.dtype}, wanted float32 as MindEye2's are")
-    if is_nsd(paths):
+    if world.is_nsd:
         expect(betas.path, "trials x voxels", betas.shape, sources.PUBLISHED[subj][:2])
     else:
-        expect(betas.path, "trials", len(betas), data.check_trial_images(paths, subj))
+        expect(betas.path, "trials", len(betas), data.check_trial_images(world.paths, subj))
     look_at_rows(betas, deep)
     return f"{betas.shape} {betas.dtype}, {looked(deep)}"
 
 
-def look_at_trials(paths, subj):
+def look_at_trials(world, subj):
     """Training and test trials together are all of the subject's, each once, of its images."""
-    folder = paths.data_path / "wds" / subj
-    train, test = (data.load_trials(paths, subj, split) for split in ("train", "new_test"))
+    folder = world.paths.data_path / "wds" / subj
+    train, test = (world.trials(subj, split) for split in ("train", "new_test"))
     rows = np.sort(np.concatenate([train["row"], test["row"]]))
-    n = len(data.open_betas(paths, subj))
+    n = len(data.open_betas(world.paths, subj))
     if not np.array_equal(rows, np.arange(n)):
         lacking, beyond = np.setdiff1d(np.arange(n), rows), rows[rows >= n]
         twice = rows[1:][np.diff(rows) == 0]
@@ -235,25 +250,25 @@ def look_at_trials(paths, subj):
                               f"{lacking[:1].tolist()}, {len(twice)} are in two shards {twice[:1].tolist()}, "
                               f"{len(beyond)} do not exist {beyond[:1].tolist()}, wanted each once")
     sessions = train["session"].nunique()
-    expect(folder / "train", "sessions", sessions, options.SESSIONS[subj] if is_nsd(paths) else sessions)
-    if is_nsd(paths):
+    if world.is_nsd:
+        expect(folder / "train", "sessions", sessions, options.SESSIONS[subj])
         expect(folder / "new_test", "trials", len(test), sources.PUBLISHED[subj][2])
     ids = np.concatenate([train["image_id"], test["image_id"]])
-    if ids.max() >= (n_images := n_images_of(paths)):
-        raise utils.UserError(f"{folder}: image id {ids.max()}, wanted 0..{n_images - 1}")
+    if ids.max() >= world.n_images:
+        raise utils.UserError(f"{folder}: image id {ids.max()}, wanted 0..{world.n_images - 1}")
     repeats = enumerate(np.bincount(np.bincount(test["image_id"])))
     repeats = ", ".join(f"{n} seen {k}x" for k, n in repeats if k and n)
     return f"{len(train)} training trials of {sessions} sessions; {test['image_id'].nunique()} test images, {repeats}"
 
 
-def look_at_old_test(paths, subj):
-    folder = paths.data_path / "wds" / subj / "test"
+def look_at_old_test(world, subj):
+    folder = world.paths.data_path / "wds" / subj / "test"
     if not folder.exists():
         raise Doubt(f"{folder}: not there; only --test_split test reads it")
-    old, new = (data.load_trials(paths, subj, split) for split in ("test", "new_test"))
+    old, new = (world.trials(subj, split) for split in ("test", "new_test"))
     if not np.isin(old["row"], new["row"]).all():
         raise utils.UserError(f"{folder}: trials that new_test does not have, wanted a part of them")
-    if is_nsd(paths):
+    if world.is_nsd:
         expect(folder, "trials", len(old), sources.PUBLISHED[subj][3])
     return f"{old['image_id'].nunique()} images, {len(old)} trials"
 
@@ -270,12 +285,11 @@ def look_at_masks(paths, subj):
         f"{found}; from NSD's volumes"
 
 
-def look_at_feature(paths, feat, args):
-    rows = data.open_feature(paths, feat)
-    n_images = n_images_of(paths)
-    expect(rows.path, "rows", len(rows), n_images)
-    trials = [data.load_trials(paths, subj, split) for subj in args.subjects for split in ("train", "new_test")]
-    seen = np.unique(np.concatenate([table["image_id"] for table in trials]))
+def look_at_feature(world, feat, args):
+    rows = data.open_feature(world.paths, feat)
+    expect(rows.path, "rows", len(rows), world.n_images)
+    seen = [world.trials(subj, split)["image_id"] for subj in args.subjects for split in ("train", "new_test")]
+    seen = np.unique(np.concatenate(seen))
     try:
         rows.require(seen)
     except utils.UserError as error:  # it would be a loss to make the file again
@@ -290,14 +304,12 @@ def look_at_weights(group, name):
     from safetensors import SafetensorError, safe_open
 
     is_folder = Path(name).is_dir()
-    needed = {"": ["config.json", "model.safetensors"]} if group != "sd" else {
-        "": ["model_index.json"], "tokenizer/": ["tokenizer_config.json"],
-        "text_encoder/": ["config.json", "model.safetensors"],
-        "unet/": ["config.json", "diffusion_pytorch_model.safetensors"],
-        "vae/": ["config.json", "diffusion_pytorch_model.safetensors"]}
-    needed = [folder + file for folder, files in needed.items() for file in files]
+    needed = ["config.json", "model.safetensors"] if group != "sd" else [
+        "model_index.json", "tokenizer/tokenizer_config.json", "text_encoder/config.json",
+        "text_encoder/model.safetensors", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
     for wanted in needed:
-        older = wanted.replace("/model.", "/pytorch_model.").replace(".safetensors", ".bin")  # weights of before
+        older = re.sub(r"(pytorch_)?model\.safetensors$", "pytorch_model.bin", wanted)  # weights of before
         found = [Path(name) / file if is_folder else try_to_load_from_cache(name, file) for file in (wanted, older)]
         file = next((Path(file) for file in found if isinstance(file, str | Path) and Path(file).exists()), None)
         if file is None:
@@ -311,17 +323,17 @@ def look_at_weights(group, name):
     return f"{name}: {len(needed)} files"
 
 
-def look_at_disk(paths, args):
+def look_at_disk(world, args):
     """Room for the features that are not there and the checkpoints of a full plan."""
     width = {"c": 59136, "z": 16384}
     features = sum(2 * sources.N_IMAGES * width.get(feat, 38400) for feat in args.feats
-                   if not paths.feature(feat).exists()) if "features" in args.stages and is_nsd(paths) else 0
-    runs = RUN_BYTES * len(args.feats) if "train" in args.stages and is_nsd(paths) else 0
-    free = shutil.disk_usage(paths.root).free
+                   if not world.paths.feature(feat).exists()) if "features" in args.stages and world.is_nsd else 0
+    runs = RUN_BYTES * len(args.feats) if "train" in args.stages and world.is_nsd else 0
+    free = shutil.disk_usage(world.paths.root).free
     plan = f"{utils.in_bytes(free)} free; features to write {utils.in_bytes(features)}, checkpoints " \
            f"{utils.in_bytes(runs)} at most"
     if free < features:
-        raise utils.UserError(f"{paths.root}: {plan}")
+        raise utils.UserError(f"{world.paths.root}: {plan}")
     if free < features + runs:
         raise Doubt(plan)
     return plan

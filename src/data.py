@@ -345,18 +345,25 @@ def _expdesign_file(paths):
     return paths.experiments / "nsd_expdesign.mat"
 
 
+def _read_expdesign(paths, take):
+    """take(what nsd_expdesign.mat holds, {name: array}); UserError where that fails."""
+    file = utils.require(_expdesign_file(paths), "the experiment's design", DOWNLOAD)
+    try:
+        return take(scipy.io.loadmat(file, variable_names=["masterordering", "subjectim", "sharedix"]))
+    except Exception as error:  # scipy raises many types for damaged files
+        raise utils.UserError(f"{file}: not readable ({error!r}); download it again") from None
+
+
 def load_design(paths, subj):
     """Image id of every designed trial of a subject, (trials,), from nsd_expdesign.mat.
 
     The file counts from 1: trial t (row of the betas) of subject s showed subjectim[s, masterordering[t] - 1] - 1.
     """
-    file = utils.require(paths.experiments / "nsd_expdesign.mat", "the experiment's design", DOWNLOAD)
-    try:
-        design = scipy.io.loadmat(file, variable_names=["masterordering", "subjectim"])
+    def images_of_trials(design):
         order = design["masterordering"].ravel().astype(np.int64) - 1
         return design["subjectim"][SUBJECTS.index(subj)].astype(np.int64)[order] - 1
-    except Exception as error:  # scipy raises many types for damaged files
-        raise utils.UserError(f"{file}: not readable ({error!r}); download it again") from None
+
+    return _read_expdesign(paths, images_of_trials)
 
 
 def check_against_expdesign(paths, subj, trials):
@@ -380,17 +387,13 @@ def check_shared_images(paths):
 
     They are: nsd_expdesign.mat (from 1), the table of the stimuli, and MindEye2's shared1000.npy.
     """
-    file = utils.require(paths.experiments / "nsd_expdesign.mat", "the experiment's design", DOWNLOAD)
-    try:
-        shared = np.sort(scipy.io.loadmat(file, variable_names=["sharedix"])["sharedix"].ravel().astype(np.int64) - 1)
-    except Exception as error:  # scipy raises many types for damaged files
-        raise utils.UserError(f"{file}: not readable ({error!r}); download it again") from None
+    shared = _read_expdesign(paths, lambda design: np.sort(design["sharedix"].ravel().astype(np.int64) - 1))
     mask_file = paths.data_path / "shared1000.npy"
     others = {"nsd_stim_info_merged.csv": load_stimulus_table(paths, ("nsdId", "shared1000"))["shared1000"].to_numpy(),
               mask_file: utils.load_npy(mask_file, "mask of the shared images", DOWNLOAD)}
     for name, mask in others.items():
         if not np.array_equal(np.flatnonzero(mask), shared):
-            raise utils.UserError(f"{name}: {np.count_nonzero(mask)} shared images, of which {file.name} lists "
+            raise utils.UserError(f"{name}: {np.count_nonzero(mask)} shared images, of which nsd_expdesign.mat lists "
                                   f"{np.isin(np.flatnonzero(mask), shared).sum()} of its {len(shared)}, wanted the "
                                   "same; download both again")
     return shared

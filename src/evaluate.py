@@ -29,6 +29,7 @@ import data
 import metrics
 import options
 import report
+import sources
 import utils
 from brain import Encoder, load_encoder
 from eval_networks import FeatureStore, load_networks
@@ -53,7 +54,7 @@ def get_parser():
     parser.add_argument("--outdir", metavar="DIR", help="where the results go, from --root (beside the images)")
     parser.add_argument("--ground_truth", action=argparse.BooleanOptionalAction, default=False,
                         help="score the seen images themselves; results go to ground_truth/ beside the images")
-    parser.add_argument("--eval_clip", default="openai/clip-vit-large-patch14", metavar="NAME|DIR",
+    parser.add_argument("--eval_clip", default=sources.EVAL_CLIP, metavar="NAME|DIR",
                         help="the CLIP that judges; none leaves it out")
     parser.add_argument("--weights_dir", metavar="DIR",
                         help="where torch.hub keeps weights (checkpoints/*.pth) and SwAV's code, and a folder "

@@ -36,11 +36,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import data
 import options
+import sources
 import utils
 from distributed import Team
 from models import ClipFeatures
 
-FEATS = ["c", "z", "g_2", "g_4", "g_6", "g_8", "g_10", "g_12"]
 CAPTIONED_IMAGES = 256  # in a block of c: their captions' embeddings take 0.3 GB at Stable Diffusion's sizes
 VAE_PIXELS = 2**19  # encoded at once: two images of 512 x 512, whose activations take 1.2 GB
 
@@ -48,13 +48,13 @@ VAE_PIXELS = 2**19  # encoded at once: two images of 512 x 512, whose activation
 def get_parser():
     parser = options.Parser(__doc__)
     options.add_paths(parser)
-    parser.add_argument("--feats", nargs="+", type=options.feature, default=FEATS, metavar="FEAT",
+    parser.add_argument("--feats", nargs="+", type=options.feature, default=options.FEATURES, metavar="FEAT",
                         help="c, z, g_2, g_4, ... (all)")
     parser.add_argument("--subj", "--subject", dest="subj", nargs="+", type=options.subject, metavar="1..8",
                         help="only the images that these subjects saw (all images)")
-    parser.add_argument("--sd_model", default="CompVis/stable-diffusion-v1-4", metavar="NAME|DIR",
+    parser.add_argument("--sd_model", default=sources.SD_MODEL, metavar="NAME|DIR",
                         help="Stable Diffusion 1.x: its text encoder makes c, its VAE z")
-    parser.add_argument("--clip_model", default="openai/clip-vit-base-patch32", metavar="NAME|DIR",
+    parser.add_argument("--clip_model", default=sources.CLIP_MODEL, metavar="NAME|DIR",
                         help="CLIP whose vision transformer makes g")
     parser.add_argument("--batch_size", type=options.whole, default=32, metavar="IMAGES", help="or, for c, captions")
     parser.add_argument("--num_workers", type=options.whole, default=2, metavar="PROCESSES",
@@ -313,8 +313,8 @@ def check_disk(paths, feats, needed):
     free = shutil.disk_usage(paths.stimuli).free
     if needed > free:
         raise utils.UserError(f"{paths.stimuli}: {', '.join(paths.feature(feat).name for feat in feats)}: needs "
-                              f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room on the disk or give "
-                              "fewer --feats")
+                              f"{utils.in_bytes(needed)}, {utils.in_bytes(free)} are free; make room on the disk or "
+                              "give fewer --feats")
 
 
 @torch.inference_mode()

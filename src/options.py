@@ -12,6 +12,7 @@ SESSIONS = {"subj01": 40, "subj02": 40, "subj03": 32, "subj04": 30,
             "subj05": 40, "subj06": 32, "subj07": 40, "subj08": 30}
 VAL_FRACTION = 0.05  # of the training images, by image: for validation
 VISION_LAYERS = ["g_2", "g_4", "g_6", "g_8", "g_10", "g_12"]  # NeuralDiffuser's: blocks 1-6 of CLIP ViT-B/32
+FEATURES = ["c", "z", *VISION_LAYERS]
 
 
 class Parser(argparse.ArgumentParser):

@@ -42,6 +42,7 @@ from tqdm import tqdm
 import data
 import options
 import pictures
+import sources
 import utils
 from brain import BrainGuide, encoder_file, load_encoder, read_target
 from distributed import Team
@@ -86,9 +87,9 @@ def get_parser():
     which.add_argument("--overwrite", action="store_true", help="delete the folder's pictures and start again")
 
     group = parser.add_argument_group("sampling")
-    group.add_argument("--sd_model", default="CompVis/stable-diffusion-v1-4", metavar="NAME|DIR",
+    group.add_argument("--sd_model", default=sources.SD_MODEL, metavar="NAME|DIR",
                        help="any Stable Diffusion 1.x")
-    group.add_argument("--clip_model", default="openai/clip-vit-base-patch32", metavar="NAME|DIR",
+    group.add_argument("--clip_model", default=sources.CLIP_MODEL, metavar="NAME|DIR",
                        help="the CLIP whose layers the g_k are")
     group.add_argument("--resolution", type=options.whole, metavar="PIXELS",
                        help="side of the picture (the model's own)")

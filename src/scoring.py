@@ -79,8 +79,7 @@ def open_source(args, feat, **settings):
     config = {"run": run, "feat": feat, "subj": args.subj, "head": head, "num_sessions": args.num_sessions,
               "checkpoint": checkpoint.name, "checkpoint_sha256": utils.file_hash(checkpoint),
               "test_split": args.test_split, "repeats": args.repeats, "control": args.control,
-              "prior_steps": args.prior_steps,
-              "seed": args.seed, **settings}
+              "prior_steps": args.prior_steps, "seed": args.seed, **settings}
     if head == "adapt":
         config["adapt_epochs"] = args.adapt_epochs
     if (folder / "config.json").exists() and not args.overwrite and utils.load_json(folder / "config.json") == config:

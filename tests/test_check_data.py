@@ -80,6 +80,18 @@ def test_a_stage_asks_for_what_it_reads(paths, capsys):
     assert examine(paths, capsys, "--stages", "recon")[0] == 0
 
 
+def test_weights_in_the_older_format_are_weights(paths, capsys):
+    for folder in ("sd", "clip"):
+        shutil.copytree(MODELS / folder, paths.root / folder)
+    for new, old in (("clip/model", "clip/pytorch_model"), ("sd/text_encoder/model", "sd/text_encoder/pytorch_model"),
+                     ("sd/unet/diffusion_pytorch_model", "sd/unet/diffusion_pytorch_model")):
+        (paths.root / f"{new}.safetensors").rename(paths.root / f"{old}.bin")
+    flags = ("--stages", "recon", "--sd_model", str(paths.root / "sd"), "--clip_model", str(paths.root / "clip"))
+    assert examine(paths, capsys, *flags)[0] == 0
+    (paths.root / "clip/pytorch_model.bin").unlink()
+    assert examine(paths, capsys, *flags)[0] == 1
+
+
 def edit_hdf5(file, edit):
     with h5py.File(file, "r+") as opened:
         edit(opened)
