@@ -26,6 +26,7 @@ import webdataset
 from tqdm import tqdm
 
 import options
+import sources
 import train_c
 import train_g
 import training
@@ -33,8 +34,6 @@ import utils
 from losses import BrainObjective
 from models import BrainModel
 
-VOXELS = {2: 14278, 3: 15226, 4: 13153, 5: 13039, 6: 17907, 7: 12682, 8: 14386}
-SESSIONS = {2: 40, 3: 32, 4: 30, 5: 40, 6: 32, 7: 40, 8: 30}
 WIDTHS = {"c": (77, 768), "g_2": (50, 768)}
 N_IMAGES, TRIALS = 73000, 750  # trials per session
 
@@ -46,7 +45,7 @@ def get_parser():
                         help="in a block; two blocks from files, two from memory")
     parser.add_argument("--batch_size", type=options.whole, default=42, metavar="TRIALS")
     parser.add_argument("--num_workers", type=options.whole, default=2, metavar="N")
-    parser.add_argument("--subjects", type=options.whole, nargs="+", default=list(VOXELS), metavar="2..8")
+    parser.add_argument("--subjects", type=options.whole, nargs="+", default=list(range(2, 9)), metavar="2..8")
     parser.add_argument("--folder", metavar="DIR", help="where the files are made, and kept (a temporary folder)")
     options.add_compute(parser)
     options.add_precision(parser)
@@ -75,10 +74,11 @@ def make_files(paths, args):
         sparse(paths.feature(feat), "data", (N_IMAGES, int(np.prod(WIDTHS[feat]))), "f2")
     rng = np.random.default_rng(0)
     for subj in tqdm(args.subjects, desc="shards", unit="subject"):
-        name, n_trials = f"subj{subj:02d}", SESSIONS[subj] * TRIALS
-        sparse(paths.betas(name), "betas", (n_trials, VOXELS[subj]), "f4")
+        name = f"subj{subj:02d}"
+        n_trials, n_voxels, *_ = sources.PUBLISHED[name]
+        sparse(paths.betas(name), "betas", (n_trials, n_voxels), "f4")
         images = rng.permutation(np.repeat(rng.choice(N_IMAGES, n_trials // 3, replace=False), 3))
-        for session in range(SESSIONS[subj]):
+        for session in range(options.SESSIONS[name]):
             write_shard(paths.data_path / f"wds/{name}/train/{session}.tar", subj, session, images)
 
 
