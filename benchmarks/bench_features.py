@@ -29,12 +29,14 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
 
-import data
 import img2feat
 import options
 import utils
 from bench_train import anonymous, peak_anonymous, reset_peak, synchronise
-from distributed import Team
+from disk.names import Paths
+from nsd.captions import load_captions
+from nsd.rows import open_stimuli
+from training.team import Team
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "models"
 GROUPS = {"c": ["c"], "z": ["z"], "g": ["g_2", "g_4", "g_6", "g_8", "g_10", "g_12"]}
@@ -59,7 +61,7 @@ def get_parser():
 def main(argv=None):
     args = get_parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
-        paths = utils.Paths(Path(args.folder or temporary), Path(args.folder or temporary))
+        paths = Paths(Path(args.folder or temporary), Path(args.folder or temporary))
         if not args.folder:
             print(f"{utils.pick_device(args.device)}, {torch.get_num_threads()} threads, batches of {args.batch_size}\n"
                   f"{'':4}{'images/s':>10}{'/ network':>11}{'/ one':>8}{'memory':>10}", flush=True)
@@ -110,9 +112,9 @@ def measure(args, paths, group):
     """Print a line of figures about one group of features."""
     utils.reproducible_products()
     team = Team(utils.pick_device(args.device))
-    sources = {"c": lambda: (img2feat.TextFeatures, data.load_captions(paths)),
-               "z": lambda: (img2feat.Latents, data.open_stimuli(paths)),
-               "g": lambda: (img2feat.VisionFeatures, GROUPS["g"], data.open_stimuli(paths))}
+    sources = {"c": lambda: (img2feat.TextFeatures, load_captions(paths)),
+               "z": lambda: (img2feat.Latents, open_stimuli(paths)),
+               "g": lambda: (img2feat.VisionFeatures, GROUPS["g"], open_stimuli(paths))}
     kind, *source = sources[group]()
     maker = kind(*source, args, team.device)
     network = maker.load()

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 
 import bench_recon
-import distributed
 import options
 import utils
 from bench_train import anonymous, peak_anonymous, reset_peak
-from brain import BrainLoss, Encoder
-from losses import EncodingObjective
+from encoding.encoder import Encoder
+from encoding.guide import BrainLoss
 from models import GNet, VoxelReadout, gnet_input
+from training.objectives import EncodingObjective
+from training.team import pick_precision
 
 
 def get_parser():
@@ -82,7 +83,7 @@ def peak_of(call, device):
 
 def print_time(args, device):
     """Seconds of whole pictures and of guided steps, CLIP alone and with GNet."""
-    bench = BrainBench(args, device, distributed.pick_precision(args.precision, device))
+    bench = BrainBench(args, device, pick_precision(args.precision, device))
     kinds, seconds, n = ("CLIP alone", "with GNet"), {}, min(args.images, bench.size)
     bench.with_brain = False
     if args.rounds > 1:

@@ -23,11 +23,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
 
-import distributed
 import options
 import utils
 from models import ClipFeatures
-from sampler import ClipFeatureLoss, GuidedPipeline, guided_steps, load_pipeline, raw_rule, rows_on_cpu
+from sampling.guidance import ClipFeatureLoss, raw_rule
+from sampling.pipeline import GuidedPipeline, guided_steps, load_pipeline, rows_on_cpu
+from training.team import pick_precision
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "models"
 LAYERS = (2, 4, 6, 8, 10, 12)
@@ -57,7 +58,7 @@ def main(argv=None):
     args = get_parser().parse_args(argv)
     utils.reproducible_products()
     device = utils.pick_device(args.device)
-    precision = distributed.pick_precision(args.precision, device)
+    precision = pick_precision(args.precision, device)
     bench = Bench(args, device, precision)
     print(f"{device}, {precision}, {torch.get_num_threads()} threads; {args.images} images in batches of {bench.size}, "
           f"{bench.steps} steps of which {bench.guided} guided", flush=True)

@@ -26,13 +26,15 @@ import webdataset
 from tqdm import tqdm
 
 import options
-import sources
 import train_c
 import train_g
-import training
 import utils
-from losses import BrainObjective
+from disk.names import Paths
 from models import BrainModel
+from nsd import sources
+from training.loop import join_batch, make_loader, math_attention, weight_decay_groups
+from training.objectives import BrainObjective
+from training.runs import open_run
 
 WIDTHS = {"c": (77, 768), "g_2": (50, 768)}
 N_IMAGES, TRIALS = 73000, 750  # trials per session
@@ -56,7 +58,7 @@ def main(argv=None):
     args = get_parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(args.folder or temporary)
-        paths = utils.Paths(root, root / "MindEyeV2/mindeyev2")
+        paths = Paths(root, root / "MindEyeV2/mindeyev2")
         imports = age_of_process()
         make_files(paths, args)
         if len(args.feats) == 1:
@@ -124,25 +126,25 @@ def measure(args, paths, feat, imports):
     anonymous_before = anonymous()
     for file in paths.data_path.glob("wds/*/*/.behaviour.npz"):
         file.unlink()
-    run = training.open_run(train_args, feat)
+    run = open_run(train_args, feat)
     lap("shards, first start")
-    run = training.open_run(train_args, feat)
+    run = open_run(train_args, feat)
     lap("shards, later")
     model = BrainModel(run.n_voxels, train_args.hidden_dim, *run.shapes["target"])
     model.standardise(run.target_statistics[0], 1.0)  # the files' zeros do not vary
     team, objective = run.team, BrainObjective()
-    optimizer = torch.optim.AdamW(training.weight_decay_groups(model), 3e-4, fused=team.device.type == "cuda")
+    optimizer = torch.optim.AdamW(weight_decay_groups(model), 3e-4, fused=team.device.type == "cuda")
     net = team.prepare(model, optimizer, train_args.batch_size)
     lap("network")
-    loader = training.make_loader(run.train, args.num_workers, team)
+    loader = make_loader(run.train, args.num_workers, team)
     steps = iter(loader)
     item = next(steps)
     lap("first batch")
     generator = torch.Generator(team.device)
 
     def step(item):
-        batch = training.join_batch(item, team)
-        with training.math_attention(team.device), team.autocast():
+        batch = join_batch(item, team)
+        with math_attention(team.device), team.autocast():
             loss, _ = objective(net, batch, 0.1, generator, team)
         team.step(loss, optimizer.param_groups)
 

@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from tqdm import tqdm
 
-import data
 import options
 import utils
-from sampler import load_pipeline
+from disk.names import Paths
+from nsd.rows import open_feature
+from nsd.trials import list_subjects, load_trials
+from sampling.pipeline import load_pipeline
 
 
 def get_parser():
@@ -39,11 +41,11 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    paths, device = utils.Paths.from_args(args), utils.pick_device(args.device)
+    paths, device = Paths.from_args(args), utils.pick_device(args.device)
     utils.seed_everything(args.seed)
     pipe = load_pipeline(args.sd_model, device)
-    latents = data.open_feature(paths, "z")
-    tested = {i for subj in data.subjects(paths) for i in data.load_trials(paths, subj, "new_test")["image_id"]}
+    latents = open_feature(paths, "z")
+    tested = {i for subj in list_subjects(paths) for i in load_trials(paths, subj, "new_test")["image_id"]}
     ids = np.random.default_rng(args.seed).permutation([i for i in range(len(latents)) if i not in tested])
     held_out, ids = ids[:100], ids[100:]
 

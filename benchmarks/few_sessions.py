@@ -15,13 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import numpy as np
 
-import data
 import options
 import score_c
 import score_g
 import train_c
 import train_g
 import utils
+from disk.names import Paths, run_name
+from disk.scores import load_scores
+from nsd.rows import open_feature
 
 PRETRAINING = ["--num_epochs", "5", "--max_lr", "1.5e-3", "--batch_size", "70"]
 FEW = ["--num_epochs", "150", "--max_lr", "1e-3", "--batch_size", "20"]
@@ -41,7 +43,7 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    paths = utils.Paths.from_args(args)
+    paths = Paths.from_args(args)
     lines = []
     for feat in args.feats:
         train, score, which = (train_c, score_c, []) if feat == "c" else (train_g, score_g, ["--feat", feat])
@@ -57,7 +59,7 @@ def main(argv=None):
                     named = ["--num_sessions", str(sessions), "--tag", f"few{seed}", "--seed", str(seed)]
                     train.main([*network, *flags, *named])
                     score.main([*size, *named, "--run", stage, "--prior_steps", "1"])
-                    name = utils.run_name(stage, args.subj, feat, args.hidden_dim, sessions, f"few{seed}")
+                    name = run_name(stage, args.subj, feat, args.hidden_dim, sessions, f"few{seed}")
                     found.append(retrieval(paths, args.subj, name, feat))
                 lines.append(f"{feat:5}{sessions:9}  {stage:10}" + "".join(map(spread, zip(*found, strict=True))))
     print("\nfeat  sessions  trained   brain->image top-1     mean rank     image->brain top-1     mean rank")
@@ -66,8 +68,8 @@ def main(argv=None):
 
 def retrieval(paths, subj, name, feat):
     """(brain -> image top-1, mean rank, image -> brain top-1, mean rank) among all test images."""
-    ids, brain = utils.load_scores(paths.scores(subj, name, feat), "retrieval")
-    rows = [array.reshape(len(ids), -1).astype(np.float64) for array in (brain, data.open_feature(paths, feat)[ids])]
+    ids, brain = load_scores(paths.scores(subj, name, feat), "retrieval")
+    rows = [array.reshape(len(ids), -1).astype(np.float64) for array in (brain, open_feature(paths, feat)[ids])]
     brain, image = (array / np.linalg.norm(array, axis=1, keepdims=True) for array in rows)
     similarity = brain @ image.T
     own = np.diag(similarity)

@@ -25,17 +25,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import brain
-import data
+import encoding.guide
 import evaluate
 import options
 import recon
 import train_gnet
-import training
 import utils
-from losses import EncodingObjective
+from disk.checkpoints import load_checkpoint, save_checkpoint
+from disk.files import save_csv
+from disk.names import Paths, run_name
+from encoding.encoder import Encoder, load_encoder
+from encoding.guide import ALL, good_voxels, weighted_correlation
 from models import GNet, gnet_input
-from pictures import read_images, read_png
+from nsd.regions import roi_masks
+from nsd.repeats import load_test_set, noise_ceiling, responses_to
+from sampling.folders import read_images, read_png
+from training.loop import fit
+from training.objectives import EncodingObjective
 from z_effect import read_table
 
 ROIS = ("V1", "V2", "V3", "V4", "all")
@@ -136,18 +142,18 @@ def train_judge(args, paths):
              "--batch_size", 32, "--max_lr", 2e-3, "--seed", args.seed, "--num_workers", 0, "--resume"]
     train_args = train_gnet.get_parser().parse_args([str(flag) for flag in flags])
     run = train_gnet.open_run(train_args)
-    file = paths.run(utils.run_name("scratch", args.subj, "gnet", None, tag="judge")) / "best.pth"
+    file = paths.run(run_name("scratch", args.subj, "gnet", None, tag="judge")) / "best.pth"
     if run is not None:
         utils.seed_everything(args.seed + 1)  # other starting weights, too
-        rois = {args.subj: data.roi_masks(paths, args.subj)}
-        ceilings = {args.subj: data.noise_ceiling(run.train.betas[args.subj], run.val.betas[args.subj].n_repeats)}
+        rois = {args.subj: roi_masks(paths, args.subj)}
+        ceilings = {args.subj: noise_ceiling(run.train.betas[args.subj], run.val.betas[args.subj].n_repeats)}
         objective = EncodingObjective(partial(gnet_input, side=JUDGE_SIDE), rois, ceilings, shift=1)
-        training.fit(run, Judge(run.n_voxels), objective)
-    state = utils.load_checkpoint(file)
+        fit(run, Judge(run.n_voxels), objective)
+    state = load_checkpoint(file)
     judge = Judge(state["n_voxels"])
     judge.load_state_dict(state["model"])
     device = utils.pick_device(args.device)
-    return brain.Encoder("judge", args.subj, judge.eval().requires_grad_(False).to(device),
+    return Encoder("judge", args.subj, judge.eval().requires_grad_(False).to(device),
                          state["val_r"][args.subj].numpy(), (), file)
 
 
@@ -156,11 +162,11 @@ def train_judge(args, paths):
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    paths = utils.Paths.from_args(args)
+    paths = Paths.from_args(args)
     judge = train_judge(args, paths)
     if args.only_judge:
         return
-    guide = brain.load_encoder(paths, args.subj, args.gnet_run, args.seed, utils.pick_device(args.device))
+    guide = load_encoder(paths, args.subj, args.gnet_run, args.seed, utils.pick_device(args.device))
     draw = partial(draw_setting, args, paths, guide)
 
     settings = {"CLIP alone": draw("clip", num_samples=max(BEST_OF))}
@@ -196,13 +202,13 @@ def draw_setting(args, paths, guide, name, root=None, extra=(), **gnet):
         gnet = {"gnet_run": guide.run, **gnet}
         words += ["--use_gnet", *(word for flag, value in gnet.items() for word in (f"--{flag}", str(value)))]
     folder = Path(root or paths.root / "outputs_all" / args.subj / "gnet_guidance") / name
-    preflight = brain.PREFLIGHT_R
+    preflight = encoding.guide.PREFLIGHT_R
     if gnet.get("gnet_run") != guide.run:
-        brain.PREFLIGHT_R = -2  # the untrained network would rightly be refused
+        encoding.guide.PREFLIGHT_R = -2  # the untrained network would rightly be refused
     try:
         recon.main([*words, "--test_split", "val", "--num_samples", str(num_samples), "--outdir", str(folder), *extra])
     finally:
-        brain.PREFLIGHT_R = preflight
+        encoding.guide.PREFLIGHT_R = preflight
     return folder
 
 
@@ -211,7 +217,7 @@ def shuffled_target(paths, args):
     folder = paths.root / "outputs_all" / args.subj / "gnet_guidance/shuffled_target"
     folder.mkdir(parents=True, exist_ok=True)
     held_out = (args.num_sessions, options.VAL_FRACTION, args.seed)
-    test = data.load_test_set(paths, args.subj, held_out=held_out, split="val")
+    test = load_test_set(paths, args.subj, held_out=held_out, split="val")
     np.save(folder / "target.npy", np.roll(test.betas, 7, axis=0))
     np.save(folder / "image_ids.npy", test.image_ids)
     return folder / "target.npy"
@@ -221,11 +227,11 @@ def untrained(paths, guide):
     """A run with the guide's architecture and voxels, and random weights; its name."""
     run = f"{guide.run}_untrained"
     if not (paths.run(run) / "best.pth").exists():
-        state = utils.load_checkpoint(guide.file)
+        state = load_checkpoint(guide.file)
         torch.manual_seed(1)
         sizes = {key: value for key, value in state["model_args"].items() if key != "kind"}
         kept = {key: state[key] for key in ("model_args", "n_voxels", "config", "val_r")}
-        utils.save_checkpoint(paths.run(run) / "best.pth", {**kept, "model": GNet(**sizes).state_dict()})
+        save_checkpoint(paths.run(run) / "best.pth", {**kept, "model": GNet(**sizes).state_dict()})
     return run
 
 
@@ -264,14 +270,14 @@ def measure_set(args, paths, guide, judge, folder, sample=0):
     if file.exists() and file.stat().st_mtime > max(picture.stat().st_mtime for picture in pictures):
         return dict(np.load(file))
     ids = read_images(folder).image_ids
-    measured = torch.from_numpy(data.responses_to(paths, args.subj, ids, args.num_sessions).betas)
+    measured = torch.from_numpy(responses_to(paths, args.subj, ids, args.num_sessions).betas)
     stack = np.stack([read_png(picture) for picture in pictures])
-    masks, found = data.roi_masks(paths, args.subj), {}
+    masks, found = roi_masks(paths, args.subj), {}
     for title, encoder in (("guide", guide), ("judge", judge)):
         predicted = torch.from_numpy(encoder.predict(stack))
-        for roi, voxels in brain.good_voxels(encoder, masks, "all").items():
+        for roi, voxels in good_voxels(encoder, masks, "all").items():
             weights = torch.from_numpy(encoder.val_r[voxels] ** 2)
-            found[f"{title} {roi}"] = brain.weighted_correlation(predicted[:, voxels], measured[:, voxels],
+            found[f"{title} {roi}"] = weighted_correlation(predicted[:, voxels], measured[:, voxels],
                                                                  weights).numpy()
         found[f"{title} all"] = np.mean([values for name, values in found.items() if name.startswith(title)], axis=0)
     if sample == 0 and not any(p.name.endswith("_s1.png") for p in folder.glob("*.png")):
@@ -295,7 +301,7 @@ def one_sample(folder, sample, ids):
         link.unlink(missing_ok=True)
         link.symlink_to(picture.resolve())
         rows.append({"row": row, "image_id": image_id, "file": link.name, "sample": 0, "seed": 0})
-    utils.save_csv(target / "index.csv", rows)
+    save_csv(target / "index.csv", rows)
     return target
 
 
@@ -315,7 +321,7 @@ def difference(table, base, name, draws=10000):
 def report(tables, settings, same, seconds, guide, judge, paths, args):
     """Markdown: what held, then the table of all settings."""
     base, default = tables["kappa 0"], tables["all", 1.0]
-    masks, n = data.roi_masks(paths, args.subj), len(base["pixcorr"])
+    masks, n = roi_masks(paths, args.subj), len(base["pixcorr"])
 
     def shown(table, name, against=base):
         mean, low, high = difference(table, against, name)
@@ -324,7 +330,7 @@ def report(tables, settings, same, seconds, guide, judge, paths, args):
     def gain(table, title):
         return difference(table, base, f"{title} all")[0]
 
-    regions = [name for name in brain.ALL if name in masks]
+    regions = [name for name in ALL if name in masks]
     quality = ", ".join(f"{roi} {np.median(guide.val_r[masks[roi]]):.2f} / {np.median(judge.val_r[masks[roi]]):.2f}"
                         for roi in regions)
     ratio = seconds["all"] / seconds["clip"]

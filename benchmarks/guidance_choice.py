@@ -21,6 +21,8 @@ import evaluate
 import options
 import recon
 import utils
+from disk.files import load_json
+from disk.names import Paths
 from z_effect import read_table
 
 UNGUIDED = {"guidance_scale": 0}
@@ -70,13 +72,13 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    paths = utils.Paths.from_args(args)
+    paths = Paths.from_args(args)
     given = [name for name in ("root", "subj", "hidden_dim", "num_sessions", "tag", "run", "sd_model", "clip_model",
                                "num_samples", "num_inference_steps", "cfg_scale", "strength", "batch_size")
              if getattr(args, name) != ""]
     same = [word for name in given for word in (f"--{name}", str(getattr(args, name)))]
     attributes = paths.root / "demo_attributes.json"
-    truths = utils.load_json(attributes, kind=list) if attributes.exists() else None
+    truths = load_json(attributes, kind=list) if attributes.exists() else None
     settings, tables = SETTINGS, []
     if args.decoders:
         settings = [UNGUIDED, RAW, NORM]

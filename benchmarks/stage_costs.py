@@ -19,10 +19,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import options
-import sources
 import utils
 from bench_recon import random_sd14
 from models import BrainModel, LatentModel
+from nsd import sources
 
 N_IMAGES, N_TEST, CAPTIONS, EPOCHS = sources.N_IMAGES, 1000, 5, 30
 STEPS, GUIDED, PRIOR_STEPS = 37, 7, 20  # of 50 at strength .75; .2 of these

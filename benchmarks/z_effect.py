@@ -22,8 +22,11 @@ import evaluate
 import options
 import recon
 import utils
+from disk.files import load_json
+from disk.names import Paths
+from evaluation.picture_sets import as_float
 from judge import read_attributes
-from pictures import as_float, read_images, read_png
+from sampling.folders import read_images, read_png
 
 SETTINGS = ("hidden_dim", "num_sessions", "tag", "run", "head", "control", "precision", "sd_model",
             "clip_model", "num_inference_steps", "cfg_scale",
@@ -42,19 +45,19 @@ def get_parser():
 def main(argv=None):
     args = get_parser().parse_args(argv)
     with_z = Path(args.with_z).resolve()
-    config = utils.load_json(with_z / "config.json", "settings of the reconstructions", "make them with recon.py first")
+    config = load_json(with_z / "config.json", "settings of the reconstructions", "make them with recon.py first")
     method = f"{config['method']}_without_z"
     flags = ["--root", args.root, "--subj", config["subj"], "--batch_size", str(args.batch_size), "--z", "none"]
     flags += ["--feats", *(config["feats"] or ["none"])]
     flags += [word for name in SETTINGS if config.get(name) is not None for word in (f"--{name}", str(config[name]))]
     recon.main([*flags, "--method", method])
-    paths = utils.Paths.from_args(args)
+    paths = Paths.from_args(args)
     guidance = (config.get(name, 0) for name in ("guidance_scale", "guidance_strength"))
     without_z = paths.images(config["subj"], method, *guidance)
     evaluate.main(["--root", args.root, "--images", str(without_z), "--eval_clip", args.clip])
 
     attributes = paths.root / "demo_attributes.json"
-    truths = utils.load_json(attributes, kind=list) if attributes.exists() else None
+    truths = load_json(attributes, kind=list) if attributes.exists() else None
     tables = [read_table(folder, truths, args.clip) for folder in (with_z, without_z)]
     if tables[0]["image_id"] != tables[1]["image_id"]:
         raise utils.UserError(f"{with_z}: other images than {without_z}; draw both with the same --limit and --ids")

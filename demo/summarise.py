@@ -14,12 +14,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))  # the p
 
 import torch
 
-import data
 import options
 import utils
+from disk.files import load_json, save_json
+from disk.names import Paths
 from evaluate import check_ids
+from evaluation.picture_sets import as_float
 from judge import judge_images
-from pictures import as_float, read_images, read_png
+from nsd.rows import open_stimuli
+from sampling.folders import read_images, read_png
 from scenes import ATTRIBUTES
 
 METRICS = ("clip_two_way", "pixcorr", "ssim")
@@ -44,10 +47,10 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    paths = utils.Paths.from_args(args)
-    attributes = utils.load_json(paths.root / "demo_attributes.json", "attributes of the scenes", HINT, list)
+    paths = Paths.from_args(args)
+    attributes = load_json(paths.root / "demo_attributes.json", "attributes of the scenes", HINT, list)
     utils.require(args.clip, "--clip: folder of the CLIP", HINT)
-    stimuli = data.open_stimuli(paths)
+    stimuli = open_stimuli(paths)
 
     summary = {}
     for name in ("real", "shuffled", "unguided"):
@@ -61,7 +64,7 @@ def main(argv=None):
     summary["seconds"] = read_seconds(Path(args.seconds)) if args.seconds else {}
 
     file = Path(args.summary or paths.root / "summary.json")
-    utils.save_json(file, summary)
+    save_json(file, summary)
     print(format_summary(summary, len(ids)))
     print(f"summary        {file}\ncontact sheet  {Path(args.real) / 'contact_sheet.png'}")
 
@@ -75,7 +78,7 @@ def read_metrics(path):
     """The summary's metrics from a metrics.json or the folder that holds it."""
     path = Path(path)
     file = path / "metrics.json" if path.is_dir() else path
-    found = utils.load_json(file, "metrics", "run src/evaluate.py on these images first")
+    found = load_json(file, "metrics", "run src/evaluate.py on these images first")
     missing = [name for name in METRICS if found.get(name, {}).get("value") is None]
     if missing:
         raise utils.UserError(f"{file}: no value of {', '.join(missing)}; run src/evaluate.py again with --eval_clip")
@@ -87,7 +90,7 @@ def read_seconds(path):
     if path.is_dir():
         files = sorted(path.iterdir(), key=lambda file: file.stat().st_mtime)
         return {file.name: float(file.read_text()) for file in files}
-    return utils.load_json(path, "seconds per stage", HINT)
+    return load_json(path, "seconds per stage", HINT)
 
 
 def format_summary(summary, n_images):

@@ -22,10 +22,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
 import options
-import sources
 import utils
+from disk.names import Paths
+from nsd import sources
+from nsd.captions import load_captions
+from nsd.design import check_shared_images, check_trial_images, load_stimulus_table
+from nsd.regions import roi_masks
+from nsd.rows import open_betas, open_feature, open_stimuli
+from nsd.sources import SUBJECTS
+from nsd.trials import load_trials
 
 SAMPLE = 16  # rows of a file that are looked at without --deep
 RUN_BYTES = 6e9  # pretraining and fine-tuning of one feature at --hidden_dim 1024 (benchmarks/stage_costs.py)
@@ -35,7 +41,7 @@ MEMORY = 16e9  # bytes of main memory that training c at its defaults takes (ben
 def get_parser():
     parser = options.Parser(__doc__)
     options.add_paths(parser)
-    parser.add_argument("--subj", "--subject", dest="subjects", nargs="+", type=options.subject, default=data.SUBJECTS,
+    parser.add_argument("--subj", "--subject", dest="subjects", nargs="+", type=options.subject, default=SUBJECTS,
                         metavar="1..8", help="whose data (all eight, which pretraining needs)")
     parser.add_argument("--stages", nargs="+", choices=list(sources.STAGES), default=list(sources.STAGES),
                         metavar="STAGE", help="what is to be run: " + ", ".join(sources.STAGES) + " (all)")
@@ -50,7 +56,7 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    world = World(utils.Paths.from_args(args))
+    world = World(Paths.from_args(args))
     looks = tqdm(list(checks(world, args)), desc="looking", leave=False, disable=None)
     findings = [examine(what, mend, look) for what, mend, look in looks]
     if report(findings):
@@ -65,7 +71,7 @@ class World:
 
     @cached_property
     def n_images(self):
-        return len(data.load_stimulus_table(self.paths))
+        return len(load_stimulus_table(self.paths))
 
     @property
     def is_nsd(self):
@@ -73,9 +79,9 @@ class World:
         return self.n_images == sources.N_IMAGES
 
     def trials(self, subj, split):
-        """Table of a subject's trials (data.load_trials)."""
+        """Table of a subject's trials (load_trials)."""
         if (subj, split) not in self._trials:
-            self._trials[subj, split] = data.load_trials(self.paths, subj, split)
+            self._trials[subj, split] = load_trials(self.paths, subj, split)
         return self._trials[subj, split]
 
 
@@ -179,14 +185,14 @@ def expect(file, what, found, wanted):
 
 
 def look_at_shared(world):
-    shared = data.check_shared_images(world.paths)
+    shared = check_shared_images(world.paths)
     if world.is_nsd:
         expect(world.paths.data_path / "shared1000.npy", "shared images", len(shared), 1000)
     return f"{len(shared)} shared images, the same in all three lists"
 
 
 def look_at_design(paths, subj):
-    return f"{data.check_trial_images(paths, subj)} trials, the same images in both lists"
+    return f"{check_trial_images(paths, subj)} trials, the same images in both lists"
 
 
 def sample_of(n, deep):
@@ -212,7 +218,7 @@ def looked(deep):
 
 
 def look_at_stimuli(world, deep):
-    stimuli = data.open_stimuli(world.paths)
+    stimuli = open_stimuli(world.paths)
     expect(stimuli.path, "images", len(stimuli), world.n_images)
     if world.is_nsd:
         expect(stimuli.path, "pixels a side", stimuli.shape[1:3], (425, 425))
@@ -221,18 +227,18 @@ def look_at_stimuli(world, deep):
 
 
 def look_at_captions(paths):
-    captions = data.load_captions(paths)
+    captions = load_captions(paths)
     return f"{sum(map(len, captions))} captions of {len(captions)} images"
 
 
 def look_at_betas(world, subj, deep):
-    betas = data.open_betas(world.paths, subj)
+    betas = open_betas(world.paths, subj)
     if betas.dtype != np.float32:
         raise utils.UserError(f"{betas.path}: {betas.dtype}, wanted float32 as MindEye2's are")
     if world.is_nsd:
         expect(betas.path, "trials x voxels", betas.shape, sources.PUBLISHED[subj][:2])
     else:
-        expect(betas.path, "trials", len(betas), data.check_trial_images(world.paths, subj))
+        expect(betas.path, "trials", len(betas), check_trial_images(world.paths, subj))
     look_at_rows(betas, deep)
     return f"{betas.shape} {betas.dtype}, {looked(deep)}"
 
@@ -242,7 +248,7 @@ def look_at_trials(world, subj):
     folder = world.paths.data_path / "wds" / subj
     train, test = (world.trials(subj, split) for split in ("train", "new_test"))
     rows = np.sort(np.concatenate([train["row"], test["row"]]))
-    n = len(data.open_betas(world.paths, subj))
+    n = len(open_betas(world.paths, subj))
     if not np.array_equal(rows, np.arange(n)):
         lacking, beyond = np.setdiff1d(np.arange(n), rows), rows[rows >= n]
         twice = rows[1:][np.diff(rows) == 0]
@@ -274,7 +280,7 @@ def look_at_old_test(world, subj):
 
 
 def look_at_masks(paths, subj):
-    masks = data.roi_masks(paths, subj)
+    masks = roi_masks(paths, subj)
     empty = [name for name, mask in masks.items() if not mask.any()]
     if empty:
         raise utils.UserError(f"regions of {subj}: {', '.join(empty)} have no voxel")
@@ -286,7 +292,7 @@ def look_at_masks(paths, subj):
 
 
 def look_at_feature(world, feat, args):
-    rows = data.open_feature(world.paths, feat)
+    rows = open_feature(world.paths, feat)
     expect(rows.path, "rows", len(rows), world.n_images)
     seen = [world.trials(subj, split)["image_id"] for subj in args.subjects for split in ("train", "new_test")]
     seen = np.unique(np.concatenate(seen))

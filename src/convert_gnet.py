@@ -15,10 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
 import options
 import utils
+from disk.checkpoints import save_checkpoint
+from disk.files import file_hash
+from disk.names import Paths
 from models import GNet
+from nsd.rows import open_betas
+from nsd.sources import SUBJECTS
 
 KEYS = ("best_params", "input_mean", "voxel_mask", "val_cc")
 # the names under which NumPy pickles an array, before and since its version 2
@@ -37,7 +41,7 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    paths = utils.Paths.from_args(args)
+    paths = Paths.from_args(args)
     file = Path(args.file or paths.data_path / "gnet_multisubject.pt")
     target = paths.run("gnet_published") / "best.pth"
     if target.exists() and not args.overwrite:
@@ -45,11 +49,11 @@ def main(argv=None):
     published = read_published(file)
     model, val_r = convert(published, file)
     for subj, n in model.n_voxels.items():
-        if paths.betas(subj).exists() and (found := data.open_betas(paths, subj).shape[1]) != n:
+        if paths.betas(subj).exists() and (found := open_betas(paths, subj).shape[1]) != n:
             raise utils.UserError(f"{file}: {n} voxels of {subj}, its betas in {paths.data_path} have {found}; use "
                                   "both of one data set")
-    config = {"feat": "gnet", "run": "gnet_published", "source_sha256": utils.file_hash(file)}
-    utils.save_checkpoint(target, {
+    config = {"feat": "gnet", "run": "gnet_published", "source_sha256": file_hash(file)}
+    save_checkpoint(target, {
         "model": model.state_dict(), "model_args": model.model_args, "config": config, "n_voxels": model.n_voxels,
         "subjects": list(model.n_voxels), "val_r": val_r})
     print(f"{target}: GNet of {', '.join(f'{subj} ({n} voxels)' for subj, n in model.n_voxels.items())}")
@@ -80,7 +84,7 @@ def convert(published, file):
     """
     try:
         shared, readouts = published["best_params"]["enc"], published["best_params"]["fwrfs"]
-        n_voxels = {data.SUBJECTS[int(number) - 1]: len(readout["b"]) for number, readout in readouts.items()}
+        n_voxels = {SUBJECTS[int(number) - 1]: len(readout["b"]) for number, readout in readouts.items()}
         width, trunk_width = (len(shared[f"enc.{block}.conv1.bias"]) for block in ("conv4a", "conv6b"))
         state = {"input_mean": shared["mu"].reshape(1, 3, 1, 1)}
         for ours, theirs in (("prefilter.0", "pre.conv1.0"), ("prefilter.3", "pre.conv2.0")):

@@ -23,11 +23,13 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-import data
 import options
-import sources
-import transfer
 import utils
+from disk.files import file_hash
+from disk.names import Paths
+from nsd import sources, transfer
+from nsd.captions import write_captions
+from nsd.sources import SUBJECTS
 
 NSD_ADVICE = "sign NSD's data access form (https://naturalscenesdataset.org), check --nsd_url, or fetch it by hand"
 COCO_ADVICE = "check --coco_url, or fetch it by hand (https://cocodataset.org)"
@@ -36,7 +38,7 @@ COCO_ADVICE = "check --coco_url, or fetch it by hand (https://cocodataset.org)"
 def get_parser():
     parser = options.Parser(__doc__, dry_run_stops=False)
     options.add_paths(parser)
-    parser.add_argument("--subj", "--subject", dest="subjects", nargs="+", type=options.subject, default=data.SUBJECTS,
+    parser.add_argument("--subj", "--subject", dest="subjects", nargs="+", type=options.subject, default=SUBJECTS,
                         metavar="1..8", help="whose betas, shards and regions (all eight, for pretraining)")
     parser.add_argument("--what", nargs="+", choices=list(sources.GROUPS), default=sources.DEFAULT_GROUPS,
                         metavar="GROUP", help="; ".join(f"{name}: {what}" for name, what in sources.GROUPS.items())
@@ -58,7 +60,7 @@ def main(argv=None):
         raise utils.UserError(f"--parts {args.parts}: wanted at least 1")
     if args.to and args.data_path:
         raise utils.UserError("--to with --data_path: either names where the data set goes; give one of them")
-    root = utils.Paths.from_args(args)
+    root = Paths.from_args(args)
     paths = at_disk(args.to) if args.to else root
     groups = [group for group in sources.GROUPS if group in args.what]
     wanted = [file for group in groups for file in sources.files_of(group, args.subjects)]
@@ -98,7 +100,7 @@ def at_disk(folder):
     disk = Path(folder).expanduser().resolve()
     if not disk.is_dir():
         raise utils.UserError(f"--to {folder}: no such folder; make it first, or check that the disk is mounted")
-    return utils.Paths(disk, disk / "MindEyeV2/mindeyev2")
+    return Paths(disk, disk / "MindEyeV2/mindeyev2")
 
 
 def plan_of_hub(wanted, paths):
@@ -159,7 +161,7 @@ def has_size(path, size):
 def is_intact(item):
     """Whether a file has its published checksum; True where there is none to compare."""
     if item.origin == "hub" and item.checksum:
-        return utils.file_hash(item.path, digits=None) == item.checksum
+        return file_hash(item.path, digits=None) == item.checksum
     if item.origin == "nsd":
         return transfer.md5_of(item.path, item.checksum) in (None, item.checksum.strip('"'))
     return True
@@ -209,7 +211,7 @@ def fetch(item, paths, client, args):
             with tqdm(total=item.size, desc=archive.name, unit="B", unit_scale=True, leave=False) as bar:
                 transfer.fetch(client, item.remote, archive, advice, args.parts, bar)
         if item.origin == "coco":
-            data.write_captions(paths, archive)
+            write_captions(paths, archive)
             archive.unlink()
     else:
         from huggingface_hub import hf_hub_download

@@ -24,17 +24,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-import controls
-import data
-import metrics
 import options
-import report
-import sources
 import utils
-from brain import Encoder, load_encoder
-from eval_networks import FeatureStore, load_networks
-from gallery import contact_sheet
-from pictures import PictureSet, in_batches, name_of, read_images, read_png
+from disk.files import atomic_path, file_hash, load_csv, load_npy, save_json, save_together, write_csv, write_json
+from disk.names import Paths, images_name, scores_name
+from disk.scores import load_scores
+from encoding.encoder import Encoder, load_encoder
+from evaluation import controls, metrics, report
+from evaluation.gallery import contact_sheet
+from evaluation.networks import FeatureStore, load_networks
+from evaluation.picture_sets import PictureSet
+from nsd import sources
+from nsd.regions import roi_masks
+from nsd.repeats import responses_to
+from nsd.rows import open_feature, open_stimuli
+from sampling.folders import in_batches, name_of, read_images, read_png
+from training.tracking import Tracker, check_tracking
 
 # what names the scores behind the images
 RUN_FLAGS = ("subj", "hidden_dim", "num_sessions", "tag", "run", "head", "control", "test_split", "repeats")
@@ -76,7 +81,7 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    utils.check_tracking(args.wandb_log)
+    check_tracking(args.wandb_log)
     for name in ("batch_size", "sheet_images"):
         if getattr(args, name) < 1:
             raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
@@ -90,16 +95,16 @@ def main(argv=None):
     for subj in args.subjects:
         sessions = min(args.num_sessions, options.SESSIONS[subj])
         found[subj] = evaluate(argparse.Namespace(**{**vars(args), "subj": subj, "num_sessions": sessions}))
-    write_subjects(found, utils.Paths.from_args(args), args)
+    write_subjects(found, Paths.from_args(args), args)
 
 
 def evaluate(args):
     """Measure one folder and write all results beside it; returns {metric: entry}."""
-    paths = utils.Paths.from_args(args)
+    paths = Paths.from_args(args)
     images = read_images(images_folder(args, paths))
     outdir = images.folder / "ground_truth" if args.ground_truth else images.folder
     outdir = paths.root.joinpath(args.outdir) if args.outdir else outdir
-    stimuli = data.open_stimuli(paths)
+    stimuli = open_stimuli(paths)
     check_ids(images, stimuli, paths)
     check_rows(images, paths)
     compared = {} if args.ground_truth else read_compared(args.compare, paths)
@@ -135,7 +140,7 @@ def evaluate(args):
                  {"seen": seen, made.label: made, **others}, config, images.config or {}, paths)
 
     name = f"evaluate_{args.subj}_{name_of(images.folder)}".replace(" ", "_")
-    tracker = utils.Tracker(outdir, name, vars(args), args.wandb_log, args.wandb_project)
+    tracker = Tracker(outdir, name, vars(args), args.wandb_log, args.wandb_project)
     tracker.log({f"eval/{name}": entry["value"] for name, entry in results.items() if entry["n"]}, step=0)
     tracker.log_table("eval/metrics", table_of(measured), step=0)
     tracker.log_images("eval/contact_sheet", [sheet], [str(images.folder)], step=0)
@@ -157,7 +162,7 @@ def images_folder(args, paths):
     """--images, or the folder the flags name (recon.py's rules); without --guidance_scale the only one there is."""
     if args.images:
         return paths.root.joinpath(args.images)  # an absolute path stays as it is
-    method = utils.images_name(vars(args))
+    method = images_name(vars(args))
     if args.guidance_scale is not None:
         return paths.images(args.subj, method, args.guidance_scale, args.guidance_strength)
     sets = paths.images(args.subj, method, 0, 0).parent.parent
@@ -182,11 +187,11 @@ def read_compared(words, paths):
 def check_rows(images, paths):
     """Refuse an index whose ids are not those of the scores that the pictures were drawn from, row by row."""
     run, why = run_behind(images)
-    folder = None if why else paths.scores(run["subj"], utils.scores_name(run, "c"), "c")
+    folder = None if why else paths.scores(run["subj"], scores_name(run, "c"), "c")
     if folder is None or not (folder / "image_ids.npy").exists():
         return
-    ids = utils.load_npy(folder / "image_ids.npy", "the scores' image ids", "score again")
-    for line in utils.load_csv(images.folder / "index.csv", "the list of reconstructions", "reconstruct again"):
+    ids = load_npy(folder / "image_ids.npy", "the scores' image ids", "score again")
+    for line in load_csv(images.folder / "index.csv", "the list of reconstructions", "reconstruct again"):
         row = int(line.get("row", -1))
         if row >= len(ids) or (row >= 0 and ids[row] != int(line["image_id"])):
             found = ids[row] if row < len(ids) else "none"
@@ -205,7 +210,7 @@ def check_ids(images, stimuli, paths):
 def check_writable(folder):
     """Refuse a folder that can not be written to before the work, not after it."""
     try:
-        with utils.atomic_path(folder / "writable") as temporary:
+        with atomic_path(folder / "writable") as temporary:
             temporary.touch()
         (folder / "writable").unlink()
     except utils.UserError as error:
@@ -252,7 +257,7 @@ def folder_with(images, changed):
     config = {"use_gnet": False, "gnet_roi": None, "gnet_kappa": 0, **(images.config or {})}
     if not {"method", *RUN_FLAGS} <= config.keys():
         return None
-    name, new = (utils.images_name(flags) for flags in (config, {**config, **changed}))
+    name, new = (images_name(flags) for flags in (config, {**config, **changed}))
     parts = images.folder.parts  # .../<name>/<guidance_scale>/<guidance_strength>
     return images.folder.parents[2] / new / parts[-2] / parts[-1] if parts[-3] == name else None
 
@@ -326,7 +331,7 @@ class Scale:
             with open(file, "wb") as stream:
                 np.save(stream, encoder.predict(in_batches(shown, 50), show=f"brain of {pictures.label}"))
 
-        predicted = self.store.kept("voxels", utils.file_hash(encoder.file) + encoder.subj + pictures.key(sample), make)
+        predicted = self.store.kept("voxels", file_hash(encoder.file) + encoder.subj + pictures.key(sample), make)
         return {f"brain_correlation_{roi}": metrics.paired_correlation(responses[:, mask], predicted[:, mask])
                 for roi, mask in rois.items()}
 
@@ -363,8 +368,8 @@ def brain_of(images, args, paths):
     subj = (images.config or {}).get("subj", args.subj)
     try:
         encoder = load_encoder(paths, subj, args.gnet_run, args.seed, utils.pick_device(args.device))
-        responses = data.responses_to(paths, subj, images.image_ids).betas
-        rois = {roi: mask for roi, mask in data.roi_masks(paths, subj).items() if mask.any()}
+        responses = responses_to(paths, subj, images.image_ids).betas
+        rois = {roi: mask for roi, mask in roi_masks(paths, subj).items() if mask.any()}
     except utils.UserError as error:
         if args.gnet_run:
             raise
@@ -409,12 +414,12 @@ def retrieval(images, args, paths):
     if why:
         return {}, dict.fromkeys(names, why)
     feat, subj = args.retrieval_feat, run["subj"]
-    folder = paths.scores(subj, utils.scores_name(run, feat), feat)
+    folder = paths.scores(subj, scores_name(run, feat), feat)
     for file in (folder / "retrieval.npy", paths.feature(feat)):
         if not file.exists():
             return {}, dict.fromkeys(names, f"{file} not found")
-    ids, brain = utils.load_scores(folder, "retrieval")
-    seen = data.open_feature(paths, feat)
+    ids, brain = load_scores(folder, "retrieval")
+    seen = open_feature(paths, feat)
     if brain[0].size != np.prod(seen.row_shape):
         raise utils.UserError(f"{folder}/retrieval.npy: rows of {brain.shape[1:]}, those of {paths.feature(feat)} are "
                               f"{seen.row_shape}; score again, or give --retrieval_feat another feature")
@@ -432,11 +437,11 @@ def effective_ranks(images, args, paths):
     feat = args.retrieval_feat
     if args.ground_truth or why or not paths.feature(feat).exists():
         return {}
-    folder = paths.scores(run["subj"], utils.scores_name(run, feat), feat)
+    folder = paths.scores(run["subj"], scores_name(run, feat), feat)
     if not (folder / "nsdgeneral.npy").exists():
         return {}
-    ids, predicted = utils.load_scores(folder)
-    true = data.open_feature(paths, feat)[ids]
+    ids, predicted = load_scores(folder)
+    true = open_feature(paths, feat)[ids]
     return {f"effective_rank_{feat}{suffix}": {"value": metrics.effective_rank(rows), "ci_low": None, "ci_high": None,
                                                "n": len(ids)} for suffix, rows in (("", predicted), ("_true", true))}
 
@@ -467,13 +472,13 @@ def write_results(outdir, measured, differences, images, config, sheet):
     compared = {label: {"results": measured[label].results, "difference": found}
                 for label, found in differences.items()}
     line = report.latex_row(config["options"]["method"], main.results)
-    utils.save_together({
-        outdir / "metrics.json": utils.write_json(main.results),
-        outdir / "metrics_config.json": utils.write_json(config),
+    save_together({
+        outdir / "metrics.json": write_json(main.results),
+        outdir / "metrics_config.json": write_json(config),
         outdir / "metrics.tex": lambda path: path.write_text(line),
-        outdir / "compared.json": utils.write_json(compared),
-        outdir / "metrics.csv": utils.write_csv(table_of(measured)),
-        outdir / "metrics_per_image.csv": utils.write_csv(rows),
+        outdir / "compared.json": write_json(compared),
+        outdir / "metrics.csv": write_csv(table_of(measured)),
+        outdir / "metrics_per_image.csv": write_csv(rows),
         outdir / "contact_sheet.png": lambda path: sheet.save(path, format="PNG")})
 
 
@@ -489,8 +494,8 @@ def write_subjects(found, paths, args):
     names = [name for name in next(iter(found.values())) if all(name in results for results in found.values())]
     names = [name for name in names if all(results[name]["n"] for results in found.values())]
     mean = {name: float(np.mean([results[name]["value"] for results in found.values()])) for name in names}
-    file = paths.root / "outputs_all" / f"{utils.images_name(vars(args))}_subjects.json"
-    utils.save_json(file, {"subjects": found, "mean": mean})
+    file = paths.root / "outputs_all" / f"{images_name(vars(args))}_subjects.json"
+    save_json(file, {"subjects": found, "mean": mean})
     width = max(map(len, names))
     print(f"\n{'metric':<{width}}" + "".join(f"{subj:>9}" for subj in found) + f"{'mean':>9}")
     for name in names:

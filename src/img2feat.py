@@ -34,12 +34,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-import data
 import options
-import sources
 import utils
-from distributed import Team
+from disk.files import atomic_path, file_hash
+from disk.names import Paths
 from models import ClipFeatures
+from nsd import sources
+from nsd.captions import load_captions
+from nsd.rows import KNOWN_FEATURE_SHAPES, open_stimuli
+from nsd.trials import load_trials
+from training.team import Team
 
 CAPTIONED_IMAGES = 256  # in a block of c: their captions' embeddings take 0.3 GB at Stable Diffusion's sizes
 VAE_PIXELS = 2**19  # encoded at once: two images of 512 x 512, whose activations take 1.2 GB
@@ -68,15 +72,15 @@ def get_parser():
 def main(argv=None):
     args = get_parser().parse_args(argv)
     utils.reproducible_products()
-    paths = utils.Paths.from_args(args)
+    paths = Paths.from_args(args)
     team = Team.assemble(args.device, "fp32", timedelta(days=1))  # shares may take hours longer than others
     layers = [feat for feat in dict.fromkeys(args.feats) if feat.startswith("g_")]
     if "c" in args.feats:
-        extract(TextFeatures(data.load_captions(paths), args, team.device), paths, args, team)
+        extract(TextFeatures(load_captions(paths), args, team.device), paths, args, team)
     if "z" in args.feats:
-        extract(Latents(data.open_stimuli(paths), args, team.device), paths, args, team)
+        extract(Latents(open_stimuli(paths), args, team.device), paths, args, team)
     if layers:
-        extract(VisionFeatures(layers, data.open_stimuli(paths), args, team.device), paths, args, team)
+        extract(VisionFeatures(layers, open_stimuli(paths), args, team.device), paths, args, team)
 
 
 # --- the features -------------------------------------------------------------------------------------------------
@@ -221,7 +225,7 @@ def identity(flag, name, *parts):
     for part in parts:
         path = utils.require(folder / part, f"{flag} {name}: {part}", "give a folder written by save_pretrained")
         files += [path] if path.is_file() else sorted(path.rglob("*"))
-    digests = [utils.file_hash(file) for file in files if file.suffix in (".json", ".txt", ".safetensors", ".bin")]
+    digests = [file_hash(file) for file in files if file.suffix in (".json", ".txt", ".safetensors", ".bin")]
     return f"{folder.resolve().name}@{short_hash(''.join(digests).encode())}"
 
 
@@ -266,7 +270,7 @@ def wanted_images(paths, subjects, n_images):
     """Ascending ids of the images that the subjects saw, in training or test; of all images without subjects."""
     if not subjects:
         return np.arange(n_images)
-    seen = [data.load_trials(paths, subj, split)["image_id"] for subj in subjects for split in ("train", "new_test")]
+    seen = [load_trials(paths, subj, split)["image_id"] for subj in subjects for split in ("train", "new_test")]
     ids = np.unique(np.concatenate(seen))
     if ids[-1] >= n_images:
         raise utils.UserError(f"{paths.data_path / 'wds'}: a trial shows image {ids[-1]} (from 0), but there are "
@@ -292,7 +296,7 @@ def rows_there(path, maker, wanted, args, team):
     found = {"rows": n_rows, "model": f"unknown (rows of shape {tuple(shape)})", "source": "unknown", **attributes}
     expected = {"rows": len(maker), "model": maker.model, "source": maker.source}
     by = f"by {maker.model}"
-    if "model" not in attributes and (np.prod(shape) in data.KNOWN_FEATURE_SHAPES
+    if "model" not in attributes and (np.prod(shape) in KNOWN_FEATURE_SHAPES
                                       or tuple(shape) == maker.row_shape(maker.load())):
         expected, by = {"rows": len(maker)}, "made by another program"
     whole = n_rows == len(maker) and written[wanted].all()
@@ -355,7 +359,7 @@ def write_block(files, ids, rows, copied):
 def create_file(path, n_rows, row_shape, dtype, maker):
     """Make a feature file of its final size, without any row; what is not written takes no space on most disks."""
     try:
-        with utils.atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+        with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
             # contiguous and uncompressed, so that readers can map it into memory
             rows = file.create_dataset("data", (n_rows, int(np.prod(row_shape))), dtype)
             rows[0] = 0  # with its first row HDF5 gives the data set its place

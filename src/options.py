@@ -1,4 +1,4 @@
-"""Argument groups that several scripts share: one flag, one meaning (DESIGN section 11)."""
+"""Argument groups that several scripts share: one flag, one meaning."""
 
 import argparse
 import json
@@ -58,7 +58,7 @@ def subject(text):
 
 
 def feature(text):
-    """'c', 'z' or 'g_2', 'g_4', ... (an even number: two Linear layers per block, FIELD 1.2)."""
+    """'c', 'z' or 'g_2', 'g_4', ... (an even number: two Linear layers per block)."""
     if text in ("c", "z"):
         return text
     layer = text.removeprefix("g_")
@@ -175,7 +175,7 @@ def add_control(parser):
 
 
 def add_guidance_folder(parser):
-    """Flags that name a folder of reconstructions (DESIGN section 3)."""
+    """Flags that name a folder of reconstructions."""
     parser.add_argument("--method", type=tag, default="cp_4096_v1", metavar="NAME",
                         help="name of this set of reconstructions")
     parser.add_argument("--guidance_scale", type=float, metavar="X",
@@ -185,7 +185,7 @@ def add_guidance_folder(parser):
 
 
 def add_gnet(parser):
-    """Flags that say whether a brain encoding model guides (DESIGN section 8), and which."""
+    """Flags that say whether a brain encoding model guides, and which."""
     parser.add_argument("--use_gnet", action=argparse.BooleanOptionalAction, default=False,
                         help="a brain encoding model guides too (with --feats none: alone)")
     parser.add_argument("--gnet_roi", default="all", metavar="ROI",
@@ -194,3 +194,77 @@ def add_gnet(parser):
                         help="how hard the brain pulls, relative to CLIP (gradients on the picture); 0 only logs")
     parser.add_argument("--gnet_run", type=tag, metavar="RUN",
                         help="the encoding model: a folder of train_logs, such as gnet_published (gnet_<subj>)")
+
+
+# --- whole parsers ------------------------------------------------------------------------------------------------
+
+
+def training_parser(doc):
+    """The flags that the train scripts of c, z and g share."""
+    parser = Parser(doc)
+    add_paths(parser)
+    add_subject(parser)
+    add_run(parser)
+    add_compute(parser)
+    add_precision(parser)
+    add_tracking(parser)
+    stage = parser.add_argument_group("stage")
+    stage.add_argument("--multi_subject", action=argparse.BooleanOptionalAction, default=False,
+                       help="pretrain on all subjects but --subj")
+    stage.add_argument("--multisubject_ckpt", metavar="RUN",
+                       help="fine-tune from this pretraining run: a name, or `auto` for that of --subj and the feature")
+    network = parser.add_argument_group("network")
+    network.add_argument("--model", choices=["network", "ridge"], default="network",
+                         help="ridge: the linear baseline, fitted at once to --subj's repeat-averaged responses")
+    network.add_argument("--n_blocks", type=whole, default=4, metavar="N", help="residual MLP blocks")
+    network.add_argument("--dropout", type=float, default=0.15, metavar="P")
+    network.add_argument("--prior_depth", type=whole, default=6, metavar="N",
+                         help="layers of the diffusion prior (c and g; z has none)")
+    optimum = add_loop(parser)
+    optimum.add_argument("--clip_scale", type=float, default=1.0, metavar="W", help="weight of the contrast")
+    optimum.add_argument("--prior_scale", type=float, default=30.0, metavar="W",
+                         help="weight of the prior's MSE (c and g)")
+    optimum.add_argument("--mixup_pct", type=float, default=0.33, metavar="FRACTION", help="of the epochs, with MixCo")
+    return parser
+
+
+def add_loop(parser):
+    """Flags of the loop itself: what `fit` reads, and what is validated on. Returns the group of the optimisation."""
+    optimum = parser.add_argument_group("optimisation")
+    optimum.add_argument("--batch_size", type=whole, default=42, metavar="TRIALS",
+                         help="over all subjects and all processes")
+    optimum.add_argument("--num_epochs", type=whole, default=30, metavar="N")
+    optimum.add_argument("--max_lr", type=float, default=3e-4, metavar="LR", help="peak of the one-cycle schedule")
+    optimum.add_argument("--val_fraction", type=float, default=VAL_FRACTION, metavar="FRACTION",
+                         help="of the training images")
+    keeping = parser.add_argument_group("keeping")
+    keeping.add_argument("--ckpt_every", type=whole, default=1, metavar="EPOCHS")
+    keeping.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False,
+                         help="continue the run if its folder holds a checkpoint")
+    keeping.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="start it again")
+    keeping.add_argument("--num_workers", type=whole, default=2, metavar="N", help="data loader processes")
+    keeping.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                         help="torch.compile the network: slow to start, faster on a GPU")
+    return optimum
+
+
+def scoring_parser(doc):
+    """The flags that the score scripts share."""
+    parser = Parser(doc)
+    add_paths(parser)
+    add_subject(parser)
+    add_run(parser)
+    add_scored_run(parser)
+    add_compute(parser)
+    add_control(parser)
+    parser.add_argument("--ground_truth", action="store_const", const="ground_truth", dest="run",
+                        help="the true features of the test images as scores: the ceiling of what is drawn from scores "
+                             "(--run ground_truth, in recon.py too)")
+    parser.add_argument("--checkpoint", choices=["last", "best"], default="last", help="best: by validation")
+    parser.add_argument("--adapt_epochs", type=whole, default=10, metavar="N",
+                        help="for which a new voxel encoder is fitted (--head adapt)")
+    parser.add_argument("--prior_steps", type=whole, default=20, metavar="N",
+                        help="DDIM steps of the prior (c, g): 20 draws a sample, 1 predicts the mean")
+    parser.add_argument("--batch_size", type=whole, default=100, metavar="IMAGES")
+    parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False)
+    return parser

@@ -39,26 +39,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
 import options
-import pictures
-import sources
 import utils
-from brain import BrainGuide, encoder_file, load_encoder, read_target
-from distributed import Team
+from disk.files import file_hash
+from disk.names import Paths, images_name, run_name, scores_name
+from disk.scores import load_scores
+from encoding.encoder import encoder_file, load_encoder
+from encoding.guide import BrainGuide, read_target
 from models import ClipFeatures
-from sampler import (
-    CPU_BATCH,
-    GRADS,
-    MAX_SHIFT,
-    RULES,
-    X0S,
-    ClipFeatureLoss,
-    gradient_cosine,
-    load_guidance_decoder,
-    load_pipeline,
-    rows_on_cpu,
-)
+from nsd import sources
+from nsd.repeats import responses_to
+from sampling import folders
+from sampling.decoders import gradient_cosine, load_guidance_decoder
+from sampling.guidance import GRADS, MAX_SHIFT, RULES, X0S, ClipFeatureLoss
+from sampling.pipeline import CPU_BATCH, load_pipeline, rows_on_cpu
+from training.team import Team
+from training.tracking import Tracker, check_tracking
 
 DEFAULT_SCALE = {"raw": 300000.0, "norm": 0.3}
 # what may differ between two runs that fill one folder: it does not change any picture (but on a GPU the last digits)
@@ -134,18 +130,18 @@ def layer_or_none(text):
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    utils.check_tracking(args.wandb_log)
+    check_tracking(args.wandb_log)
     utils.reproducible_products()
-    paths = utils.Paths.from_args(args)
+    paths = Paths.from_args(args)
     team = Team.assemble(args.device, args.precision, timedelta(days=1))  # shares may take hours longer than others
     resolve(args, team)
     folder = Path(args.outdir).resolve() if args.outdir else paths.images(
-        args.subj, utils.images_name(vars(args)), args.guidance_scale, args.guidance_strength)
+        args.subj, images_name(vars(args)), args.guidance_scale, args.guidance_strength)
 
     scores, image_ids, hashes = read_scores(paths, args)
     rows = pick_rows(image_ids, args)
     config = config_of(args, hashes)
-    pictures.check_folder(folder, config, args.overwrite)
+    folders.check_folder(folder, config, args.overwrite)
     team.wait()  # until everybody has looked
     try:
         fill(folder, rows, scores, image_ids, config, team, args)
@@ -159,7 +155,7 @@ def fill(folder, rows, scores, image_ids, config, team, args):
     Nothing in the folder is touched before all networks are there and fit the scores.
     """
     jobs = [(row, sample) for row in rows for sample in range(args.num_samples)]
-    missing = [job for job in jobs if args.overwrite or not pictures.is_whole(folder / pictures.file_name(*job))]
+    missing = [job for job in jobs if args.overwrite or not folders.is_whole(folder / folders.file_name(*job))]
     team.print(f"{folder}: {len(jobs)} pictures wanted, {len(jobs) - len(missing)} exist")
     mine = team.take(missing)
     networks = load_networks(image_ids, team, args) if mine else None
@@ -167,12 +163,12 @@ def fill(folder, rows, scores, image_ids, config, team, args):
         check_shapes(mine[0], scores, image_ids, networks, team, args)
     team.wait()  # until everybody has counted
     if team.is_main:
-        pictures.clear_folder(folder, config, args.overwrite)
+        folders.clear_folder(folder, config, args.overwrite)
     team.wait()
     draw(mine, scores, image_ids, folder, networks, team, args)
     team.wait()
     if team.is_main:
-        pictures.write_index(folder, image_ids, args.seed)
+        folders.write_index(folder, image_ids, args.seed)
 
 
 def check_shapes(job, scores, image_ids, networks, team, args):
@@ -193,9 +189,9 @@ def draw(jobs, scores, image_ids, folder, networks, team, args):
         return
     diverged = []
     size = rows_at_once(networks[0], scores, team.device, args)
-    begun = len(pictures.pictures_in(folder)) or None
-    name = f"recon_{args.subj}_{pictures.name_of(folder)}".replace(" ", "_")
-    tracker = (utils.Tracker(folder, name, vars(args), args.wandb_log, args.wandb_project, resume_after=begun)
+    begun = len(folders.pictures_in(folder)) or None
+    name = f"recon_{args.subj}_{folders.name_of(folder)}".replace(" ", "_")
+    tracker = (Tracker(folder, name, vars(args), args.wandb_log, args.wandb_project, resume_after=begun)
                if team.is_main else None)
     for start in tqdm(range(0, len(jobs), size), desc=f"batches of {size}", disable=not team.is_main):
         batch = jobs[start:start + size]
@@ -210,10 +206,10 @@ def draw(jobs, scores, image_ids, folder, networks, team, args):
         drawn = [pair for pair, fine in zip(zip(batch, arrays, strict=True), finite, strict=True) if fine]
         if args.use_gnet:
             for i in np.flatnonzero(finite):
-                pictures.save_steps(folder, *batch[i], [{key: found[i] for key, found in step.items()}
+                folders.save_steps(folder, *batch[i], [{key: found[i] for key, found in step.items()}
                                                         for step in steps])
         for job, array in drawn:
-            pictures.save(folder, *job, array)
+            folders.save_picture(folder, *job, array)
         if tracker is not None:
             captions = [f"id {image_ids[row]}, sample {sample}" for (row, sample), _ in drawn]
             tracker.log_images("recon/pictures", [array for _, array in drawn], captions)
@@ -241,12 +237,12 @@ def load_networks(image_ids, team, args):
 
 def brain_guide(image_ids, team, args):
     """What pulls the pictures of these images (N,) towards responses of --subj, or of --target_fmri_npy."""
-    paths = utils.Paths.from_args(args)
+    paths = Paths.from_args(args)
     encoder = load_encoder(paths, args.subj, args.gnet_run, args.seed, team.device)
     if args.target_fmri_npy:
         targets = read_target(Path(args.target_fmri_npy), image_ids, len(encoder.val_r))
     else:
-        targets = data.responses_to(paths, args.subj, image_ids, args.num_sessions, args.control, args.seed,
+        targets = responses_to(paths, args.subj, image_ids, args.num_sessions, args.control, args.seed,
                                     args.repeats).betas
     return BrainGuide(encoder, paths, targets, args.gnet_roi, args.gnet_kappa, args.gnet_alpha, team.print)
 
@@ -363,7 +359,7 @@ def resolve_gnet(args):
                               "--feats none and a scale")
     if not args.feats and not args.gnet_kappa:
         raise utils.UserError("--gnet_kappa 0 with --feats none: nothing would guide; give one of them")
-    args.gnet_run = args.gnet_run or utils.run_name("scratch", args.subj, "gnet", None)
+    args.gnet_run = args.gnet_run or run_name("scratch", args.subj, "gnet", None)
     if args.target_fmri_npy:
         args.target_fmri_npy = str(Path(args.target_fmri_npy).resolve())
 
@@ -371,7 +367,7 @@ def resolve_gnet(args):
 def read_scores(paths, args):
     """The decoded features, {feat: (N, ...)}, the ids (N,) they share, and a hash of each score file."""
     def folder_of(feat):
-        return paths.scores(args.subj, utils.scores_name(vars(args), feat), feat)
+        return paths.scores(args.subj, scores_name(vars(args), feat), feat)
 
     files = {feat: folder_of(feat) / "nsdgeneral.npy" for feat in ("c", *args.feats)}
     if args.z != "none":
@@ -381,7 +377,7 @@ def read_scores(paths, args):
         if feat == "z" and not file.exists():
             raise utils.UserError(f"{file}: no decoded latents; score z (bash scripts/score.sh), or start from noise: "
                                   "--z none")
-        ids, scores[feat] = utils.load_scores(file.parent, file.stem)
+        ids, scores[feat] = load_scores(file.parent, file.stem)
         image_ids = ids if image_ids is None else image_ids
         if not np.array_equal(ids, image_ids):
             raise utils.UserError(
@@ -391,8 +387,8 @@ def read_scores(paths, args):
         files["gnet"] = encoder_file(paths, args.gnet_run)
         if args.target_fmri_npy:
             files["target"] = utils.require(args.target_fmri_npy, "--target_fmri_npy", "give responses as .npy")
-    hashes = {feat: utils.file_hash(file) for feat, file in files.items()}
-    hashes["image_ids"] = utils.file_hash(files["c"].parent / "image_ids.npy")
+    hashes = {feat: file_hash(file) for feat, file in files.items()}
+    hashes["image_ids"] = file_hash(files["c"].parent / "image_ids.npy")
     return scores, image_ids, hashes
 
 

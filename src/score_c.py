@@ -11,12 +11,13 @@ Reads train_logs/<run>/last.pth, betas and wds/*/new_test; writes scores_all/sub
 
 import sys
 
-import scoring
+import options
 import utils
+from training import scoring
 
 
 def get_parser():
-    return scoring.get_parser(__doc__)
+    return options.scoring_parser(__doc__)
 
 
 def main(argv=None):

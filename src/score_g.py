@@ -12,12 +12,12 @@ Reads train_logs/<run>/last.pth, betas and wds/*/new_test; writes scores_all/sub
 import sys
 
 import options
-import scoring
 import utils
+from training import scoring
 
 
 def get_parser():
-    parser = scoring.get_parser(__doc__)
+    parser = options.scoring_parser(__doc__)
     parser.add_argument("--feat", type=options.vision_layer, nargs="+", default=options.VISION_LAYERS, metavar="g_K",
                         help="layers, one after another")
     return parser

@@ -17,11 +17,15 @@ import sys
 
 import numpy as np
 
-import data
 import options
-import pictures
 import utils
-from brain import load_encoder
+from disk.files import file_hash, load_json, save_csv
+from disk.names import Paths
+from disk.scores import load_scores, save_scores
+from encoding.encoder import load_encoder
+from nsd.rows import open_stimuli
+from nsd.trials import load_trials
+from sampling import folders
 
 KINDS = (".png", ".jpg", ".jpeg")
 
@@ -56,24 +60,24 @@ def main(argv=None):
     args = get_parser().parse_args(argv)
     if args.batch_size < 1:
         raise utils.UserError(f"--batch_size {args.batch_size}: wanted at least 1")
-    paths = utils.Paths.from_args(args)
+    paths = Paths.from_args(args)
     encoder = load_encoder(paths, args.subj, args.gnet_run, args.seed, utils.pick_device(args.device))
     image_ids, batches, files, which = read_images(args, paths)
     folder = paths.root.joinpath(args.outdir) if args.outdir else (
         paths.root / "scores_all" / args.subj / "_".join([encoder.run, *which]))
     config = {"run": encoder.run, "feat": "voxels", "subj": args.subj, "images": args.images,
-              "checkpoint_sha256": utils.file_hash(encoder.file)}
+              "checkpoint_sha256": file_hash(encoder.file)}
     if (folder / "config.json").exists() and not args.overwrite:
-        found, ids = utils.load_json(folder / "config.json"), utils.load_scores(folder, "voxels")[0]
+        found, ids = load_json(folder / "config.json"), load_scores(folder, "voxels")[0]
         if found != config or not np.array_equal(ids, image_ids):
             raise utils.UserError(f"{folder}: holds responses to other images, or of another checkpoint; --overwrite "
                                   "them, or choose another --outdir")
         print(f"{folder}: predicted before with this checkpoint, kept")
         return
     responses = encoder.predict(batches, show=f"predict {encoder.run}")
-    utils.save_scores(folder, image_ids, {"voxels": responses}, config)
+    save_scores(folder, image_ids, {"voxels": responses}, config)
     if files:
-        utils.save_csv(folder / "images.csv", [{"row": row, "image_id": image_id, "file": file.name} for
+        save_csv(folder / "images.csv", [{"row": row, "image_id": image_id, "file": file.name} for
                                                row, (image_id, file) in enumerate(zip(image_ids, files, strict=True))])
     print(f"{folder}/voxels.npy: responses of {responses.shape[1]} voxels to {len(image_ids)} images")
 
@@ -83,7 +87,7 @@ def read_images(args, paths):
     if args.images:
         folder = paths.root.joinpath(args.images)
         if (folder / "index.csv").exists():
-            images = pictures.read_images(folder)
+            images = folders.read_images(folder)
             ids, files = images.image_ids, [samples[0] for samples in images.files]
         else:
             if not folder.is_dir():
@@ -92,16 +96,16 @@ def read_images(args, paths):
             ids = np.arange(len(files))
             if not files:
                 raise utils.UserError(f"--images {folder}: no pictures; wanted {', '.join(KINDS)} files in it")
-        return ids, pictures.in_batches(map(pictures.read_png, files), args.batch_size), files, [
-            pictures.name_of(folder).replace(" ", "_")]
-    stimuli = data.open_stimuli(paths)
+        return ids, folders.in_batches(map(folders.read_png, files), args.batch_size), files, [
+            folders.name_of(folder).replace(" ", "_")]
+    stimuli = open_stimuli(paths)
     if args.ids:
         last = max(chosen[-1] for chosen in args.ids)
         if last >= len(stimuli):
             raise utils.UserError(f"--ids {last}: wanted 0..{len(stimuli) - 1}, the images of {stimuli.path}")
         ids, which = np.unique(np.concatenate(args.ids)), [f"{args.ids[0][0]}-{args.ids[-1][-1]}"]
     else:
-        ids, which = np.unique(data.load_trials(paths, args.subj, "new_test")["image_id"]), []
+        ids, which = np.unique(load_trials(paths, args.subj, "new_test")["image_id"]), []
     return ids, stimuli.batches(ids, args.batch_size), None, which
 
 

@@ -20,15 +20,19 @@ import sys
 import numpy as np
 import torch
 
-import data
-import scoring
+import options
 import utils
+from disk.checkpoints import load_checkpoint, save_checkpoint
+from nsd.repeats import average_repeats
+from nsd.rows import open_betas, open_feature
+from nsd.trials import split_trials
+from training import scoring
 
 N_TRAINING_IMAGES = 2000  # at most, for the statistics
 
 
 def get_parser():
-    parser = scoring.get_parser(__doc__)
+    parser = options.scoring_parser(__doc__)
     parser.add_argument("--transductive", action=argparse.BooleanOptionalAction, default=False,
                         help="standardise with the test predictions' own mean and deviation, as NeuralDiffuser does: "
                              "what is predicted for an image then depends on the other test images")
@@ -65,17 +69,17 @@ def training_statistics(source):
     made_from |= {"adapt_epochs": config.get("adapt_epochs"), "held_out": list(source.held_out)}
     file = source.paths.run(source.run) / f"z_statistics_{args.subj}_{config['head']}_{args.num_sessions}sess.pth"
     keys, hint = ("made_from", "predictions", "latents"), "score again"
-    if file.exists() and (kept := utils.load_checkpoint(file, "statistics", hint, keys))["made_from"] == made_from:
+    if file.exists() and (kept := load_checkpoint(file, "statistics", hint, keys))["made_from"] == made_from:
         return [tuple(part.numpy() for part in kept[key]) for key in ("predictions", "latents")]
-    trials, _ = data.split_trials(source.paths, args.subj, *source.held_out)
+    trials, _ = split_trials(source.paths, args.subj, *source.held_out)
     images = trials["image_id"].unique()
     chosen = np.random.default_rng(args.seed).choice(images, min(N_TRAINING_IMAGES, len(images)), replace=False)
-    seen = data.average_repeats(data.open_betas(source.paths, args.subj), trials[trials["image_id"].isin(chosen)])
+    seen = average_repeats(open_betas(source.paths, args.subj), trials[trials["image_id"].isin(chosen)])
     predicted = scoring.predict(source, seen.betas, seen.image_ids, "statistics")["nsdgeneral"]
-    latents = data.open_feature(source.paths, "z")[seen.image_ids].astype(np.float32)
+    latents = open_feature(source.paths, "z")[seen.image_ids].astype(np.float32)
     statistics = [(rows.mean(axis=0), rows.std(axis=0)) for rows in (predicted, latents)]
     as_tensors = [tuple(map(torch.from_numpy, pair)) for pair in statistics]
-    utils.save_checkpoint(file, {"made_from": made_from, "predictions": as_tensors[0], "latents": as_tensors[1]})
+    save_checkpoint(file, {"made_from": made_from, "predictions": as_tensors[0], "latents": as_tensors[1]})
     return statistics
 
 

@@ -14,27 +14,30 @@ Reads betas, wds/*/train and c_all.hdf5; writes train_logs/<run>/.
 
 import sys
 
-import training
+import options
 import utils
-from losses import BrainObjective
 from models import BrainModel
+from training.loop import fit
+from training.objectives import BrainObjective
+from training.ridge import fit_ridge
+from training.runs import open_run
 
 
 def get_parser():
-    return training.get_parser(__doc__)
+    return options.training_parser(__doc__)
 
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    run = training.open_run(args, "c")
+    run = open_run(args, "c")
     if run is None:
         return
     if args.model == "ridge":
-        return training.fit_ridge(run)
+        return fit_ridge(run)
     tokens, width = run.shapes["target"]
     model = BrainModel(run.n_voxels, args.hidden_dim, tokens, width, args.n_blocks, args.dropout, args.prior_depth)
     model.standardise(*run.target_statistics)
-    training.fit(run, model, BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct))
+    fit(run, model, BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,16 @@ Reads betas, wds/*/train and g_k_all.hdf5; writes train_logs/<run>/, one run per
 import sys
 
 import options
-import training
 import utils
-from losses import BrainObjective
 from models import BrainModel
+from training.loop import fit
+from training.objectives import BrainObjective
+from training.ridge import fit_ridge
+from training.runs import open_run
 
 
 def get_parser():
-    parser = training.get_parser(__doc__)
+    parser = options.training_parser(__doc__)
     parser.add_argument("--feat", type=options.vision_layer, nargs="+", default=options.VISION_LAYERS, metavar="g_K",
                         help="layers, one after another")
     return parser
@@ -30,16 +32,16 @@ def get_parser():
 def main(argv=None):
     args = get_parser().parse_args(argv)
     for feat in args.feat:
-        run = training.open_run(args, feat)
+        run = open_run(args, feat)
         if run is None:
             continue
         if args.model == "ridge":
-            training.fit_ridge(run)
+            fit_ridge(run)
             continue
         tokens, width = run.shapes["target"]
         model = BrainModel(run.n_voxels, args.hidden_dim, tokens, width, args.n_blocks, args.dropout, args.prior_depth)
         model.standardise(*run.target_statistics)
-        training.fit(run, model, BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct))
+        fit(run, model, BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,18 @@ median validation r over voxels (early stopping), on the validation images of c,
 import argparse
 import sys
 
-import data
 import options
-import training
 import utils
-from losses import EncodingObjective
+from disk.names import Paths, run_name
 from models import GNet, gnet_input, load_prefilter
+from nsd.regions import roi_masks
+from nsd.repeats import AveragedRows, noise_ceiling
+from nsd.rows import open_betas, open_stimuli
+from nsd.trials import list_subjects, split_trials
+from training.loop import fit
+from training.objectives import EncodingObjective
+from training.runs import check_flags, claim, make_run
+from training.tracking import check_tracking
 
 
 def get_parser():
@@ -31,7 +37,7 @@ def get_parser():
     options.add_compute(parser)
     options.add_precision(parser)
     options.add_tracking(parser)
-    training.add_loop(parser)
+    options.add_loop(parser)
     parser.set_defaults(max_lr=1e-3)
     parser.add_argument("--multi_subject", action=argparse.BooleanOptionalAction, default=False,
                         help="one trunk for all subjects and all of their sessions, whatever --subj and --num_sessions")
@@ -53,33 +59,33 @@ def main(argv=None):
     model = GNet(run.n_voxels, args.trunk_width, args.pass_through, frozen_prefilter=args.prefilter is not None)
     if args.prefilter:
         load_prefilter(model, args.prefilter)
-    rois = {subj: data.roi_masks(utils.Paths.from_args(args), subj) for subj in run.n_voxels}
-    ceilings = {subj: data.noise_ceiling(run.train.betas[subj], run.val.betas[subj].n_repeats) for subj in run.n_voxels}
+    rois = {subj: roi_masks(Paths.from_args(args), subj) for subj in run.n_voxels}
+    ceilings = {subj: noise_ceiling(run.train.betas[subj], run.val.betas[subj].n_repeats) for subj in run.n_voxels}
     ceilings = {subj: ceiling for subj, ceiling in ceilings.items() if ceiling is not None}
-    training.fit(run, model, EncodingObjective(gnet_input, rois, ceilings, args.l1))
+    fit(run, model, EncodingObjective(gnet_input, rois, ceilings, args.l1))
 
 
 def open_run(args):
     """The Run of this training, or None when its folder holds it, finished."""
-    utils.check_tracking(args.wandb_log)
-    training.check_flags(args)
-    paths = utils.Paths.from_args(args)
+    check_tracking(args.wandb_log)
+    check_flags(args)
+    paths = Paths.from_args(args)
     stage = "pretrain" if args.multi_subject else "scratch"
-    name = utils.run_name(stage, args.subj, "gnet", None, tag=args.tag)
-    claimed = training.claim(args, paths, "gnet", name, "gnet")
+    name = run_name(stage, args.subj, "gnet", None, tag=args.tag)
+    claimed = claim(args, paths, "gnet", name, "gnet")
     if claimed is None:
         return None
     config, team = claimed
-    subjects = data.subjects(paths) if args.multi_subject else [args.subj]
+    subjects = list_subjects(paths) if args.multi_subject else [args.subj]
     tables, responses = {"train": {}, "val": {}}, {"train": {}, "val": {}}
     for subj in subjects:
         sessions = None if args.multi_subject else args.num_sessions
-        parts = data.split_trials(paths, subj, sessions, args.val_fraction, args.seed)
+        parts = split_trials(paths, subj, sessions, args.val_fraction, args.seed)
         for part, trials in zip(("train", "val"), parts, strict=True):
-            rows = data.AveragedRows(data.open_betas(paths, subj), trials)
+            rows = AveragedRows(open_betas(paths, subj), trials)
             tables[part][subj], responses[part][subj] = rows.table, rows
-    return training.make_run(args, paths.run(name), "gnet", config, team, tables, responses,
-                             {"target": data.open_stimuli(paths)})
+    return make_run(args, paths.run(name), "gnet", config, team, tables, responses,
+                             {"target": open_stimuli(paths)})
 
 
 if __name__ == "__main__":

@@ -14,14 +14,16 @@ Reads betas, wds/*/train, z_all.hdf5 and g_12_all.hdf5; writes train_logs/<run>/
 import sys
 
 import options
-import training
 import utils
-from losses import LatentObjective
 from models import LatentModel
+from training.loop import fit
+from training.objectives import LatentObjective
+from training.ridge import fit_ridge
+from training.runs import open_run
 
 
 def get_parser():
-    parser = training.get_parser(__doc__)
+    parser = options.training_parser(__doc__)
     parser.set_defaults(clip_scale=0.1)  # beside an L1 loss of about one
     parser.add_argument("--decoder_channels", type=options.whole, nargs=3, default=[64, 128, 256], metavar="N",
                         help="widths of the VAE decoder, last level first; multiples of 32")
@@ -32,15 +34,15 @@ def main(argv=None):
     args = get_parser().parse_args(argv)
     if any(width < 32 or width % 32 for width in args.decoder_channels):
         raise utils.UserError(f"--decoder_channels {args.decoder_channels}: wanted multiples of 32")
-    run = training.open_run(args, "z", **({} if args.model == "ridge" else {"tokens": "g_12"}))
+    run = open_run(args, "z", **({} if args.model == "ridge" else {"tokens": "g_12"}))
     if run is None:
         return
     if args.model == "ridge":
-        return training.fit_ridge(run)
+        return fit_ridge(run)
     model = LatentModel(run.n_voxels, args.hidden_dim, run.shapes["target"], *run.shapes["tokens"], args.n_blocks,
                         args.dropout, args.decoder_channels)
     model.standardise(*run.target_statistics)
-    training.fit(run, model, LatentObjective(args.clip_scale, args.mixup_pct))
+    fit(run, model, LatentObjective(args.clip_scale, args.mixup_pct))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import scipy.io
 import torch
 
 import convert_gnet
-import eval_networks
+import disk.files
 import evaluate
 import recon
 import score_c
@@ -33,6 +33,9 @@ import train_g
 import train_gnet
 import train_z
 import utils
+from disk.files import load_json, save_json
+from evaluation import networks
+from nsd.trials import _read_shard
 from test_convert_gnet import published  # noqa: F401  a fixture
 from tiny_brain import RUN as GNET
 from tiny_brain import V, write_brain
@@ -207,7 +210,7 @@ def put(array, index, value):
 
 def js(name, **changes):
     """Some values of a JSON file replaced."""
-    return lambda world: utils.save_json(world.root / name, utils.load_json(world.root / name) | changes)
+    return lambda world: save_json(world.root / name, load_json(world.root / name) | changes)
 
 
 def index(old, new):
@@ -252,7 +255,6 @@ def hostile_npy(name):
 def shard(name, change):
     """A shard of other trials: change(behav (trials, 17))."""
     def damage(world):
-        from data import _read_shard
         write_tar(world.root / SHARDS / name, change(_read_shard(world.root / SHARDS / name)))
     return damage
 
@@ -268,16 +270,16 @@ def another_design(world):
 def full_disk(*names):
     """Files of these names (glob) find no room: the real error of the real device that is always full."""
     def damage(world):
-        atomic_path = utils.atomic_path
+        temporary_of = disk.files._temporary_of
 
         def without_room(path):
-            if any(Path(path).match(name) for name in names):
-                path = Path(path)
+            temporary = temporary_of(path)
+            if any(path.match(name) for name in names):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                (path.parent / f".{path.name}.{utils._this_host()}.{os.getpid()}.tmp").symlink_to("/dev/full")
-            return atomic_path(path)
+                temporary.symlink_to("/dev/full")
+            return temporary
 
-        world.patch.setattr(utils, "atomic_path", without_room)
+        world.patch.setattr(disk.files, "_temporary_of", without_room)
     return damage
 
 
@@ -683,7 +685,7 @@ def test_weights_of_judges_run_no_program(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     (tmp_path / "checkpoints").mkdir()
     torch.save({"weight": Program(tmp_path / "executed")}, tmp_path / "checkpoints/alexnet.pth")
-    eval_networks.load_networks("none", torch.device("cpu"), tmp_path)
+    networks.load_networks("none", torch.device("cpu"), tmp_path)
     with pytest.raises(pickle.UnpicklingError):
         torch.hub.load_state_dict_from_url("https://nowhere/alexnet.pth")
     assert not (tmp_path / "executed").exists()

@@ -7,7 +7,8 @@ import h5py
 import numpy as np
 import torch
 
-from sampler import load_guidance_decoder, load_pipeline
+from sampling.decoders import load_guidance_decoder
+from sampling.pipeline import load_pipeline
 from tiny_nsd import N_IMAGES, write_tiny_nsd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))

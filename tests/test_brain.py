@@ -9,14 +9,20 @@ import pytest
 import torch
 from PIL import Image
 
-import brain
-import data
 import evaluate
 import recon
-import sampler
 import score_gnet
 import utils
+from disk.checkpoints import load_checkpoint, save_checkpoint
+from disk.files import load_csv
+from disk.names import Paths
+from disk.scores import load_scores
+from encoding.encoder import Encoder, load_encoder
+from encoding.guide import BrainLoss, good_voxels, weighted_correlation
 from models import GNet
+from nsd.repeats import load_test_set, responses_to
+from nsd.rows import open_stimuli
+from sampling.guidance import gradient_on, guidance_pull
 from tiny_brain import RUN, V, write_brain, write_run
 from tiny_nsd import SHARED
 from tiny_sd import write_tiny_clip, write_tiny_sd
@@ -36,7 +42,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def encoder(world):
-    return brain.load_encoder(world, "subj01", None, 42, CPU)
+    return load_encoder(world, "subj01", None, 42, CPU)
 
 
 def draw(paths, models, outdir, *flags):
@@ -71,7 +77,7 @@ def test_weighted_correlation_is_that_of_the_weighted_covariance():
     rng = np.random.default_rng(0)
     a, b, w = rng.standard_normal((3, 8)), rng.standard_normal((3, 8)), rng.random(8)
     a[2] = 1.5
-    found = brain.weighted_correlation(*(torch.from_numpy(x) for x in (a, b, w)))
+    found = weighted_correlation(*(torch.from_numpy(x) for x in (a, b, w)))
     for row in range(2):
         covariance = np.cov(a[row], b[row], aweights=w)
         assert found[row].item() == pytest.approx(covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1]))
@@ -83,10 +89,10 @@ def small_term(alpha=0.3, enough=float("inf"), n=6, batch=2):
     torch.manual_seed(0)
     gnet = GNet({"s": 9}, trunk_width=4, pass_through=4).eval().double()
     torch.nn.init.normal_(gnet.readouts["s"].weight)
-    encoder = brain.Encoder("run", "s", gnet, np.ones(9), (), None)
+    encoder = Encoder("run", "s", gnet, np.ones(9), (), None)
     voxels, places = torch.tensor([8, 1, 3, 0, 2, 5]), {"A": slice(0, 4), "B": slice(4, n)}
     weights, targets = torch.rand(n).double(), torch.randn(batch, n).double()
-    return brain.BrainLoss(encoder, voxels, places, weights, targets, kappa=1, alpha=alpha, enough=enough)
+    return BrainLoss(encoder, voxels, places, weights, targets, kappa=1, alpha=alpha, enough=enough)
 
 
 def test_the_loss_is_the_designs_formula_region_by_region():
@@ -124,7 +130,7 @@ def test_a_sample_that_agrees_enough_is_left_alone_from_then_on():
     mean_r = torch.stack([term.facts["r_A"], term.facts["r_B"]]).mean(0)
     term.enough = mean_r.mean().item()  # one of the two has reached it
     better = mean_r.argmax().item()
-    loss, gradient = sampler.gradient_on(image, [term])
+    loss, gradient = gradient_on(image, [term])
     assert loss[better] == 0 and gradient[better].abs().max() == 0
     assert loss[1 - better] > 0 and gradient[1 - better].abs().max() > 0
     term.enough = float("inf")
@@ -147,7 +153,7 @@ def test_the_brain_pulls_kappa_times_as_hard_as_the_others():
     a, b, brains = (torch.randn(3, 3, 4, 4) for _ in range(3))
     brains[2] = 0  # has stopped
     log = []
-    found = sampler.guidance_pull(image, [Slope(a), Slope(brains, kappa=0.7), Slope(b)], log)
+    found = guidance_pull(image, [Slope(a), Slope(brains, kappa=0.7), Slope(b)], log)
     g = a + b
     for row in range(2):
         wanted = g[row] + 0.7 * g[row].norm() / brains[row].norm() * brains[row]
@@ -156,16 +162,16 @@ def test_the_brain_pulls_kappa_times_as_hard_as_the_others():
         torch.testing.assert_close(log[0]["cosine"][row], cosine)
         torch.testing.assert_close(log[0]["norm_clip"][row], g[row].norm())
     assert torch.equal(found[2], g[2])
-    torch.testing.assert_close(sampler.guidance_pull(image, [Slope(brains, kappa=0.7)]), brains)  # alone: as it is
+    torch.testing.assert_close(guidance_pull(image, [Slope(brains, kappa=0.7)]), brains)  # alone: as it is
 
 
 def test_good_voxels_are_those_of_the_region_that_validation_trusts(encoder):
     masks = {"V1": np.arange(V) < 30, "V4": np.arange(V) >= 30, "nsd_general": np.ones(V, bool)}
     bad = encoder._replace(val_r=np.where(np.arange(V) % 6 == 0, 0.05, 0.5))
-    found = brain.good_voxels(bad, masks, "all")
+    found = good_voxels(bad, masks, "all")
     assert list(found) == ["V1", "V4"]
     np.testing.assert_array_equal(found["V1"], [v for v in range(30) if v % 6])
-    assert len(brain.good_voxels(bad, masks, "nsd_general")["nsd_general"]) == 50
+    assert len(good_voxels(bad, masks, "nsd_general")["nsd_general"]) == 50
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -196,13 +202,13 @@ def test_the_brain_alone_raises_its_own_agreement(world, models, tmp_path):
     flags = ["--feats", "none", "--guidance_strength", 1, "--num_inference_steps", 8, "--guidance_scale", 0.6]
     assert draw(world, models, tmp_path / "none", *flags) == 0
     assert draw(world, models, tmp_path / "brain", *flags, "--use_gnet", "--gnet_roi", "V1") == 0
-    encoder = brain.load_encoder(world, "subj01", None, 42, CPU)
-    target = torch.from_numpy(data.responses_to(world, "subj01", SHARED).betas[:, :25])
+    encoder = load_encoder(world, "subj01", None, 42, CPU)
+    target = torch.from_numpy(responses_to(world, "subj01", SHARED).betas[:, :25])
     r = {}
     for name in ("none", "brain"):
         stack = np.stack([picture(tmp_path / name / f"{row:05d}.png") for row in range(4)])
         predicted = torch.from_numpy(encoder.predict(stack)[:, :25])
-        r[name] = brain.weighted_correlation(predicted, target, torch.from_numpy(encoder.val_r[:25] ** 2))
+        r[name] = weighted_correlation(predicted, target, torch.from_numpy(encoder.val_r[:25] ** 2))
     assert (r["brain"] - r["none"]).mean() > 0.05
 
 
@@ -219,7 +225,7 @@ def test_a_subset_draws_the_same_pictures_and_logs(world, models, tmp_path):
 def test_a_target_file_is_matched_by_id(world, models, tmp_path):
     flags = ["--use_gnet", "--gnet_roi", "V1"]
     assert draw(world, models, tmp_path / "own", *flags) == 0
-    target = data.responses_to(world, "subj01", SHARED).betas
+    target = responses_to(world, "subj01", SHARED).betas
     order = [2, 0, 3, 1]
     np.save(tmp_path / "target.npy", target[order].astype(np.float64))
     np.save(tmp_path / "image_ids.npy", np.array(SHARED)[order])
@@ -238,13 +244,13 @@ def test_other_targets_are_other_pictures_to_the_folder(world, models, tmp_path,
 
 
 def test_responses_to_images_follow_their_control(world):
-    plain = data.responses_to(world, "subj01", SHARED)
-    reference = data.load_test_set(world, "subj01")
+    plain = responses_to(world, "subj01", SHARED)
+    reference = load_test_set(world, "subj01")
     np.testing.assert_array_equal(plain.betas, reference.betas)
-    shuffled = data.responses_to(world, "subj01", SHARED, control="shuffle", seed=42)
-    np.testing.assert_array_equal(shuffled.betas, data.load_test_set(world, "subj01", "shuffle", 42).betas)
-    held_out = data.load_test_set(world, "subj01", held_out=(3, 0.3, 42), split="val")
-    some = data.responses_to(world, "subj01", held_out.image_ids[1:], 3)
+    shuffled = responses_to(world, "subj01", SHARED, control="shuffle", seed=42)
+    np.testing.assert_array_equal(shuffled.betas, load_test_set(world, "subj01", "shuffle", 42).betas)
+    held_out = load_test_set(world, "subj01", held_out=(3, 0.3, 42), split="val")
+    some = responses_to(world, "subj01", held_out.image_ids[1:], 3)
     np.testing.assert_array_equal(some.betas, held_out.betas[1:])
 
 
@@ -289,8 +295,8 @@ def test_networks_of_others_are_refused(world, models, tmp_path, capsys):
         write_run(world, GNet(n_voxels, trunk_width=4, pass_through=4), run)
         assert draw(world, models, tmp_path / "out", "--use_gnet", "--gnet_roi", "V1", "--gnet_run", run) == 2
         assert message in error_of(capsys)
-    state = utils.load_checkpoint(world.run(RUN) / "best.pth")
-    utils.save_checkpoint(world.run("gnet_old") / "best.pth", {k: v for k, v in state.items() if k != "val_r"})
+    state = load_checkpoint(world.run(RUN) / "best.pth")
+    save_checkpoint(world.run("gnet_old") / "best.pth", {k: v for k, v in state.items() if k != "val_r"})
     assert draw(world, models, tmp_path / "out", "--use_gnet", "--gnet_roi", "V1", "--gnet_run", "gnet_old") == 2
     assert "does not hold its voxels' validation r" in error_of(capsys)
     write_run(world, gnet, "gnet_noise", val_r=torch.full((V,), 0.05))
@@ -300,7 +306,7 @@ def test_networks_of_others_are_refused(world, models, tmp_path, capsys):
 
 def test_voxels_in_another_order_are_refused_before_anything_is_drawn(world, models, tmp_path, capsys):
     shutil.copytree(world.root, tmp_path / "moved")
-    moved = utils.Paths(tmp_path / "moved", tmp_path / "moved/MindEyeV2/mindeyev2")
+    moved = Paths(tmp_path / "moved", tmp_path / "moved/MindEyeV2/mindeyev2")
     with h5py.File(moved.betas("subj01"), "r+") as file:
         file["betas"][:] = file["betas"][:][:, np.random.default_rng(0).permutation(V)]
     assert draw(moved, models, tmp_path / "out", "--use_gnet", "--gnet_roi", "V1") == 2
@@ -314,9 +320,9 @@ def test_voxels_in_another_order_are_refused_before_anything_is_drawn(world, mod
 def test_score_gnet_predicts_stimuli_and_folders(world, encoder, tmp_path, capsys):
     root = ["--root", str(world.root), "--device", "cpu"]
     score_gnet.main([*root, "--batch_size", "3"])
-    ids, voxels = utils.load_scores(world.root / "scores_all/subj01" / RUN, "voxels")
+    ids, voxels = load_scores(world.root / "scores_all/subj01" / RUN, "voxels")
     np.testing.assert_array_equal(ids, SHARED)
-    stimuli = data.open_stimuli(world)
+    stimuli = open_stimuli(world)
     images = torch.from_numpy(stimuli[SHARED]).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
         wanted = encoder.model(images, "subj01").numpy()
@@ -326,7 +332,7 @@ def test_score_gnet_predicts_stimuli_and_folders(world, encoder, tmp_path, capsy
     assert "predicted before" in capsys.readouterr().out
 
     score_gnet.main([*root, "--ids", "3", "4-6", "--outdir", str(tmp_path / "range")])
-    ids, voxels = utils.load_scores(tmp_path / "range", "voxels")
+    ids, voxels = load_scores(tmp_path / "range", "voxels")
     assert ids.tolist() == [3, 4, 5, 6]
     np.testing.assert_allclose(voxels[0], wanted[0], rtol=1e-4, atol=1e-5)
 
@@ -335,10 +341,10 @@ def test_score_gnet_predicts_stimuli_and_folders(world, encoder, tmp_path, capsy
         Image.fromarray(stimuli[[image_id]][0]).save(tmp_path / "mine" / name)
     Image.fromarray(np.zeros((30, 20, 3), np.uint8)).save(tmp_path / "mine/c.png")  # of another size
     score_gnet.main([*root, "--images", str(tmp_path / "mine"), "--outdir", str(tmp_path / "of_mine")])
-    ids, voxels = utils.load_scores(tmp_path / "of_mine", "voxels")
+    ids, voxels = load_scores(tmp_path / "of_mine", "voxels")
     assert ids.tolist() == [0, 1, 2]
     np.testing.assert_allclose(voxels[:2], wanted[[1, 0]], rtol=1e-4, atol=1e-5)
-    rows = utils.load_csv(tmp_path / "of_mine/images.csv", "", "")
+    rows = load_csv(tmp_path / "of_mine/images.csv", "", "")
     assert [row["file"].split("/")[-1] for row in rows] == ["a.png", "b.png", "c.png"]
 
 
@@ -361,7 +367,7 @@ def test_brain_correlation_is_pearsons_r_across_a_regions_voxels(world, encoder,
              "--device", "cpu"]
     evaluate.main(words)
     results = json.loads((folder / "metrics.json").read_text())
-    measured = data.load_test_set(world, "subj01").betas
+    measured = load_test_set(world, "subj01").betas
     found = []
     for row in range(4):
         for name in (f"{row:05d}.png", f"{row:05d}_s1.png"):

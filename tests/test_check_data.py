@@ -15,11 +15,13 @@ import pytest
 import scipy.io
 
 import check_data
-import data
 import make_mini_nsd
-import sources
 import tiny_nsd
 import utils
+from disk.names import Paths
+from nsd import sources
+from nsd.regions import PRF_LABELS
+from nsd.trials import _read_shard
 
 MODELS = Path(__file__).resolve().parent.parent / "demo/models"
 FEATS = {"c": (20, 64), "g_2": (17, 96)}
@@ -30,7 +32,7 @@ def whole(tmp_path_factory):
     """A small NSD with two features, in which nothing is wrong."""
     root = tmp_path_factory.mktemp("whole")
     make_mini_nsd.main(["--root", str(root), "--size", "small"])
-    paths = utils.Paths(root, root / "MindEyeV2/mindeyev2")
+    paths = Paths(root, root / "MindEyeV2/mindeyev2")
     for feat, shape in FEATS.items():
         write_feature(paths, feat, np.random.default_rng(0).standard_normal((240, *shape)).astype(np.float16))
     return paths
@@ -39,7 +41,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def paths(whole, tmp_path):
     shutil.copytree(whole.root, tmp_path / "root")
-    return utils.Paths(tmp_path / "root", tmp_path / "root/MindEyeV2/mindeyev2")
+    return Paths(tmp_path / "root", tmp_path / "root/MindEyeV2/mindeyev2")
 
 
 def write_feature(paths, feat, rows):
@@ -115,7 +117,7 @@ def shards(paths, split="train/1"):
 
 def behaviour(paths, change, split="train/1"):
     """Write one of subject 1's shards again, its behav rows changed."""
-    rows = data._read_shard(shards(paths, split))
+    rows = _read_shard(shards(paths, split))
     tiny_nsd.write_tar(shards(paths, split), change(rows))
 
 
@@ -147,7 +149,7 @@ def other_shared(paths):
 def volumes_in_other_order(paths):
     with h5py.File(paths.data_path / "brain_region_masks.hdf5") as file:
         labels = sum(values[0] * file[f"subj01/{name}"][()].astype(np.int16) for name, values in
-                     data.PRF_LABELS.items())[::-1]
+                     PRF_LABELS.items())[::-1]
     paths.rois("subj01").mkdir(parents=True)
     for name, volume in (("nsdgeneral", np.ones_like(labels)), ("prf-visualrois", labels)):
         nibabel.save(nibabel.Nifti1Image(volume[:, None, None], np.eye(4)), paths.rois("subj01") / f"{name}.nii.gz")
@@ -268,7 +270,7 @@ def sparse_hdf5(path, key, shape, dtype, rows):
 def real(tmp_path_factory):
     """Subject 4 of NSD, whose two missing sessions' trials exist in the design only; files sparse, of real sizes."""
     root = tmp_path_factory.mktemp("real")
-    paths, rng = utils.Paths(root, root / "MindEyeV2/mindeyev2"), np.random.default_rng(0)
+    paths, rng = Paths(root, root / "MindEyeV2/mindeyev2"), np.random.default_rng(0)
     n, n_voxels, n_test, _ = sources.PUBLISHED["subj04"]
     shared = np.sort(rng.choice(73000, 1000, replace=False))
     ordering = np.concatenate([rng.permutation(10000) for _ in range(3)]) + 1
@@ -304,7 +306,7 @@ def real(tmp_path_factory):
         file["subj04"] = shown[:n]
     masks = np.array_split(rng.permutation(n_voxels), 5)
     with h5py.File(paths.data_path / "brain_region_masks.hdf5", "w") as file:
-        for name, voxels in zip((*data.PRF_LABELS, "higher_vis"), masks, strict=True):
+        for name, voxels in zip((*PRF_LABELS, "higher_vis"), masks, strict=True):
             file[f"subj04/{name}"] = np.isin(np.arange(n_voxels), voxels)
 
     behav = np.full((n, 17), -1.0)
@@ -335,7 +337,7 @@ def test_published_numbers_are_known(real, capsys, tmp_path):
     shutil.copytree(real.data_path, copy, ignore=shutil.ignore_patterns("betas*"))
     for folder in ("nsddata", "nsddata_stimuli"):
         (tmp_path / folder).symlink_to(real.root / folder)
-    paths = utils.Paths(tmp_path, copy)
+    paths = Paths(tmp_path, copy)
     sparse_hdf5(paths.betas("subj04"), "betas", (30000, 15724), np.float32, [])
     (copy / "wds/subj04/train/29.tar").unlink()
     status, lines = examine(paths, capsys, "--subj", "4", "--stages", "score")

@@ -8,11 +8,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-import controls
-import data
-import utils
-from eval_networks import FeatureStore
-from pictures import PictureSet
+from disk.names import scores_name
+from disk.scores import save_scores
+from evaluation import controls
+from evaluation.networks import FeatureStore
+from evaluation.picture_sets import PictureSet
+from nsd.rows import open_stimuli
+from nsd.trials import load_trials
 from tiny_nsd import N_IMAGES, SHARED, SIDE, write_tiny_nsd
 from tiny_sd import write_tiny_sd
 
@@ -37,20 +39,20 @@ def store_of(paths):
 
 
 def seen_of(paths):
-    stimuli = data.open_stimuli(paths)
+    stimuli = open_stimuli(paths)
     return PictureSet("seen", SHARED, lambda i, k: stimuli[[SHARED[i]]][0])
 
 
 def test_each_control_is_what_its_name_says(world, monkeypatch):
     paths, c, sd = world
-    train = np.unique(data.load_trials(paths, "subj01", "train")["image_id"])
+    train = np.unique(load_trials(paths, "subj01", "train")["image_id"])
     wanted = train[[2, 0, 5, 5]]
-    folder = paths.scores("subj01", utils.scores_name(RUN, "c"), "c")
-    utils.save_scores(folder, SHARED, {"retrieval": 7 * c[wanted] + 0.01, "nsdgeneral": c[wanted]}, {})
+    folder = paths.scores("subj01", scores_name(RUN, "c"), "c")
+    save_scores(folder, SHARED, {"retrieval": 7 * c[wanted] + 0.01, "nsdgeneral": c[wanted]}, {})
     monkeypatch.setattr(controls, "AT_ONCE", 3)
     sets, absent = controls.make(seen_of(paths), {**RUN, "sd_model": str(sd)}, None, ARGS, paths, store_of(paths))
     assert not absent
-    stimuli = data.open_stimuli(paths)
+    stimuli = open_stimuli(paths)
     for i, image_id in enumerate(wanted):
         np.testing.assert_array_equal(sets["control: nearest training image"].read(i, 0), stimuli[[image_id]][0])
     mean = np.mean([stimuli[[image_id]][0] for image_id in train], axis=0)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import convert_gnet
 import utils
+from disk.checkpoints import load_checkpoint
 from models import build_model
 
 N_VOXELS = {1: 6, 5: 4}
@@ -82,7 +83,7 @@ def predicted_by_hand(published, images, number):
 
 def test_converted_predicts_what_the_published_network_does(tmp_path, published):
     assert run(tmp_path, published) == 0
-    state = utils.load_checkpoint(tmp_path / "train_logs/gnet_published/best.pth")
+    state = load_checkpoint(tmp_path / "train_logs/gnet_published/best.pth")
     assert state["n_voxels"] == {"subj01": 6, "subj05": 4}
     model = build_model(state["model_args"])
     model.load_state_dict(state["model"])

@@ -13,9 +13,14 @@ import scipy.io
 import torch
 from torch.utils.data import DataLoader
 
-import data
 import tiny_nsd
-from utils import UserError
+import utils
+from nsd.batches import EpochBatches
+from nsd.captions import load_captions
+from nsd.regions import roi_masks
+from nsd.repeats import _move_to_other_images, _null_responses, load_test_set
+from nsd.rows import KNOWN_FEATURE_SHAPES, Rows, open_betas, open_feature
+from nsd.trials import _read_shard, list_subjects, load_trials, split_by_image
 
 
 @pytest.fixture
@@ -46,7 +51,7 @@ def test_rows_equal_the_array_in_any_storage_order_and_after_pickling(tmp_path, 
     with h5py.File(tmp_path / "x.hdf5", "w") as file:
         file["other"] = np.zeros(3)
         file.create_dataset("betas", data=array, **storage)
-    rows = data.Rows(tmp_path / "x.hdf5", "betas", "betas", "write it")
+    rows = Rows(tmp_path / "x.hdf5", "betas", "betas", "write it")
     assert rows.shape == (11, 8) and rows.dtype == np.float32 and len(rows) == 11
     ids = np.array([7, 0, 7, 10, 3])
     rows[ids]  # opened: what is pickled must be the recipe, not the handle or the array
@@ -61,7 +66,7 @@ def test_rows_equal_the_array_in_any_storage_order_and_after_pickling(tmp_path, 
 
 
 def test_contiguous_rows_are_mapped_not_loaded(paths):
-    betas = data.open_betas(paths, "subj01")
+    betas = open_betas(paths, "subj01")
     betas[[0]]
     assert isinstance(betas._source, np.memmap)
 
@@ -78,7 +83,7 @@ def test_row_shape_of_features(paths, stored, attribute, wanted):
         file["data"] = array
         if attribute:
             file["data"].attrs["shape"] = attribute
-    rows = data.Rows(paths.feature("g_2"), "data", "feature", "write it", data.KNOWN_FEATURE_SHAPES)
+    rows = Rows(paths.feature("g_2"), "data", "feature", "write it", KNOWN_FEATURE_SHAPES)
     assert rows.row_shape == wanted and rows.shape == (5, *wanted)
     np.testing.assert_array_equal(rows[[4, 1]].reshape(2, -1), array[[4, 1]].reshape(2, -1))
 
@@ -86,16 +91,16 @@ def test_row_shape_of_features(paths, stored, attribute, wanted):
 def test_betas_keep_their_width_even_if_it_is_a_features(paths):
     with h5py.File(paths.betas("subj01"), "w") as file:
         file["betas"] = np.zeros((2, 16384), np.float32)
-    assert data.open_betas(paths, "subj01").shape == (2, 16384)
+    assert open_betas(paths, "subj01").shape == (2, 16384)
 
 
 @pytest.mark.parametrize("ids", [[-1], [0, 42], slice(0, 0)])
 def test_ids_outside_the_file(paths, ids):
-    betas = data.open_betas(paths, "subj01")
+    betas = open_betas(paths, "subj01")
     if isinstance(ids, slice):
         assert betas[ids].shape == (0, 7)
     else:
-        with pytest.raises(UserError, match=r"betas_all_subj01.*rows 0\.\.41 found"):
+        with pytest.raises(utils.UserError, match=r"betas_all_subj01.*rows 0\.\.41 found"):
             betas[ids]
 
 
@@ -103,34 +108,34 @@ def test_ids_outside_the_file(paths, ids):
 def test_truncated_hdf5(paths, keep):
     file = paths.betas("subj01")
     truncate(file, keep)
-    with pytest.raises(UserError, match="betas_all_subj01.*not readable"):
-        data.open_betas(paths, "subj01")
+    with pytest.raises(utils.UserError, match="betas_all_subj01.*not readable"):
+        open_betas(paths, "subj01")
 
 
 def test_truncated_hdf5_that_hdf5_itself_accepts(paths, monkeypatch):
     """Rows checks the size itself: a mapping beyond the end of the file would crash the process, not raise."""
-    size = data.os.path.getsize
-    monkeypatch.setattr(data.os.path, "getsize", lambda path: size(path) - 4000)
-    with pytest.raises(UserError, match="truncated"):
-        data.open_betas(paths, "subj01")
+    size = os.path.getsize
+    monkeypatch.setattr(os.path, "getsize", lambda path: size(path) - 4000)
+    with pytest.raises(utils.UserError, match="truncated"):
+        open_betas(paths, "subj01")
 
 
 def test_missing_file_key_and_attribute_of_another_size(paths):
-    with pytest.raises(UserError, match="betas of subj05 not found"):
-        data.open_betas(paths, "subj05")
+    with pytest.raises(utils.UserError, match="betas of subj05 not found"):
+        open_betas(paths, "subj05")
     with h5py.File(paths.feature("c"), "w") as file:
         file["features"] = np.zeros((3, 4))
-    with pytest.raises(UserError, match="c_all.hdf5: `data` is not readable"):
-        data.open_feature(paths, "c")
+    with pytest.raises(utils.UserError, match="c_all.hdf5: `data` is not readable"):
+        open_feature(paths, "c")
     with h5py.File(paths.feature("c"), "w") as file:
         file["data"] = np.zeros((3, 4))
         file["data"].attrs["shape"] = (2, 3)
-    with pytest.raises(UserError, match="attribute `shape`"):
-        data.open_feature(paths, "c")
+    with pytest.raises(utils.UserError, match="attribute `shape`"):
+        open_feature(paths, "c")
     with h5py.File(paths.feature("c"), "w") as file:
         file.create_dataset("data", (3, 4), np.float32)
-    with pytest.raises(UserError, match="never written"):
-        data.open_feature(paths, "c")
+    with pytest.raises(utils.UserError, match="never written"):
+        open_feature(paths, "c")
 
 
 # --- trials -------------------------------------------------------------------------------------------------------
@@ -139,7 +144,7 @@ def test_missing_file_key_and_attribute_of_another_size(paths):
 def test_trials_of_both_splits_are_what_was_shown(nsd):
     paths, shown = nsd
     for subj, image_ids in shown.items():
-        train, test = data.load_trials(paths, subj, "train"), data.load_trials(paths, subj, "new_test")
+        train, test = load_trials(paths, subj, "train"), load_trials(paths, subj, "new_test")
         assert list(train.columns) == ["subject", "session", "image_id", "row", "is_shared"]
         both = pd.concat([train, test]).sort_values("row")
         np.testing.assert_array_equal(both["row"], np.arange(len(image_ids)))
@@ -157,33 +162,33 @@ def test_sessions_are_the_first_in_numeric_order(paths):
         tiny_nsd.write_tar(folder / f"{session}.tar", behav)
     (paths.experiments / "nsd_expdesign.mat").unlink()  # these sessions are not in it
     for wanted in (1, 3, 5, 12):
-        assert set(data.load_trials(paths, "subj01", "train", wanted)["session"]) == set(range(1, wanted + 1))
+        assert set(load_trials(paths, "subj01", "train", wanted)["session"]) == set(range(1, wanted + 1))
 
 
 def test_too_many_sessions_gaps_and_missing_folders(paths):
     for wanted in (4, 0):
-        with pytest.raises(UserError, match=f"--num_sessions {wanted}: subj01 has 3 sessions"):
-            data.load_trials(paths, "subj01", "train", wanted)
+        with pytest.raises(utils.UserError, match=f"--num_sessions {wanted}: subj01 has 3 sessions"):
+            load_trials(paths, "subj01", "train", wanted)
     (paths.data_path / "wds/subj01/train/1.tar").unlink()
-    with pytest.raises(UserError, match="without a gap"):
-        data.load_trials(paths, "subj01", "train")
-    with pytest.raises(UserError, match="wds/subj03/train: shards not found"):
-        data.load_trials(paths, "subj03", "train")
-    with pytest.raises(UserError, match="new_test/0.tar: shard not found"):
-        data.load_trials(paths, "subj03", "new_test")
+    with pytest.raises(utils.UserError, match="without a gap"):
+        load_trials(paths, "subj01", "train")
+    with pytest.raises(utils.UserError, match="wds/subj03/train: shards not found"):
+        load_trials(paths, "subj03", "train")
+    with pytest.raises(utils.UserError, match="new_test/0.tar: shard not found"):
+        load_trials(paths, "subj03", "new_test")
 
 
 def test_truncated_tar_wherever_it_is_cut(paths):
     tar = paths.data_path / "wds/subj01/train/0.tar"
     content = tar.read_bytes()
     end = len(content.rstrip(b"\0"))
-    whole = len(data.load_trials(paths, "subj01", "train"))
+    whole = len(load_trials(paths, "subj01", "train"))
     for cut in [0, 100, *range(512, end, 512)]:  # multiples of 512: some are ends of members
         tar.write_bytes(content[:cut])
-        with pytest.raises(UserError, match=r"train/0\.tar"):
-            data.load_trials(paths, "subj01", "train")
+        with pytest.raises(utils.UserError, match=r"train/0\.tar"):
+            load_trials(paths, "subj01", "train")
     tar.write_bytes(content)
-    assert len(data.load_trials(paths, "subj01", "train")) == whole
+    assert len(load_trials(paths, "subj01", "train")) == whole
 
 
 def test_tar_with_wrong_content(paths):
@@ -192,8 +197,8 @@ def test_tar_with_wrong_content(paths):
                            (np.full((2, 17), -1.0), "without image id"), (np.full((2, 17), np.nan), "without image id"),
                            (np.ones((2, 17)), "trial 1 is there twice")]:
         tiny_nsd.write_tar(tar, behav)
-        with pytest.raises(UserError, match=message):
-            data.load_trials(paths, "subj01", "new_test")
+        with pytest.raises(utils.UserError, match=message):
+            load_trials(paths, "subj01", "new_test")
 
 
 def test_ids_that_contradict_the_experiments_design(nsd):
@@ -201,10 +206,10 @@ def test_ids_that_contradict_the_experiments_design(nsd):
     off_by_one = np.roll(shown["subj01"], 1)
     for image_ids in (off_by_one, shown["subj02"]):
         tiny_nsd.write_shards(paths, "subj01", image_ids)
-        with pytest.raises(UserError, match=r"wds/subj01: trial \d+ shows image \d+ .*nsd_expdesign"):
-            data.load_trials(paths, "subj01", "train")
+        with pytest.raises(utils.UserError, match=r"wds/subj01: trial \d+ shows image \d+ .*nsd_expdesign"):
+            load_trials(paths, "subj01", "train")
     tiny_nsd.write_shards(paths, "subj01", shown["subj01"])
-    data.load_trials(paths, "subj01", "train")
+    load_trials(paths, "subj01", "train")
 
 
 def test_expdesign_ids_are_counted_from_one(nsd):
@@ -212,20 +217,20 @@ def test_expdesign_ids_are_counted_from_one(nsd):
     design = scipy.io.loadmat(paths.experiments / "nsd_expdesign.mat")
     design = {"masterordering": design["masterordering"], "subjectim": design["subjectim"] - 1}
     scipy.io.savemat(paths.experiments / "nsd_expdesign.mat", design)
-    with pytest.raises(UserError, match="trials differ"):
-        data.load_trials(paths, "subj01", "train")
+    with pytest.raises(utils.UserError, match="trials differ"):
+        load_trials(paths, "subj01", "train")
 
 
 def test_damaged_or_shorter_expdesign(paths):
     file = paths.experiments / "nsd_expdesign.mat"
     scipy.io.savemat(file, {"masterordering": np.arange(1, 6), "subjectim": np.ones((8, 10))})
-    with pytest.raises(UserError, match="5 trials, but"):
-        data.load_trials(paths, "subj01", "train")
+    with pytest.raises(utils.UserError, match="5 trials, but"):
+        load_trials(paths, "subj01", "train")
     truncate(file, 200)
-    with pytest.raises(UserError, match="nsd_expdesign.mat: not readable"):
-        data.load_trials(paths, "subj01", "train")
+    with pytest.raises(utils.UserError, match="nsd_expdesign.mat: not readable"):
+        load_trials(paths, "subj01", "train")
     file.unlink()
-    data.load_trials(paths, "subj01", "train")
+    load_trials(paths, "subj01", "train")
 
 
 # --- captions, regions, subjects ----------------------------------------------------------------------------------
@@ -233,32 +238,32 @@ def test_damaged_or_shorter_expdesign(paths):
 
 def test_captions_follow_the_coco_id(paths):
     by_coco_id = json.loads((paths.stimuli / "annotations/nsd_captions.json").read_text())
-    captions = data.load_captions(paths)
+    captions = load_captions(paths)
     assert captions == [by_coco_id[str(1000 - i)] for i in range(tiny_nsd.N_IMAGES)]
 
 
 def test_captions_do_not_depend_on_the_order_of_the_table(paths):
-    table, expected = paths.experiments / "nsd_stim_info_merged.csv", data.load_captions(paths)
+    table, expected = paths.experiments / "nsd_stim_info_merged.csv", load_captions(paths)
     header, *lines = table.read_text().splitlines()
     table.write_text("\n".join([header, *lines[::-1]]))
-    assert data.load_captions(paths) == expected
+    assert load_captions(paths) == expected
     table.write_text("\n".join([header, *lines[:5], *lines[6:]]))
-    with pytest.raises(UserError, match="nsdId is not"):
-        data.load_captions(paths)
+    with pytest.raises(utils.UserError, match="nsdId is not"):
+        load_captions(paths)
     table.write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="columns nsdId, cocoId wanted"):
-        data.load_captions(paths)
+    with pytest.raises(utils.UserError, match="columns nsdId, cocoId wanted"):
+        load_captions(paths)
 
 
 def test_image_without_caption_and_damaged_json(paths):
     file = paths.stimuli / "annotations/nsd_captions.json"
     captions = json.loads(file.read_text())
     file.write_text(json.dumps({**captions, "993": []}))
-    with pytest.raises(UserError, match="no caption for image 7 "):
-        data.load_captions(paths)
+    with pytest.raises(utils.UserError, match="no caption for image 7 "):
+        load_captions(paths)
     file.write_text(json.dumps(captions)[:-10])
-    with pytest.raises(UserError, match="not valid JSON"):
-        data.load_captions(paths)
+    with pytest.raises(utils.UserError, match="not valid JSON"):
+        load_captions(paths)
 
 
 def write_volumes(paths, subj, labels_inside, shape=(3, 4, 5), transposed=False, seed=0):
@@ -276,14 +281,14 @@ def write_volumes(paths, subj, labels_inside, shape=(3, 4, 5), transposed=False,
 
 def test_roi_volumes_and_masks_agree(paths):
     write_volumes(paths, "subj01", [1, 2, 3, 4, 5, 7, 0])  # the masks' V1 are the first two voxels
-    masks = data.roi_masks(paths, "subj01")
+    masks = roi_masks(paths, "subj01")
     assert masks["V1"].tolist() == [True, True] + 5 * [False]
 
 
 def test_roi_masks_of_volumes_alone(paths):
     (paths.data_path / "brain_region_masks.hdf5").unlink()
     write_volumes(paths, "subj01", [7, 1, 0, 4, 5, 6, 2])
-    masks = data.roi_masks(paths, "subj01")
+    masks = roi_masks(paths, "subj01")
     found = {name: np.flatnonzero(mask).tolist() for name, mask in masks.items()}
     assert found == {"nsd_general": list(range(7)), "V1": [1, 6], "V2": [3], "V3": [4, 5], "V4": [0],
                      "higher_vis": [2]}
@@ -292,37 +297,37 @@ def test_roi_masks_of_volumes_alone(paths):
 def test_volumes_in_another_order_of_axes_are_refused(paths):
     """(Z, Y, X), as NSD's HDF5 volumes are, flattens to other voxels."""
     write_volumes(paths, "subj01", [1, 2, 0, 0, 0, 0, 0], transposed=True)
-    with pytest.raises(UserError, match="V1 of subj01 has 2 voxels"):
-        data.roi_masks(paths, "subj01")
+    with pytest.raises(utils.UserError, match="V1 of subj01 has 2 voxels"):
+        roi_masks(paths, "subj01")
 
 
 def test_volumes_of_another_subject_or_damaged_are_refused(paths):
     write_volumes(paths, "subj01", [1, 2, 0, 0, 0])
-    with pytest.raises(UserError, match="5 voxels, the betas of subj01 have 7"):
-        data.roi_masks(paths, "subj01")
+    with pytest.raises(utils.UserError, match="5 voxels, the betas of subj01 have 7"):
+        roi_masks(paths, "subj01")
     (paths.rois("subj01") / "nsdgeneral.nii.gz").write_bytes(b"no volume")
-    with pytest.raises(UserError, match="not a readable NIfTI"):
-        data.roi_masks(paths, "subj01")
+    with pytest.raises(utils.UserError, match="not a readable NIfTI"):
+        roi_masks(paths, "subj01")
 
 
 def test_roi_masks(paths):
-    masks = data.roi_masks(paths, "subj02")
+    masks = roi_masks(paths, "subj02")
     np.testing.assert_array_equal(masks["V1"], [True, True, False, False, False])
     assert masks["nsd_general"].dtype == bool and masks["nsd_general"].all()
-    with pytest.raises(UserError, match="masks of subj03"):
-        data.roi_masks(paths, "subj03")
+    with pytest.raises(utils.UserError, match="masks of subj03"):
+        roi_masks(paths, "subj03")
     with h5py.File(paths.betas("subj02"), "w") as file:
         file["betas"] = np.zeros((4, 6), np.float32)
-    with pytest.raises(UserError, match="mask V1 of subj02"):
-        data.roi_masks(paths, "subj02")
+    with pytest.raises(utils.UserError, match="mask V1 of subj02"):
+        roi_masks(paths, "subj02")
 
 
 def test_subjects(paths):
-    assert data.subjects(paths) == ["subj01", "subj02"]
+    assert list_subjects(paths) == ["subj01", "subj02"]
     for subj in tiny_nsd.N_VOXELS:
         paths.betas(subj).unlink()
-    with pytest.raises(UserError, match="check --data_path"):
-        data.subjects(paths)
+    with pytest.raises(utils.UserError, match="check --data_path"):
+        list_subjects(paths)
 
 
 # --- training batches ---------------------------------------------------------------------------------------------
@@ -333,7 +338,7 @@ def table(image_ids, first_row=0):
 
 
 def planner(tables, batch_size, seed=0):
-    return data.EpochBatches(tables, {}, {}, batch_size, seed)
+    return EpochBatches(tables, {}, {}, batch_size, seed)
 
 
 def random_tables(rng):
@@ -401,14 +406,14 @@ def test_repeats_of_an_image_meet_other_images_each_time():
 
 def test_items_hold_the_rows_of_their_trials(nsd):
     paths, shown = nsd
-    subjects = data.subjects(paths)
+    subjects = list_subjects(paths)
     feature = np.random.default_rng(1).standard_normal((tiny_nsd.N_IMAGES, 6)).astype(np.float16)
     with h5py.File(paths.feature("c"), "w") as file:
         file["data"] = feature
         file["data"].attrs["shape"] = (2, 3)
-    tables = {subj: data.load_trials(paths, subj, "train") for subj in subjects}
-    rows = {subj: data.open_betas(paths, subj) for subj in subjects}
-    batches = data.EpochBatches(tables, rows, {"target": data.open_feature(paths, "c")}, 8, seed=5)
+    tables = {subj: load_trials(paths, subj, "train") for subj in subjects}
+    rows = {subj: open_betas(paths, subj) for subj in subjects}
+    batches = EpochBatches(tables, rows, {"target": open_feature(paths, "c")}, 8, seed=5)
     betas = {subj: read(paths.betas(subj), "betas") for subj in subjects}
 
     seen = {subj: [] for subj in subjects}
@@ -429,8 +434,8 @@ def test_items_hold_the_rows_of_their_trials(nsd):
 
 def test_persistent_workers_see_a_new_epoch(nsd):
     paths, _ = nsd
-    rows = {"subj01": data.open_betas(paths, "subj01")}
-    batches = data.EpochBatches({"subj01": data.load_trials(paths, "subj01", "train")}, rows, {}, 5, seed=0)
+    rows = {"subj01": open_betas(paths, "subj01")}
+    batches = EpochBatches({"subj01": load_trials(paths, "subj01", "train")}, rows, {}, 5, seed=0)
     loader = DataLoader(batches, batch_size=None, num_workers=1, persistent_workers=True)
     for epoch in (0, 1):
         batches.set_epoch(epoch)
@@ -440,37 +445,37 @@ def test_persistent_workers_see_a_new_epoch(nsd):
 
 def test_a_row_of_nan_is_named(nsd):
     paths, _ = nsd
-    trials = data.load_trials(paths, "subj02", "train")
+    trials = load_trials(paths, "subj02", "train")
     bad = int(trials["row"].iloc[7])
     with h5py.File(paths.betas("subj02"), "r+") as file:
         file["betas"][bad, 3] = np.nan
-    batches = data.EpochBatches({"subj02": trials}, {"subj02": data.open_betas(paths, "subj02")}, {}, 6, seed=0)
-    with pytest.raises(UserError, match=f"betas_all_subj02.*row {bad} "):
+    batches = EpochBatches({"subj02": trials}, {"subj02": open_betas(paths, "subj02")}, {}, 6, seed=0)
+    with pytest.raises(utils.UserError, match=f"betas_all_subj02.*row {bad} "):
         [batches[i] for i in range(len(batches))]
 
 
 def test_batches_that_can_not_be():
     two = {"subj01": table(np.arange(5)), "subj02": table(np.arange(5))}
-    with pytest.raises(UserError, match="--batch_size 1: fewer than the 2 subjects"):
+    with pytest.raises(utils.UserError, match="--batch_size 1: fewer than the 2 subjects"):
         planner(two, 1)
-    with pytest.raises(UserError, match="subj02: no trials"):
+    with pytest.raises(utils.UserError, match="subj02: no trials"):
         planner({**two, "subj02": table(np.arange(0))}, 4)
 
 
 def test_split_by_image():
     rng = np.random.default_rng(0)
     ids = {subj: rng.choice(5000, 3000, replace=False) for subj in ("subj01", "subj02")}
-    parts = {subj: data.split_by_image(table(np.repeat(ids[subj], 3)), 0.05, 7) for subj in ids}
+    parts = {subj: split_by_image(table(np.repeat(ids[subj], 3)), 0.05, 7) for subj in ids}
     for subj, (train, val) in parts.items():
         assert not set(train["image_id"]) & set(val["image_id"])
         assert sorted([*train["row"], *val["row"]]) == list(range(9000))
         assert abs(val["image_id"].nunique() / 3000 - 0.05) < 0.015
-        again = data.split_by_image(table(np.repeat(ids[subj], 3)), 0.05, 7)[1]
+        again = split_by_image(table(np.repeat(ids[subj], 3)), 0.05, 7)[1]
         pd.testing.assert_frame_equal(val, again)
-        assert not val.equals(data.split_by_image(table(np.repeat(ids[subj], 3)), 0.05, 8)[1])
+        assert not val.equals(split_by_image(table(np.repeat(ids[subj], 3)), 0.05, 8)[1])
     # an image seen by both subjects is on one side for both
     assert not set(parts["subj01"][0]["image_id"]) & set(parts["subj02"][1]["image_id"])
-    assert data.split_by_image(table(np.arange(3)), 0.0001, 0)[1]["image_id"].nunique() == 1
+    assert split_by_image(table(np.arange(3)), 0.0001, 0)[1]["image_id"].nunique() == 1
 
 
 # --- test set -----------------------------------------------------------------------------------------------------
@@ -487,7 +492,7 @@ def test_test_set_is_the_mean_over_the_repeats_that_exist(nsd):
         line[0, [tiny_nsd.IMAGE_ID, tiny_nsd.SESSION, tiny_nsd.TRIAL, tiny_nsd.IS_SHARED]] = shown[row], 1, row, 1
         behav = np.concatenate([behav, line])
     tiny_nsd.write_tar(paths.data_path / "wds/subj01/new_test/0.tar", behav)
-    test = data.load_test_set(paths, "subj01")
+    test = load_test_set(paths, "subj01")
     betas = read(paths.betas("subj01"), "betas")
     np.testing.assert_array_equal(test.image_ids, [3, 5, 11, 20])
     np.testing.assert_array_equal(test.n_repeats, [3, 2, 3, 3])
@@ -496,7 +501,7 @@ def test_test_set_is_the_mean_over_the_repeats_that_exist(nsd):
         np.testing.assert_allclose(mean, wanted, rtol=1e-5, atol=1e-6)
     assert test.betas.dtype == np.float32 and test.image_ids.dtype == np.int64
 
-    single = data.load_test_set(paths, "subj01", repeats="single")
+    single = load_test_set(paths, "subj01", repeats="single")
     np.testing.assert_array_equal(single.image_ids, test.image_ids)
     np.testing.assert_array_equal(single.n_repeats, [1, 1, 1, 1])
     first = [min(row for row in rows if shown[row] == image_id) for image_id in single.image_ids]
@@ -509,10 +514,10 @@ def test_the_old_test_split(nsd):
     rows = np.flatnonzero(shown["subj01"] == 11)[:2]
     behav[:, tiny_nsd.IMAGE_ID], behav[:, tiny_nsd.TRIAL], behav[:, tiny_nsd.IS_SHARED] = 11, rows, 1
     tiny_nsd.write_tar(paths.data_path / "wds/subj01/test/0.tar", behav)
-    old, new = (data.load_test_set(paths, "subj01", split=split) for split in ("test", "new_test"))
+    old, new = (load_test_set(paths, "subj01", split=split) for split in ("test", "new_test"))
     assert old.image_ids.tolist() == [11] and old.n_repeats.tolist() == [2] and new.n_repeats.tolist() == [3] * 4
-    with pytest.raises(UserError, match="wds/subj02/test/0.tar: shard not found"):
-        data.load_test_set(paths, "subj02", split="test")
+    with pytest.raises(utils.UserError, match="wds/subj02/test/0.tar: shard not found"):
+        load_test_set(paths, "subj02", split="test")
 
 
 def test_a_shared_image_does_not_train_and_no_other_tests(nsd):
@@ -522,27 +527,27 @@ def test_a_shared_image_does_not_train_and_no_other_tests(nsd):
         row = np.flatnonzero(shown["subj01"] == image_id)[0]
         behav[0, [tiny_nsd.IMAGE_ID, tiny_nsd.TRIAL, tiny_nsd.IS_SHARED]] = image_id, row, split == "train"
         tiny_nsd.write_tar(paths.data_path / f"wds/subj01/{folder}.tar", behav)
-        with pytest.raises(UserError, match=rf"{split}: trial {row} and 0 others show .* image \(id {image_id}\)"):
-            data.load_trials(paths, "subj01", split)
+        with pytest.raises(utils.UserError, match=rf"{split}: trial {row} and 0 others show .*\(id {image_id}\)"):
+            load_trials(paths, "subj01", split)
 
 
 def test_null_controls(nsd):
     paths, shown = nsd
     betas, shown = read(paths.betas("subj01"), "betas"), shown["subj01"]
-    real = data.load_test_set(paths, "subj01")
+    real = load_test_set(paths, "subj01")
     trials = np.flatnonzero(np.isin(shown, tiny_nsd.SHARED))
 
-    mean = data.load_test_set(paths, "subj01", "mean")
+    mean = load_test_set(paths, "subj01", "mean")
     np.testing.assert_allclose(mean.betas, np.tile(betas[trials].mean(0), (4, 1)), rtol=1e-5, atol=1e-6)
 
     for control in ("shuffle", "noise", "mean"):
-        null = data.load_test_set(paths, "subj01", control, seed=3)
+        null = load_test_set(paths, "subj01", control, seed=3)
         np.testing.assert_array_equal(null.image_ids, real.image_ids)
         np.testing.assert_array_equal(null.n_repeats, real.n_repeats)
         assert null.betas.shape == real.betas.shape and null.betas.dtype == np.float32
         assert not np.allclose(null.betas, real.betas)
-        np.testing.assert_array_equal(null.betas, data.load_test_set(paths, "subj01", control, seed=3).betas)
-    shuffled = [data.load_test_set(paths, "subj01", "shuffle", seed=seed) for seed in (3, 4)]
+        np.testing.assert_array_equal(null.betas, load_test_set(paths, "subj01", control, seed=3).betas)
+    shuffled = [load_test_set(paths, "subj01", "shuffle", seed=seed) for seed in (3, 4)]
     assert not np.array_equal(shuffled[0].betas, shuffled[1].betas)
     # every test trial is used once: the means weighted by their repeats add up to the same
     np.testing.assert_allclose((shuffled[0].betas * 3).sum(0), betas[trials].sum(0), rtol=1e-4, atol=1e-5)
@@ -552,20 +557,20 @@ def test_null_controls(nsd):
 def test_shuffled_trials_all_leave_their_image(seed):
     rng = np.random.default_rng(seed)
     owner = np.repeat(np.arange(6), [3, 3, 2, 1, 3, 2])
-    permutation = data._move_to_other_images(owner, rng)
+    permutation = _move_to_other_images(owner, rng)
     assert sorted(permutation) == list(range(len(owner)))
     assert (owner[permutation] != owner).all()
 
 
 def test_shuffle_of_too_few_images():
-    with pytest.raises(UserError, match="--control shuffle"):
-        data._move_to_other_images(np.array([0, 0, 0, 1]), np.random.default_rng(0))
+    with pytest.raises(utils.UserError, match="--control shuffle"):
+        _move_to_other_images(np.array([0, 0, 0, 1]), np.random.default_rng(0))
 
 
 def test_noise_has_the_voxels_mean_and_spread():
     rng = np.random.default_rng(0)
     betas = (rng.standard_normal((4000, 3)) * [1, 5, 0.2] + [0, 3, -7]).astype(np.float32)
-    noise = data._null_responses(betas, np.arange(4000), "noise", rng)
+    noise = _null_responses(betas, np.arange(4000), "noise", rng)
     np.testing.assert_allclose(noise.mean(0), betas.mean(0), atol=0.4)
     np.testing.assert_allclose(noise.std(0), betas.std(0), rtol=0.05)
     assert abs(np.corrcoef(noise[:, 1], betas[:, 1])[0, 1]) < 0.1
@@ -573,18 +578,18 @@ def test_noise_has_the_voxels_mean_and_spread():
 
 def test_shards_are_unpacked_once(nsd, monkeypatch):
     paths, _ = nsd
-    first = data.load_trials(paths, "subj01", "train", 2)
-    read, unpacked = data._read_shard, []
-    monkeypatch.setattr(data, "_read_shard", lambda path: (unpacked.append(path.name), read(path))[1])
-    pd.testing.assert_frame_equal(data.load_trials(paths, "subj01", "train", 2), first)
+    first = load_trials(paths, "subj01", "train", 2)
+    read, unpacked = _read_shard, []
+    monkeypatch.setattr("nsd.trials._read_shard", lambda path: (unpacked.append(path.name), read(path))[1])
+    pd.testing.assert_frame_equal(load_trials(paths, "subj01", "train", 2), first)
     assert unpacked == []
-    everything = data.load_trials(paths, "subj01", "train")
+    everything = load_trials(paths, "subj01", "train")
     assert unpacked == ["2.tar"] and everything[:len(first)].equals(first)
     shard = paths.data_path / "wds/subj01/train/1.tar"
     os.utime(shard, ns=(0, 0))  # another file of the same name
-    pd.testing.assert_frame_equal(data.load_trials(paths, "subj01", "train"), everything)
+    pd.testing.assert_frame_equal(load_trials(paths, "subj01", "train"), everything)
     assert unpacked == ["2.tar", "1.tar"]
     kept = shard.with_name(".behaviour.npz")
     kept.write_bytes(b"damaged")
-    pd.testing.assert_frame_equal(data.load_trials(paths, "subj01", "train"), everything)
+    pd.testing.assert_frame_equal(load_trials(paths, "subj01", "train"), everything)
     assert len(np.load(kept)) == 3

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import utils
-from distributed import ALONE, Team
 from tiny_runs import SCRATCH, SRC, checkpoint, flags_of, train, write_world
+from training.team import ALONE, Team
 
 REPO = SRC.parent
 SCIENCE = ["--dropout", 0, "--num_epochs", 4, "--max_lr", 3e-3, "--resume"]

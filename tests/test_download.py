@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-import data
 import download
 import make_mini_nsd
-import sources
 import utils
+from disk.names import Paths
+from nsd import sources
+from nsd.captions import load_captions, write_captions
+from nsd.regions import PRF_LABELS
+from nsd.trials import load_trials
 from web_servers import Site, serve
 
 REPO = Path(__file__).resolve().parent.parent
@@ -30,7 +33,7 @@ def world(tmp_path_factory):
     """A small NSD as the servers have it."""
     root = tmp_path_factory.mktemp("servers")
     make_mini_nsd.main(["--root", str(root), "--size", "small"])
-    paths = utils.Paths(root, root / "MindEyeV2/mindeyev2")
+    paths = Paths(root, root / "MindEyeV2/mindeyev2")
     for subj in ("subj01", "subj02"):
         write_volumes(paths, subj)
     return paths
@@ -40,7 +43,7 @@ def write_volumes(paths, subj):
     """NSD's ROI volumes, of the masks."""
     with h5py.File(paths.data_path / "brain_region_masks.hdf5") as file:
         masks = {name: mask[()] for name, mask in file[subj].items()}
-    labels = sum(values[0] * masks[name].astype(np.int16) for name, values in data.PRF_LABELS.items())
+    labels = sum(values[0] * masks[name].astype(np.int16) for name, values in PRF_LABELS.items())
     paths.rois(subj).mkdir(parents=True)
     for name, volume in (("nsdgeneral", np.ones_like(labels)), ("prf-visualrois", labels)):
         nibabel.save(nibabel.Nifti1Image(volume[:, None, None], np.eye(4)), paths.rois(subj) / f"{name}.nii.gz")
@@ -158,9 +161,9 @@ def test_another_disk_is_linked_into_the_root(ask, tmp_path):
     disk.mkdir()
     (ask.root / "nsddata/experiments").mkdir()  # a folder that is there already: what it lacks is linked
     ask("--subj", 1, "--to", disk, "--what", "design", "captions", "betas", "trials", "masks")
-    paths = utils.Paths(ask.root, ask.root / "MindEyeV2/mindeyev2")
-    assert data.load_trials(paths, "subj01", "train")["session"].nunique() == 5
-    assert len(data.load_captions(paths)) == 240
+    paths = Paths(ask.root, ask.root / "MindEyeV2/mindeyev2")
+    assert load_trials(paths, "subj01", "train")["session"].nunique() == 5
+    assert len(load_captions(paths)) == 240
     assert os.readlink(paths.data_path) == str(disk / "MindEyeV2/mindeyev2")
     assert os.readlink(ask.root / "nsddata/experiments/nsd") == str(disk / "nsddata/experiments/nsd")
     ask("--subj", 1, "--to", disk, "--what", "design", "captions", "betas", "trials", "masks")  # again: nothing changes
@@ -249,19 +252,19 @@ def test_bad_flags(flags, words, capsys):
 
 
 def test_captions_need_all_images(world, tmp_path):
-    copy = utils.Paths(tmp_path, tmp_path)
+    copy = Paths(tmp_path, tmp_path)
     shutil.copytree(world.experiments, copy.experiments)
     archive = tmp_path / "coco.zip"
     for content, words in ((b"no zip", "not COCO's captions"), (coco_archive(world)[:-30], "not COCO's captions")):
         archive.write_bytes(content)
         with pytest.raises(utils.UserError, match=words):
-            data.write_captions(copy, archive)
+            write_captions(copy, archive)
     with zipfile.ZipFile(archive, "w") as parts:
         for part in ("train", "val"):
             parts.writestr(f"annotations/captions_{part}2017.json", json.dumps({"annotations": []}))
     with pytest.raises(utils.UserError, match="no caption of COCO image .* and 239 others"):
-        data.write_captions(copy, archive)
+        write_captions(copy, archive)
     assert not copy.captions.exists()
     archive.write_bytes(coco_archive(world))
-    data.write_captions(copy, archive)
+    write_captions(copy, archive)
     assert json.loads(copy.captions.read_text()) == json.loads(world.captions.read_text())

@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
-import eval_networks
 import utils
+from evaluation import networks
 from test_evaluate import clip  # noqa: F401  a fixture
 
 NODES = {"alexnet2_two_way": (256, 192 * 31 * 31), "alexnet5_two_way": (256, 256 * 15 * 15),
@@ -35,34 +35,34 @@ def test_layers_and_sizes_are_the_protocols(hub, monkeypatch):
     monkeypatch.setattr(_api.WeightsEnum, "get_state_dict",  # the file name's hash is of the published weights
                         lambda self, *args, **kwargs: torch.load(
                             f"{torch.hub.get_dir()}/checkpoints/{self.url.rsplit('/', 1)[-1]}"))
-    networks, missing = eval_networks.load_networks("none", torch.device("cpu"), hub)
+    judges, missing = networks.load_networks("none", torch.device("cpu"), hub)
     assert {"clip_two_way"} == missing.keys()
     images = torch.rand(2, 3, 256, 256)
     for name, (side, width) in NODES.items():
-        assert networks[name].side == side
-        assert networks[name](images).shape == (2, width)
-    alexnet = networks["alexnet2_two_way"].features
+        assert judges[name].side == side
+        assert judges[name](images).shape == (2, width)
+    alexnet = judges["alexnet2_two_way"].features
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
         wanted = torch.load(hub / "checkpoints/alexnet-owt-7be5be79.pth")
         from torchvision.models import alexnet as build
         plain = build()
         plain.load_state_dict(wanted)
-        torch.testing.assert_close(networks["alexnet2_two_way"](images),
+        torch.testing.assert_close(judges["alexnet2_two_way"](images),
                                    plain.eval().features[:5]((images - mean) / std).flatten(1))
     assert not any(p.requires_grad for p in alexnet.parameters())
 
 
 def test_a_clip_of_the_weights_folder_is_taken(clip, tmp_path):  # noqa: F811
     shutil.copytree(clip, tmp_path / "clip-vit-large-patch14")
-    networks, _ = eval_networks.load_networks("openai/clip-vit-large-patch14", torch.device("cpu"), tmp_path)
-    assert networks["clip_two_way"](torch.rand(2, 3, 256, 256)).shape == (2, 24)
+    judges, _ = networks.load_networks("openai/clip-vit-large-patch14", torch.device("cpu"), tmp_path)
+    assert judges["clip_two_way"](torch.rand(2, 3, 256, 256)).shape == (2, 24)
     with pytest.raises(utils.UserError, match="--weights_dir"):
-        eval_networks.load_networks("none", torch.device("cpu"), tmp_path / "nowhere")
+        networks.load_networks("none", torch.device("cpu"), tmp_path / "nowhere")
 
 
 def test_other_weights_are_other_features():
     one, other = (torch.nn.Linear(2, 2) for _ in range(2))
-    assert eval_networks.weights_hash(one) != eval_networks.weights_hash(other)
+    assert networks.weights_hash(one) != networks.weights_hash(other)
     other.load_state_dict(one.state_dict())
-    assert eval_networks.weights_hash(one) == eval_networks.weights_hash(other)
+    assert networks.weights_hash(one) == networks.weights_hash(other)

@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-import eval_networks
 import evaluate
-import gallery
-import metrics
 import summarise
 import utils
-from eval_networks import load_clip
+from disk.files import load_csv, save_csv, save_json
+from disk.names import Paths, run_name
+from disk.scores import save_scores
+from evaluation import gallery, metrics, networks
+from evaluation.networks import load_clip
 from test_tracking import offline_rows
 
 IDS = [3, 4, 7, 11, 12, 20]  # the test images, ascending; their rows are 0..5
@@ -38,7 +39,7 @@ def clip(tmp_path_factory):
 def root(tmp_path):
     """Stimuli, noisy reconstructions of IDS with their index and config, and scores of c."""
     rng = np.random.default_rng(0)
-    paths = utils.Paths(tmp_path, tmp_path)
+    paths = Paths(tmp_path, tmp_path)
     coarse = rng.integers(0, 256, (24, 4, 4, 3), np.uint8)
     stimuli = np.stack([np.asarray(Image.fromarray(x).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for x in coarse])
     paths.stimuli.mkdir(parents=True)
@@ -50,10 +51,10 @@ def root(tmp_path):
     c = rng.normal(size=(24, 5, 6)).astype(np.float32)
     with h5py.File(paths.feature("c"), "w") as file:
         file.create_dataset("data", data=c.reshape(24, -1)).attrs["shape"] = (5, 6)
-    scores = paths.scores("subj01", utils.run_name("finetune", "subj01", "c", 1024), "c")
+    scores = paths.scores("subj01", run_name("finetune", "subj01", "c", 1024), "c")
     brain = c[IDS].copy()
     brain[0] = c[IDS[1]]  # one miss
-    utils.save_scores(scores, IDS, {"retrieval": brain, "nsdgeneral": brain}, {})
+    save_scores(scores, IDS, {"retrieval": brain, "nsdgeneral": brain}, {})
     return tmp_path
 
 
@@ -64,10 +65,10 @@ def write_set(folder, pictures, samples=1):
             for row in range(len(pictures) // samples) for k in range(samples)]
     for row, picture in zip(rows, pictures, strict=True):
         Image.fromarray(picture).save(folder / row["file"])
-    utils.save_csv(folder / "index.csv", rows)
+    save_csv(folder / "index.csv", rows)
     config = {"subj": "subj01", "hidden_dim": 1024, "num_sessions": 40, "tag": "", "run": "finetune", "head": None,
               "control": None, "test_split": "new_test", "repeats": "mean"}
-    utils.save_json(folder / "config.json", config)
+    save_json(folder / "config.json", config)
     return folder
 
 
@@ -121,7 +122,7 @@ def test_values_are_those_of_the_pairs_matched_by_id(root, clip):
     for entry in found.values():
         if entry["ci_low"] is not None:
             assert entry["n"] == len(IDS) and entry["ci_low"] <= entry["value"] <= entry["ci_high"]
-    rows = utils.load_csv(folder / "metrics_per_image.csv", "", "")
+    rows = load_csv(folder / "metrics_per_image.csv", "", "")
     assert [int(row["image_id"]) for row in rows] == IDS
     assert np.mean([float(row["clip_two_way"]) for row in rows]) == pytest.approx(two_way)
     assert json.loads((folder / "metrics_config.json").read_text())["protocol"] == "mindeye2"
@@ -130,12 +131,12 @@ def test_values_are_those_of_the_pairs_matched_by_id(root, clip):
 
 def test_the_order_of_the_index_does_not_matter(root):
     folder = write_set(root / "perfect", stimuli_of(root)[IDS])
-    rows = utils.load_csv(folder / "index.csv", "", "")
-    utils.save_csv(folder / "index.csv", rows[::-1])
+    rows = load_csv(folder / "index.csv", "", "")
+    save_csv(folder / "index.csv", rows[::-1])
     run(root, "--images", "perfect", "--eval_clip", "none")
     assert metrics_in(folder)["pixcorr"]["value"] == pytest.approx(1)
     assert metrics_in(folder)["ssim"]["value"] == pytest.approx(1)
-    assert [int(row["image_id"]) for row in utils.load_csv(folder / "metrics_per_image.csv", "", "")] == IDS
+    assert [int(row["image_id"]) for row in load_csv(folder / "metrics_per_image.csv", "", "")] == IDS
 
 
 def test_ground_truth_reaches_the_best_of_everything(root, clip):
@@ -170,14 +171,14 @@ def test_one_image_and_absent_scores_give_reasons_not_numbers(root, clip, capsys
 def test_retrieval_follows_the_images_config_not_the_flags(root):
     folder = images_of(root)
     config = json.loads((folder / "config.json").read_text())
-    utils.save_json(folder / "config.json", {**config, "control": "shuffle"})
+    save_json(folder / "config.json", {**config, "control": "shuffle"})
     run(root, "--images", folder, "--eval_clip", "none")
     assert "_shuffle/retrieval.npy not found" in metrics_in(folder)["brain_to_image_top1"]["missing"]
 
 
 def test_folder_of_flags(root):
     args = evaluate.get_parser().parse_args(["--root", str(root)])
-    paths = utils.Paths.from_args(args)
+    paths = Paths.from_args(args)
     assert evaluate.images_folder(args, paths) == images_of(root)  # the only one there is
     write_set(images_of(root).parent.parent / "100/0.2", stimuli_of(root)[IDS])
     with pytest.raises(utils.UserError, match="--guidance_scale.*100, 300000"):
@@ -245,7 +246,7 @@ def test_sheet_takes_images_at_even_distances_and_compared_sets_by_id(root, monk
 
 def test_summary_judges_each_set_against_its_scenes(root, monkeypatch, clip, capsys):
     attributes = [{"background": i} for i in range(24)]
-    utils.save_json(root / "demo_attributes.json", attributes)
+    save_json(root / "demo_attributes.json", attributes)
     stimuli = torch.from_numpy(stimuli_of(root)).permute(0, 3, 1, 2) / 255
 
     def judged(images, truths, _):  # right where the picture is exactly the scene's
@@ -258,8 +259,8 @@ def test_summary_judges_each_set_against_its_scenes(root, monkeypatch, clip, cap
                "shuffled": write_set(root / "shuffled", np.roll(truths, 1, axis=0))}
     for k, folder in enumerate([*folders.values(), root / "truth"]):
         names = ("clip_two_way", "pixcorr", "ssim")
-        utils.save_json(folder / "metrics.json", {name: {"value": k + i / 10} for i, name in enumerate(names)})
-    utils.save_json(root / "seconds.json", {"data": 12.0, "train": 60.0})
+        save_json(folder / "metrics.json", {name: {"value": k + i / 10} for i, name in enumerate(names)})
+    save_json(root / "seconds.json", {"data": 12.0, "train": 60.0})
     words = [word for name, folder in folders.items() for word in (f"--{name}", str(folder))]
     argv = ["--root", str(root), *words, "--ground_truth", str(root / "truth"), "--clip", str(clip),
             "--seconds", str(root / "seconds.json")]
@@ -275,7 +276,7 @@ def test_summary_judges_each_set_against_its_scenes(root, monkeypatch, clip, cap
     (root / "seconds").mkdir()
     (root / "seconds/data").write_text("12\n")
     assert summarise.read_seconds(root / "seconds") == {"data": 12.0}
-    utils.save_json(root / "truth/metrics.json", {"pixcorr": {"value": 1.0}})
+    save_json(root / "truth/metrics.json", {"pixcorr": {"value": 1.0}})
     assert utils.run_cli(summarise.main, argv) == 2
     assert "clip_two_way" in capsys.readouterr().err
 
@@ -289,7 +290,7 @@ def test_compared_sets_are_measured_and_subtracted_image_by_image(root, clip):
     compared = json.loads((folder / "compared.json").read_text())
     assert compared["perfect"]["results"]["pixcorr"] == metrics_in(perfect)["pixcorr"]
     assert "fewer" not in compared
-    each = [{row["image_id"]: float(row["pixcorr"]) for row in utils.load_csv(f / "metrics_per_image.csv", "", "")}
+    each = [{row["image_id"]: float(row["pixcorr"]) for row in load_csv(f / "metrics_per_image.csv", "", "")}
             for f in (folder, perfect)]
     deltas = np.array([each[0][str(i)] - each[1][str(i)] for i in IDS])
     entry = compared["perfect"]["difference"]["pixcorr"]
@@ -297,7 +298,7 @@ def test_compared_sets_are_measured_and_subtracted_image_by_image(root, clip):
     draws = np.random.default_rng(42).integers(6, size=(1000, 6))  # as numpy's own generator draws, one by one
     assert entry["ci_low"] == pytest.approx(np.quantile(deltas[draws].mean(1), 0.025), abs=0.03)
     assert entry["ci_low"] < entry["value"] < entry["ci_high"] < 0
-    rows = utils.load_csv(folder / "metrics.csv", "", "")
+    rows = load_csv(folder / "metrics.csv", "", "")
     assert {row["set"] for row in rows} == {"reconstructed", "perfect"}
     assert (folder / "metrics.tex").read_text().count("&") == 15
     assert "it lacks 2 of the images" in (folder / "report/index.html").read_text()
@@ -305,8 +306,8 @@ def test_compared_sets_are_measured_and_subtracted_image_by_image(root, clip):
 
 def test_an_evaluation_keeps_what_it_extracted(root, clip, monkeypatch):
     """Run again it asks no network anything; a picture that changed is seen anew."""
-    calls, network = [], eval_networks.Network.__call__
-    monkeypatch.setattr(eval_networks.Network, "__call__",
+    calls, network = [], networks.Network.__call__
+    monkeypatch.setattr(networks.Network, "__call__",
                         lambda self, images: calls.append(len(images)) or network(self, images))
     words = ["--subj", 1, "--eval_clip", clip, "--batch_size", 4]
     run(root, *words)
@@ -338,7 +339,7 @@ def test_features_read_in_parts_correlate_as_at_once():
 
 
 def test_subjects_have_a_row_each_and_a_mean(root, capsys):
-    paths = utils.Paths(root, root)
+    paths = Paths(root, root)
     for subj, noise in (("subj01", 0), ("subj02", 90)):
         folder = paths.images(subj, "cp_4096_v1", 100, 0.2)
         pictures = stimuli_of(root)[IDS].astype(float) + np.random.default_rng(0).normal(0, noise, (6, SIDE, SIDE, 3))

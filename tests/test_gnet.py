@@ -9,14 +9,17 @@ import pandas as pd
 import pytest
 import torch
 
-import data
 import train_gnet
 import utils
-from distributed import Team
-from losses import EncodingObjective
+from disk.checkpoints import load_checkpoint
 from models import GNet, VoxelReadout, build_model, gnet_input, load_prefilter
+from nsd.repeats import AveragedRows, noise_ceiling
+from nsd.rows import open_betas, open_stimuli
+from nsd.trials import load_trials
 from tiny_nsd import N_VOXELS, write_tiny_nsd
 from tiny_runs import stop_at
+from training.objectives import EncodingObjective
+from training.team import Team
 
 FLAGS = ["--batch_size", "4", "--num_epochs", "2", "--num_sessions", "3", "--val_fraction", "0.3", "--trunk_width",
          "4", "--pass_through", "4", "--num_workers", "0", "--device", "cpu"]
@@ -108,8 +111,8 @@ def test_the_prefilter_is_alexnets(tmp_path):
 
 
 def test_averaged_rows_are_the_means_of_an_images_trials(world):
-    betas, trials = data.open_betas(world, "subj01"), data.load_trials(world, "subj01", "train")
-    rows = data.AveragedRows(betas, trials)
+    betas, trials = open_betas(world, "subj01"), load_trials(world, "subj01", "train")
+    rows = AveragedRows(betas, trials)
     means = [betas[group["row"].to_numpy()].mean(0) for _, group in trials.groupby("image_id")]
     assert rows.table["image_id"].tolist() == sorted(set(trials["image_id"]))
     picked = np.array([3, 0, 3])
@@ -118,12 +121,12 @@ def test_averaged_rows_are_the_means_of_an_images_trials(world):
 
 def test_a_damaged_response_is_named_by_its_trial(tmp_path):
     paths, _ = write_tiny_nsd(tmp_path)
-    trials = data.load_trials(paths, "subj01", "train")
+    trials = load_trials(paths, "subj01", "train")
     row = trials["row"].max()
     with h5py.File(paths.betas("subj01"), "r+") as file:
         file["betas"][row, 0] = np.nan
     with pytest.raises(utils.UserError, match=f"row {row} holds NaN"):
-        data.AveragedRows(data.open_betas(paths, "subj01"), trials)[np.arange(10)]
+        AveragedRows(open_betas(paths, "subj01"), trials)[np.arange(10)]
 
 
 def test_a_requeued_job_does_not_start_over(world, monkeypatch):
@@ -199,15 +202,15 @@ def test_noise_ceilings_are_those_of_the_simulation(tmp_path):
     noise = np.sqrt([1, 0.9, 0.7, 0.4, 0.1]) * rng.standard_normal((len(image_ids), n_voxels))
     with h5py.File(paths.betas("subj01"), "w") as file:
         file["betas"] = (signal[image_ids] + noise).astype(np.float32)
-    rows = data.AveragedRows(data.open_betas(paths, "subj01"),
+    rows = AveragedRows(open_betas(paths, "subj01"),
                              pd.DataFrame({"image_id": image_ids, "row": np.arange(len(image_ids))}))
-    found = data.noise_ceiling(rows, rows.n_repeats)
+    found = noise_ceiling(rows, rows.n_repeats)
     means = rows[np.arange(n_images)]
     wanted = [np.corrcoef(signal[:, v], means[:, v])[0, 1] for v in range(1, n_voxels)]
     np.testing.assert_allclose(found[1:], wanted, atol=0.02)
     assert found[0] < 0.15
-    once = data.AveragedRows(rows.betas, pd.DataFrame({"image_id": np.arange(9), "row": np.arange(9)}))
-    assert data.noise_ceiling(once, once.n_repeats) is None  # nothing was shown twice
+    once = AveragedRows(rows.betas, pd.DataFrame({"image_id": np.arange(9), "row": np.arange(9)}))
+    assert noise_ceiling(once, once.n_repeats) is None  # nothing was shown twice
 
 
 def test_jitter_shifts_and_does_not_mirror():
@@ -229,7 +232,7 @@ def test_training_keeps_a_run_with_r_of_every_roi(world, joint):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     assert {"train/loss", "val/loss", "val/loss_r", "val/r", "val/r_V1", "val/r_norm_V1"} <= rows[-1].keys()
-    best = utils.load_checkpoint(folder / "best.pth")
+    best = load_checkpoint(folder / "best.pth")
     assert best["best"] == min(row["val/loss_r"] for row in rows)
     median = torch.cat(list(best["val_r"].values())).median().item()
     assert 1 - median == pytest.approx(best["best"], abs=1e-6)
@@ -248,7 +251,7 @@ def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one(world):
     finally:
         EncodingObjective.__call__ = call
     assert train(world, "--tag", "stopped", "--resume") == 0
-    whole, stopped = (utils.load_checkpoint(world.run(f"gnet_subj01_{tag}") / "last.pth") for tag in
+    whole, stopped = (load_checkpoint(world.run(f"gnet_subj01_{tag}") / "last.pth") for tag in
                       ("whole", "stopped"))
     for key, value in whole["model"].items():
         assert torch.equal(value, stopped["model"][key]), key
@@ -257,7 +260,7 @@ def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one(world):
 def test_the_trunk_learns_responses(tmp_path):
     """Responses that follow the images' brightness are fitted."""
     paths, _ = write_tiny_nsd(tmp_path)
-    stimuli, trials = data.open_stimuli(paths), data.load_trials(paths, "subj01", "train")
+    stimuli, trials = open_stimuli(paths), load_trials(paths, "subj01", "train")
     with h5py.File(paths.stimuli / "nsd_stimuli.hdf5", "r+") as file:
         level = np.linspace(0, 255, len(stimuli)).astype(np.uint8)
         file["imgBrick"][...] = np.random.default_rng(0).permutation(level)[:, None, None, None]

@@ -18,13 +18,14 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from transformers import CLIPTextModel, CLIPVisionModel
 
-import data
 import img2feat
 import models
 import tiny_nsd
 import tiny_sd
 import utils
-from distributed import Team
+from nsd.captions import load_captions
+from nsd.rows import open_feature
+from training.team import Team
 
 FEATS = ["c", "z", "g_2", "g_4"]
 REPO = Path(__file__).resolve().parent.parent
@@ -101,11 +102,11 @@ def test_c_is_the_mean_over_the_captions(paths, folders, extract):
     extract("--dtype", "float32", feats=["c"])
     pipeline = StableDiffusionPipeline.from_pretrained(folders[0], safety_checker=None)
     with torch.no_grad():
-        for row, texts in zip(stored(paths, "c"), data.load_captions(paths), strict=True):
+        for row, texts in zip(stored(paths, "c"), load_captions(paths), strict=True):
             embeddings = [pipeline.encode_prompt(text, "cpu", 1, False)[0] for text in texts]
             wanted = torch.cat(embeddings).mean(0)
             np.testing.assert_allclose(row.reshape(wanted.shape), wanted, atol=1e-5)
-    assert data.open_feature(paths, "c").row_shape == (tiny_sd.TOKENS, tiny_sd.WIDTH)
+    assert open_feature(paths, "c").row_shape == (tiny_sd.TOKENS, tiny_sd.WIDTH)
 
 
 @pytest.mark.parametrize("block", [256, 5])
@@ -120,7 +121,7 @@ def test_a_caption_is_encoded_once_in_a_block(paths, extract, monkeypatch, block
     monkeypatch.setattr(img2feat.TextFeatures, "block_size", block)
     monkeypatch.setattr(CLIPTextModel, "forward", count)
     extract(feats=["c"])
-    captions = data.load_captions(paths)
+    captions = load_captions(paths)
     distinct = [{text for texts in captions[i:i + block] for text in texts} for i in range(0, len(captions), block)]
     assert len(encoded) == sum(map(len, distinct)) and (block == 5 or len(encoded) == 6)
 
@@ -135,7 +136,7 @@ def test_z_is_the_scaled_posterior_mean_of_the_resized_stimulus(paths, folders, 
             pixels = processor.preprocess(Image.fromarray(image), side, side)  # diffusers' own resize, to [-1, 1]
             wanted = vae.encode(pixels).latent_dist.mean[0] * 0.5  # the tiny VAE's scaling factor
             np.testing.assert_allclose(row.reshape(wanted.shape), wanted, atol=1e-5)
-    assert data.open_feature(paths, "z").row_shape == (4, tiny_sd.LATENT, tiny_sd.LATENT)
+    assert open_feature(paths, "z").row_shape == (4, tiny_sd.LATENT, tiny_sd.LATENT)
 
 
 def test_g_is_what_leaves_the_mlp(paths, folders, extract):
@@ -152,7 +153,7 @@ def test_g_is_what_leaves_the_mlp(paths, folders, extract):
             vision(torch.nn.functional.interpolate(pixels, (32, 32), mode="bilinear"))
         for k, rows in ((2, g_2), (4, g_4)):
             np.testing.assert_allclose(rows[image_id].reshape(5, 12), caught[k], atol=1e-5)
-    assert data.open_feature(paths, "g_4").row_shape == (5, 12)
+    assert open_feature(paths, "g_4").row_shape == (5, 12)
 
 
 def test_all_g_from_one_pass(extract, monkeypatch):
@@ -337,7 +338,7 @@ def test_the_images_a_subject_saw_then_the_others(nsd, extract, monkeypatch, cap
 def test_a_row_that_is_not_written_is_refused(nsd, extract):
     paths, shown = nsd
     extract("--subj", "1", feats=["g_2"])
-    rows, seen = data.open_feature(paths, "g_2"), saw(shown, "subj01")
+    rows, seen = open_feature(paths, "g_2"), saw(shown, "subj01")
     unseen = next(i for i in range(24) if i not in seen)
     assert rows[seen].shape == (14, 5, 12)
     words = rf"g_2_all.hdf5: image id {unseen} is not written yet, 14 of 24 rows are there; go on with bash " \
@@ -346,7 +347,7 @@ def test_a_row_that_is_not_written_is_refused(nsd, extract):
         with pytest.raises(utils.UserError, match=words):
             rows[ids]
     extract(feats=["g_2"])
-    assert len(data.open_feature(paths, "g_2")[:]) == 24
+    assert len(open_feature(paths, "g_2")[:]) == 24
 
 
 @pytest.mark.parametrize("chunks", [None, (1, 1, 64)])
@@ -361,7 +362,7 @@ def test_a_file_of_neuraldiffuser_is_kept_and_read(paths, extract, capsys, chunk
         extract(feats=[feat])
         kept = f"{feat}_all.hdf5: kept (24 of 24 rows are there, float32, made by another program)"
         assert kept in capsys.readouterr().out and paths.feature(feat).read_bytes() == before
-        np.testing.assert_array_equal(data.open_feature(paths, feat)[[3, 1]], array[[3, 1]].reshape(2, *shape))
+        np.testing.assert_array_equal(open_feature(paths, feat)[[3, 1]], array[[3, 1]].reshape(2, *shape))
 
 
 def test_a_file_of_another_program_is_kept_when_its_rows_suit_the_models(paths, extract, capsys):

@@ -10,7 +10,7 @@ from scipy.stats import pearsonr
 from skimage.color import rgb2gray
 from skimage.metrics import structural_similarity
 
-import metrics
+from evaluation import metrics
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from losses import draw_prior
 from models import (
     BrainModel,
     BrainNetwork,
@@ -20,6 +19,7 @@ from models import (
     rotary_table,
     rotate,
 )
+from training.objectives import draw_prior
 
 
 def tiny_model(n_voxels=None, **changes):

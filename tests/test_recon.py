@@ -14,10 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-import pictures as picture_files
 import recon
-import sampler
+import sampling.pipeline
 import utils
+from disk.files import _this_host, load_csv
+from disk.names import Paths, run_name
+from disk.scores import save_scores
+from sampling import folders
+from sampling.pipeline import GuidedPipeline
 from tiny_sd import LATENT, TOKENS, WIDTH, write_tiny_clip, write_tiny_sd
 
 REPO = Path(__file__).resolve().parent.parent
@@ -35,7 +39,7 @@ def root(tmp_path):
     """A root with random scores of c, g_2, g_4 (and of z) for five test images."""
     rng = np.random.default_rng(0)
     for feat, shape in {"c": (TOKENS, WIDTH), "g_2": (5, 12), "g_4": (5, 12), "z": (4, LATENT, LATENT)}.items():
-        utils.save_scores(score_folder(tmp_path, feat), IDS, {"nsdgeneral": rng.standard_normal((N, *shape))}, {})
+        save_scores(score_folder(tmp_path, feat), IDS, {"nsdgeneral": rng.standard_normal((N, *shape))}, {})
     return tmp_path
 
 
@@ -49,7 +53,7 @@ def demo(tmp_path):
     rng = np.random.default_rng(0)
     for feat, shape in {"c": (tokens, text["cross_attention_dim"]),
                         "g_2": (patches + 1, vision["vision_config"]["hidden_size"])}.items():
-        utils.save_scores(score_folder(tmp_path, feat), IDS, {"nsdgeneral": rng.standard_normal((N, *shape))}, {})
+        save_scores(score_folder(tmp_path, feat), IDS, {"nsdgeneral": rng.standard_normal((N, *shape))}, {})
     return tmp_path, models
 
 
@@ -57,8 +61,8 @@ GUIDED = ("--guidance_strength", 0.5, "--guidance_scale", 300)
 
 
 def score_folder(root, feat, control=None):
-    name = utils.run_name("finetune", "subj01", feat, 1024) + (f"_{control}" if control else "")
-    return utils.Paths(root, root).scores("subj01", name, feat)
+    name = run_name("finetune", "subj01", feat, 1024) + (f"_{control}" if control else "")
+    return Paths(root, root).scores("subj01", name, feat)
 
 
 def run(root, models, *flags):
@@ -96,7 +100,7 @@ def test_writes_pictures_index_and_config(root, models):
     found = pictures(folder)
     assert list(found) == [name for i in range(N) for name in (f"{i:05d}.png", f"{i:05d}_s1.png")]
     assert all(picture.shape == (2 * LATENT, 2 * LATENT, 3) for picture in found.values())
-    index = utils.load_csv(folder / "index.csv", "index", "")
+    index = load_csv(folder / "index.csv", "index", "")
     assert [(row["file"], int(row["row"]), int(row["image_id"]), int(row["sample"])) for row in index] == [
         (name, i // 2, IDS[i // 2], i % 2) for i, name in enumerate(found)]
     config = json.loads((folder / "config.json").read_text())
@@ -105,7 +109,7 @@ def test_writes_pictures_index_and_config(root, models):
 
 
 def pixels_at_once(monkeypatch, pictures_at_once):
-    monkeypatch.setattr(sampler, "CPU_BATCH", pictures_at_once * LATENT**2)
+    monkeypatch.setattr(sampling.pipeline, "CPU_BATCH", pictures_at_once * LATENT**2)
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -146,7 +150,7 @@ def test_processes_draw_different_pictures(root, models, monkeypatch):
     drawn = []
     monkeypatch.setattr(recon, "draw", lambda jobs, *rest: drawn.append(jobs))
     monkeypatch.setattr(recon.Team, "wait", lambda self: None)
-    monkeypatch.setattr(picture_files, "write_index", lambda *args: None)
+    monkeypatch.setattr(folders, "write_index", lambda *args: None)
     for rank in (1, 0, 2):
         monkeypatch.setattr(recon.Team, "assemble", lambda *device, rank=rank: recon.Team("cpu", rank, 3))
         assert run(root, models, "--num_samples", 2) == 0
@@ -164,7 +168,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(root, models):
     process.wait()
     done = len(list((root / "killed").glob("*.png")))
     assert 0 < done < 300
-    cut = root / f"killed/.00000.png.{utils._this_host()}.{process.pid}.tmp"
+    cut = root / f"killed/.00000.png.{_this_host()}.{process.pid}.tmp"
     cut.write_bytes(b"what a kill in the middle of a picture leaves")
     subprocess.run(command, check=True, capture_output=True)
     command[-1] = str(root / "whole")
@@ -179,7 +183,7 @@ def test_a_cut_picture_is_drawn_again(root, models):
         (folder_of(root) / name).write_bytes(before[name][:length])
     assert run(root, models) == 0
     assert files(folder_of(root)) == before
-    assert all(picture_files.is_whole(file) for file in folder_of(root).glob("*.png"))
+    assert all(folders.is_whole(file) for file in folder_of(root).glob("*.png"))
 
 
 def test_memory_does_not_grow_with_the_number_of_test_images(root, models):
@@ -187,7 +191,7 @@ def test_memory_does_not_grow_with_the_number_of_test_images(root, models):
         rng = np.random.default_rng(0)
         for feat, shape in {"c": (TOKENS, WIDTH), "g_2": (5, 12), "g_4": (5, 12)}.items():
             rows = {"nsdgeneral": rng.standard_normal((n, *shape))}
-            utils.save_scores(score_folder(root, feat), np.arange(n), rows, {})
+            save_scores(score_folder(root, feat), np.arange(n), rows, {})
         tracemalloc.start()  # sees NumPy's arrays; PyTorch's are those of a batch
         assert run(root, models, "--limit", 2, "--outdir", root / f"of_{n}") == 0
         size = tracemalloc.get_traced_memory()[1]
@@ -213,8 +217,8 @@ def test_options_of_the_sampler_reach_it(root, models, flags, capsys):
 
 def test_true_features_have_their_own_scores_and_folder(root, models):
     for feat, shape in {"c": (TOKENS, WIDTH), "g_2": (5, 12), "g_4": (5, 12)}.items():
-        folder = utils.Paths(root, root).scores("subj01", f"ground_truth_subj01_{feat}_val", feat)
-        utils.save_scores(folder, IDS, {"nsdgeneral": np.ones((N, *shape))}, {})
+        folder = Paths(root, root).scores("subj01", f"ground_truth_subj01_{feat}_val", feat)
+        save_scores(folder, IDS, {"nsdgeneral": np.ones((N, *shape))}, {})
     assert run(root, models, "--run", "ground_truth", "--test_split", "val", "--limit", 1) == 0
     assert pictures(folder_of(root, method="cp_4096_v1_ground_truth_val")) and not folder_of(root).exists()
 
@@ -255,13 +259,13 @@ def test_interrupted_run_continues(root, models, capsys):
     assert "5 pictures wanted, 4 exist" in capsys.readouterr().out
     assert (folder / "00000.png").stat().st_mtime_ns == kept
     assert all(np.array_equal(picture, before[name]) for name, picture in pictures(folder).items())
-    assert len(utils.load_csv(folder / "index.csv", "index", "")) == N
+    assert len(load_csv(folder / "index.csv", "index", "")) == N
 
 
 def test_index_lists_pictures_of_earlier_runs(root, models):
     run(root, models, "--num_samples", 2, "--limit", 1)
     run(root, models, "--ids", 72_999)
-    index = utils.load_csv(folder_of(root) / "index.csv", "index", "")
+    index = load_csv(folder_of(root) / "index.csv", "index", "")
     assert [row["file"] for row in index] == ["00000.png", "00000_s1.png", "00004.png"]
     assert [int(row["image_id"]) for row in index] == [3, 3, 72_999]
 
@@ -278,7 +282,7 @@ def test_other_settings_are_refused_unless_overwritten(root, models, capsys):
 def test_new_scores_are_other_settings(root, models, capsys):
     run(root, models, "--limit", 1)
     rng = np.random.default_rng(9)
-    utils.save_scores(score_folder(root, "g_4"), IDS, {"nsdgeneral": rng.standard_normal((N, 5, 12))}, {})
+    save_scores(score_folder(root, "g_4"), IDS, {"nsdgeneral": rng.standard_normal((N, 5, 12))}, {})
     assert run(root, models, "--limit", 2) == 2
     assert "score_hashes" in capsys.readouterr().err
 
@@ -296,7 +300,7 @@ def test_control_has_its_own_scores_and_folder(root, models, capsys):
     rng = np.random.default_rng(1)
     for feat, shape in {"c": (TOKENS, WIDTH), "g_2": (5, 12), "g_4": (5, 12)}.items():
         folder = score_folder(root, feat, "shuffle")
-        utils.save_scores(folder, IDS, {"nsdgeneral": rng.standard_normal((N, *shape))}, {})
+        save_scores(folder, IDS, {"nsdgeneral": rng.standard_normal((N, *shape))}, {})
     assert run(root, models, "--control", "shuffle", "--limit", 1) == 0
     assert pictures(folder_of(root, method="cp_4096_v1_shuffle")) and not folder_of(root).exists()
 
@@ -338,7 +342,7 @@ def test_a_batch_that_does_not_fit_says_what_to_lower(root, models, batch_size, 
     def decode(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(sampler.GuidedPipeline, "decode", decode)
+    monkeypatch.setattr(GuidedPipeline, "decode", decode)
     assert run(root, models, "--batch_size", batch_size) == 2
     message = error_of(capsys)
     assert f"--batch_size {batch_size}: does not fit" in message and hint in message
@@ -378,7 +382,7 @@ def test_a_full_disk_is_one_line(root, models, monkeypatch, capsys):
     def save(*args):
         raise OSError(28, "No space left on device", "00000.png")
 
-    monkeypatch.setattr(picture_files, "save", save)
+    monkeypatch.setattr(folders, "save_picture", save)
     assert run(root, models) == 2
     assert "No space left on device" in error_of(capsys)
 

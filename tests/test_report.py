@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import report
-import utils
+from disk.files import save_json
+from disk.names import Paths, run_name
 from evaluate import Measured
-from pictures import PictureSet
+from evaluation import report
+from evaluation.picture_sets import PictureSet
 
 IDS = [3, 20, 7000]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -26,7 +27,7 @@ def page(tmp_path):
     """A report of three images, a compared set and a control; returns its folder."""
     import h5py
 
-    paths = utils.Paths(tmp_path, tmp_path)
+    paths = Paths(tmp_path, tmp_path)
     paths.stimuli.mkdir(parents=True)
     with h5py.File(paths.stimuli / "nsd_stimuli.hdf5", "w") as file:
         file["imgBrick"] = np.zeros((50, 4, 4, 3), np.uint8)
@@ -46,9 +47,9 @@ def page(tmp_path):
                                              "tag": "", "feats": ["g_2"], "z": "none", "head": None, "control": None,
                                              "test_split": "new_test", "repeats": "mean",
                                              "score_hashes": {"c": "abc123", "ids": "1"}}
-    name = utils.run_name("finetune", "subj01", "c", 8, 3)
-    utils.save_json(paths.scores("subj01", name, "c") / "config.json", {"checkpoint_sha256": "feedbeef"})
-    run = paths.run(utils.run_name("finetune", "subj01", "c", 8, 3))
+    name = run_name("finetune", "subj01", "c", 8, 3)
+    save_json(paths.scores("subj01", name, "c") / "config.json", {"checkpoint_sha256": "feedbeef"})
+    run = paths.run(run_name("finetune", "subj01", "c", 8, 3))
     run.mkdir(parents=True)
     lines = (json.dumps({"step": step, "train/loss": 3 - step, "val/loss": 2.5}) for step in (1, 2))
     (run / "metrics.jsonl").write_text("\n".join(lines))

@@ -12,15 +12,9 @@ from transformers import CLIPVisionModel
 
 import utils
 from models import ClipFeatures
-from sampler import (
-    MAX_SHIFT,
-    ClipFeatureLoss,
-    gaussian_blur,
-    gradient_cosine,
-    load_guidance_decoder,
-    load_pipeline,
-    norm_rule,
-)
+from sampling.decoders import gradient_cosine, load_guidance_decoder
+from sampling.guidance import MAX_SHIFT, ClipFeatureLoss, norm_rule
+from sampling.pipeline import gaussian_blur, load_pipeline
 from tiny_sd import LATENT, TOKENS, WIDTH, write_tiny_clip, write_tiny_sd
 
 IDS, SEED, STEPS = [7, 70_000, 12], 5, 8

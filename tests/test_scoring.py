@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import score_c
 import score_z
 import train_c
 import train_z
 import utils
+from disk.checkpoints import load_checkpoint, save_checkpoint
+from disk.names import scores_name
+from disk.scores import load_scores
 from models import build_model
+from nsd.rows import open_feature
+from nsd.trials import load_trials, split_trials
 from tiny_nsd import SHARED
 from tiny_runs import FINETUNED, PRETRAINED, SCRATCH, checkpoint, train, write_world
 
@@ -35,7 +39,7 @@ def score(paths, *flags, script=score_c):
 
 
 def scores(paths, name, stem="nsdgeneral"):
-    ids, values = utils.load_scores(paths.root / "scores_all/subj01" / name, stem)
+    ids, values = load_scores(paths.root / "scores_all/subj01" / name, stem)
     assert ids.tolist() == SHARED
     return values
 
@@ -70,7 +74,7 @@ def test_own_head_is_the_default_and_the_prediction_is_the_networks(world):
     model.load_state_dict(state["model"])
     with h5py.File(world.betas("subj01")) as file:
         betas = file["betas"][()]
-    trials = data.load_trials(world, "subj01", "new_test")
+    trials = load_trials(world, "subj01", "new_test")
     mean = np.stack([betas[trials["row"][trials["image_id"] == i]].mean(axis=0) for i in SHARED])
     expected = model.eval()({"subj01": torch.from_numpy(mean)})[1]
     np.testing.assert_allclose(scores(world, FINETUNED, "retrieval"), expected.detach(), atol=1e-5)
@@ -132,7 +136,7 @@ def test_own_head_of_a_run_that_has_none_is_refused(world, capsys):
 def test_names_of_scores(flags, name):
     default = {"subj": "subj01", "hidden_dim": 1024, "num_sessions": 40, "tag": "", "run": "finetune", "head": None,
                "control": None, "test_split": "new_test", "repeats": "mean"}
-    assert utils.scores_name(default | flags, "c") == name
+    assert scores_name(default | flags, "c") == name
 
 
 # --- true features, validation images -----------------------------------------------------------------------------
@@ -141,7 +145,7 @@ def test_names_of_scores(flags, name):
 @pytest.mark.parametrize(("feat", "script"), [("c", score_c), ("z", score_z)])
 def test_ground_truth_writes_the_true_features(world, feat, script):
     assert score(world, "--ground_truth", script=script) == 0
-    truth = data.open_feature(world, feat)[np.array(SHARED)]
+    truth = open_feature(world, feat)[np.array(SHARED)]
     np.testing.assert_array_equal(scores(world, f"ground_truth_subj01_{feat}"), truth)
 
 
@@ -154,12 +158,12 @@ def test_ground_truth_of_a_null_control_is_refused(world, capsys):
 def test_validation_images_are_those_the_training_held_out(world, ground_truth):
     flags = ("--ground_truth",) if ground_truth else ()
     if ground_truth:  # has no run that says how many were held out: the default is
-        train_trials, val_trials = data.split_trials(world, "subj01", 3, 0.05, 42)
+        train_trials, val_trials = split_trials(world, "subj01", 3, 0.05, 42)
     else:
-        train_trials, val_trials = data.split_trials(world, "subj01", 3, 0.2, 42)
+        train_trials, val_trials = split_trials(world, "subj01", 3, 0.2, 42)
     assert score(world, *flags, "--test_split", "val") == 0
     name = "ground_truth_subj01_c_val" if ground_truth else FINETUNED + "_val"
-    ids, _ = utils.load_scores(world.root / "scores_all/subj01" / name)
+    ids, _ = load_scores(world.root / "scores_all/subj01" / name)
     assert set(ids) == set(val_trials["image_id"]) and not set(ids) & {*train_trials["image_id"], *SHARED}
 
 
@@ -183,10 +187,10 @@ def test_z_has_the_training_latents_statistics_and_no_test_statistic(world):
         mean = np.stack([betas[trials["row"][trials["image_id"] == i]].mean(axis=0) for i in images])
         return images, model.predict({"subj01": torch.from_numpy(mean)})["nsdgeneral"].numpy()
 
-    images, on_training = predict(data.split_trials(world, "subj01", 3, 0.2, 42)[0])
+    images, on_training = predict(split_trials(world, "subj01", 3, 0.2, 42)[0])
     with h5py.File(world.feature("z")) as file:
         latents = file["data"][images].astype(np.float32).reshape(-1, 4, 8, 8)
-    predicted = predict(data.load_trials(world, "subj01", "new_test"))[1]
+    predicted = predict(load_trials(world, "subj01", "new_test"))[1]
     expected = (predicted - on_training.mean(0)) / on_training.std(0) * latents.std(0) + latents.mean(0)
     np.testing.assert_allclose(scores(world, Z_RUN), expected, rtol=1e-2, atol=2e-3)
     assert config(world, Z_RUN)["transductive"] is False
@@ -197,7 +201,7 @@ def test_transductive_is_recorded_and_uses_test_statistics(world):
     z = scores(world, Z_RUN)
     assert config(world, Z_RUN)["transductive"] is True
     with h5py.File(world.feature("z")) as file:
-        images = sorted(set(data.split_trials(world, "subj01", 3, 0.2, 42)[0]["image_id"]))
+        images = sorted(set(split_trials(world, "subj01", 3, 0.2, 42)[0]["image_id"]))
         latents = file["data"][images].astype(np.float32).reshape(-1, 4, 8, 8)
     np.testing.assert_allclose(z.mean(0), latents.mean(0), atol=1e-2)
     np.testing.assert_allclose(z.std(0), latents.std(0), rtol=1e-2)
@@ -228,7 +232,7 @@ def test_a_checkpoint_of_another_feature_or_subject_is_refused(world, capsys, tm
     foreign = world.run("pretrained_subj02_3sess_ext1_c_8_mlp") / "last.pth"
     foreign.parent.mkdir(exist_ok=True)
     for source, words in ((Z_RUN, "was trained for z, wanted c"), (FINETUNED, "of subj01, wanted subj02")):
-        utils.save_checkpoint(foreign, utils.load_checkpoint(world.run(source) / "last.pth"))
+        save_checkpoint(foreign, load_checkpoint(world.run(source) / "last.pth"))
         assert score(world, "--subj", 2) == 2
         assert words in capsys.readouterr().err
     foreign.unlink()

@@ -97,14 +97,14 @@ def test_not_logged_in_is_one_line_before_any_work(paths):
 
 KILLING_THE_SERVICE = """
 import os, subprocess, sys, train_c, utils
-log = utils.Tracker.log
+log = Tracker.log
 
 def kill_the_service_first(self, metrics, step):
     if step == 2:
         subprocess.run(["pkill", "-9", "-P", str(os.getpid()), "-f", "wandb-core"], check=True)
     log(self, metrics, step)
 
-utils.Tracker.log = kill_the_service_first
+Tracker.log = kill_the_service_first
 sys.exit(utils.run_cli(train_c.main, sys.argv[1:]))
 """
 

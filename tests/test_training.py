@@ -14,16 +14,19 @@ import pytest
 import torch
 from sklearn.linear_model import RidgeCV
 
-import data
 import train_c
 import train_g
 import train_z
-import training
-import utils
-from losses import BrainObjective, LatentObjective
+from disk.checkpoints import save_checkpoint
 from models import BrainModel, build_model
+from nsd.rows import open_feature
+from nsd.trials import load_trials, split_by_image
 from tiny_nsd import N_VOXELS
 from tiny_runs import FINETUNED, PRETRAINED, SCRATCH, SRC, checkpoint, flags_of, stop_at, train, write_world
+from training.loop import weight_decay_groups
+from training.objectives import BrainObjective, LatentObjective
+from training.ridge import RIDGE_ALPHAS
+from training.runs import target_statistics
 
 TIMES = {"train/samples_per_s", "train/data_wait_pct"}
 
@@ -108,8 +111,8 @@ def test_a_run_killed_at_random_moments_and_resumed_equals_an_uninterrupted_one(
 
 def test_checkpoints_come_every_so_many_epochs_and_at_the_end(paths, monkeypatch):
     saved = []
-    save = utils.save_checkpoint
-    monkeypatch.setattr(utils, "save_checkpoint", lambda path, state: (saved.append((path.name, state["epoch"])),
+    save = save_checkpoint
+    monkeypatch.setattr("training.loop.save_checkpoint", lambda path, state: (saved.append((path.name, state["epoch"])),
                                                                        save(path, state)))
     assert train(paths, "--num_epochs", 5, "--ckpt_every", 2) == 0
     assert [epoch for name, epoch in saved if name == "last.pth"] == [2, 4, 5]
@@ -213,7 +216,7 @@ def test_finetuning_starts_from_the_pretrained_trunk_and_a_new_head(paths, capsy
 
 def test_few_sessions_are_the_first_ones(paths, monkeypatch):
     opened = []
-    monkeypatch.setattr(training, "fit", lambda run, *rest: opened.append(run))
+    monkeypatch.setattr(train_c, "fit", lambda run, *rest: opened.append(run))
     assert train(paths, "--num_epochs", 1, "--num_sessions", 1) == 0
     tables = opened[0].tables
     assert {session for part in tables.values() for session in part["subj01"]["session"]} == {1}
@@ -260,9 +263,9 @@ def test_several_layers_train_in_one_process(paths, capsys):
 
 
 def test_target_statistics_are_those_of_the_training_images(paths):
-    target = data.open_feature(paths, "c")
-    trials = data.load_trials(paths, "subj01", "train")
-    mean, std = training.target_statistics(target, {"subj01": trials}, seed=0)
+    target = open_feature(paths, "c")
+    trials = load_trials(paths, "subj01", "train")
+    mean, std = target_statistics(target, {"subj01": trials}, seed=0)
     with h5py.File(paths.feature("c")) as file:
         rows = file["data"][np.unique(trials["image_id"])].astype(np.float64).reshape(-1, 3, 6)
     np.testing.assert_allclose(mean, rows.mean(axis=0), rtol=1e-4)
@@ -271,7 +274,7 @@ def test_target_statistics_are_those_of_the_training_images(paths):
 
 def test_no_weight_decay_on_biases_and_norms():
     model = BrainModel({"subj01": 5}, 8, 3, 6, prior_depth=1)
-    decayed, free = training.weight_decay_groups(model)
+    decayed, free = weight_decay_groups(model)
     names = {id(p): name for name, p in model.named_parameters()}
     assert len(decayed["params"]) + len(free["params"]) == len(names)
     expected = {name for name, p in model.named_parameters() if "bias" in name or p.ndim == 1}
@@ -284,16 +287,16 @@ def test_no_weight_decay_on_biases_and_norms():
 
 @pytest.mark.parametrize(("script", "feat"), [(train_c, "c"), (train_g, "g_2"), (train_z, "z")])
 def test_ridge_is_scikit_learns(paths, script, feat, monkeypatch):
-    monkeypatch.setattr(training, "RIDGE_COLUMNS", 5)  # several blocks
+    monkeypatch.setattr("training.ridge.RIDGE_COLUMNS", 5)  # several blocks
     more = ["--feat", feat] if script is train_g else []
     assert train(paths, "--model", "ridge", *more, script=script) == 0
     state = checkpoint(paths, f"ridge_subj01_3sess_ext1_{feat}")
-    trials = data.split_by_image(data.load_trials(paths, "subj01", "train", 3), 0.2, 42)[0]
+    trials = split_by_image(load_trials(paths, "subj01", "train", 3), 0.2, 42)[0]
     with h5py.File(paths.betas("subj01")) as betas, h5py.File(paths.feature(feat)) as features:
         images = sorted(set(trials["image_id"]))
         voxels = np.stack([betas["betas"][()][trials["row"][trials["image_id"] == i]].mean(axis=0) for i in images])
         target = features["data"][images].astype(np.float64)
-    expected = RidgeCV(training.RIDGE_ALPHAS, alpha_per_target=True).fit(voxels, target)
+    expected = RidgeCV(RIDGE_ALPHAS, alpha_per_target=True).fit(voxels, target)
     model = build_model(state["model_args"])
     model.load_state_dict(state["model"])
     new = np.random.default_rng(0).standard_normal((3, N_VOXELS["subj01"])).astype(np.float32)
@@ -339,7 +342,7 @@ def test_a_pretrained_run_that_saw_the_subject_is_refused(paths, capsys):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_nan_in_the_betas_names_its_row(paths, capfd, workers):
-    row = int(data.load_trials(paths, "subj01", "train")["row"].iloc[3])
+    row = int(load_trials(paths, "subj01", "train")["row"].iloc[3])
     with h5py.File(paths.betas("subj01"), "r+") as file:
         file["betas"][row, 2] = np.nan
     assert train(paths, "--num_epochs", 1, "--num_workers", workers) == 2

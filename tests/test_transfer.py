@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import transfer
 import utils
+from nsd import transfer
 from web_servers import Site, serve
 
 CONTENT = random.Random(0).randbytes(1_000_000)

@@ -12,6 +12,10 @@ import torch
 
 import options
 import utils
+from disk.checkpoints import load_checkpoint, save_checkpoint
+from disk.files import _this_host, atomic_path, remove_leftovers, save_json
+from disk.names import Paths, run_name
+from disk.scores import load_scores, save_scores
 
 
 @pytest.mark.parametrize(("arguments", "name"), [  # DESIGN section 3, letter by letter
@@ -25,11 +29,11 @@ import utils
     (("pretrain", "subj01", "gnet", None, 40, "v2"), "gnet_multisubject_v2"),
 ])
 def test_run_names(arguments, name):
-    assert utils.run_name(*arguments) == name
+    assert run_name(*arguments) == name
 
 
 def test_paths_on_disk(tmp_path):
-    paths = utils.Paths(tmp_path, tmp_path / "MindEyeV2/mindeyev2")
+    paths = Paths(tmp_path, tmp_path / "MindEyeV2/mindeyev2")
     assert paths.scores("subj01", "run", "g_12") == tmp_path / "scores_all/subj01/run/Linear-12"
     assert paths.scores("subj01", "run_shuffle", "c") == tmp_path / "scores_all/subj01/run_shuffle"
     assert paths.images("subj01", "cp_4096_v1", 3e5, 0.2) == tmp_path / "outputs_all/subj01/cp_4096_v1/300000/0.2"
@@ -38,11 +42,11 @@ def test_paths_on_disk(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "value.json"
-    utils.save_json(path, {"a": 1})
+    save_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        utils.save_json(path, {"a": object()})
+        save_json(path, {"a": object()})
     with pytest.raises(utils.UserError, match="value.json: could not be written: disk full"):
-        with utils.atomic_path(path) as temporary:
+        with atomic_path(path) as temporary:
             temporary.write_text("half")
             raise OSError("disk full")
     assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
@@ -50,26 +54,26 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_checkpoints_round_trip_and_refuse_what_they_are_not(tmp_path):
     path = tmp_path / "last.pth"
-    utils.save_checkpoint(path, {"model": {"w": torch.arange(3)}, "epoch": 2})
-    assert utils.load_checkpoint(path, keys=("model",))["model"]["w"].tolist() == [0, 1, 2]
+    save_checkpoint(path, {"model": {"w": torch.arange(3)}, "epoch": 2})
+    assert load_checkpoint(path, keys=("model",))["model"]["w"].tolist() == [0, 1, 2]
     torch.save({"model": {}}, path)
     with pytest.raises(utils.UserError, match="format None"):
-        utils.load_checkpoint(path)
+        load_checkpoint(path)
     path.write_bytes(b"no zip")
     with pytest.raises(utils.UserError, match="not a readable checkpoint"):
-        utils.load_checkpoint(path)
+        load_checkpoint(path)
     with pytest.raises(utils.UserError, match="not found"):
-        utils.load_checkpoint(tmp_path / "none.pth")
+        load_checkpoint(tmp_path / "none.pth")
 
 
 def test_scores_must_match_their_ids(tmp_path):
-    utils.save_scores(tmp_path, [2, 5, 9], {"nsdgeneral": np.ones((3, 2, 2))}, {})
-    ids, scores = utils.load_scores(tmp_path)
+    save_scores(tmp_path, [2, 5, 9], {"nsdgeneral": np.ones((3, 2, 2))}, {})
+    ids, scores = load_scores(tmp_path)
     assert ids.tolist() == [2, 5, 9] and scores.shape == (3, 2, 2) and scores.dtype == np.float32
     for wrong in ([2, 9, 5], [2, 5], [2, 5, 5]):
         np.save(tmp_path / "image_ids.npy", np.array(wrong))
         with pytest.raises(utils.UserError, match="ascending"):
-            utils.load_scores(tmp_path)
+            load_scores(tmp_path)
 
 
 def test_derived_seeds_differ_and_repeat():
@@ -129,9 +133,9 @@ def test_leftovers_of_living_processes_stay(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for pid in (dead.pid, os.getpid()):
-        (tmp_path / f".a.png.{utils._this_host()}.{pid}.tmp").touch()
+        (tmp_path / f".a.png.{_this_host()}.{pid}.tmp").touch()
     others = {".mine.tmp", f".a.png.another-host.{dead.pid}.tmp"}
     for name in others:
         (tmp_path / name).touch()
-    utils.remove_leftovers(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {f".a.png.{utils._this_host()}.{os.getpid()}.tmp", *others}
+    remove_leftovers(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {f".a.png.{_this_host()}.{os.getpid()}.tmp", *others}

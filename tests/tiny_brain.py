@@ -4,9 +4,12 @@ import h5py
 import numpy as np
 import torch
 
-import data
-import utils
+from disk.checkpoints import save_checkpoint
+from disk.names import run_name
+from disk.scores import save_scores
 from models import GNet
+from nsd.rows import open_stimuli
+from nsd.trials import load_trials
 from tiny_nsd import SHARED, write_tiny_nsd
 from tiny_sd import TOKENS, WIDTH
 
@@ -19,7 +22,7 @@ def write_brain(root, noise=0.5):
     paths, _ = write_tiny_nsd(root)
     torch.manual_seed(3)
     gnet = GNet({"subj01": V}, trunk_width=4, pass_through=4).eval()
-    stimuli = data.open_stimuli(paths)
+    stimuli = open_stimuli(paths)
     with torch.no_grad():
         images = torch.from_numpy(stimuli[:]).permute(0, 3, 1, 2) / 255
         torch.nn.init.normal_(gnet.readouts["subj01"].weight)
@@ -27,7 +30,7 @@ def write_brain(root, noise=0.5):
         gnet.readouts["subj01"].weight /= std[:, None]
         gnet.readouts["subj01"].bias.copy_(-mean / std)
         responses = gnet(images, "subj01").numpy()
-    trials = np.concatenate([data.load_trials(paths, "subj01", split) for split in ("train", "new_test")])
+    trials = np.concatenate([load_trials(paths, "subj01", split) for split in ("train", "new_test")])
     rng = np.random.default_rng(1)
     betas = np.zeros((len(trials), V), np.float32)
     for _, _, image_id, row, _ in trials:
@@ -40,15 +43,15 @@ def write_brain(root, noise=0.5):
     write_run(paths, gnet)
     scores = {"c": (TOKENS, WIDTH), "g_2": (5, 12), "g_4": (5, 12)}
     for feat, shape in scores.items():
-        folder = paths.scores("subj01", utils.run_name("finetune", "subj01", feat, 1024, 3), feat)
-        utils.save_scores(folder, SHARED, {"nsdgeneral": rng.standard_normal((len(SHARED), *shape))}, {})
+        folder = paths.scores("subj01", run_name("finetune", "subj01", feat, 1024, 3), feat)
+        save_scores(folder, SHARED, {"nsdgeneral": rng.standard_normal((len(SHARED), *shape))}, {})
     return paths
 
 
 def write_run(paths, gnet, run=RUN, val_r=None):
     """A GNet as train_gnet.py leaves it."""
     val_r = torch.linspace(0.3, 0.9, V) if val_r is None else val_r
-    utils.save_checkpoint(paths.run(run) / "best.pth", {
+    save_checkpoint(paths.run(run) / "best.pth", {
         "model": gnet.state_dict(), "model_args": gnet.model_args, "n_voxels": gnet.n_voxels,
         "val_r": {"subj01": val_r}, "config": {
             "feat": "gnet", "subj": "subj01", "num_sessions": 3, "val_fraction": 0.3, "seed": 42}})

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.io
 import webdataset
 
-from utils import Paths
+from disk.names import Paths
 
 N_IMAGES, SIDE = 24, 10
 N_VOXELS = {"subj01": 7, "subj02": 5}

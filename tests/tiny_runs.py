@@ -10,7 +10,9 @@ import numpy as np
 
 import train_c
 import utils
+from disk.checkpoints import load_checkpoint
 from tiny_nsd import N_IMAGES, write_tiny_nsd
+from training.objectives import BrainObjective
 
 SRC = Path(__file__).resolve().parent.parent / "src"
 SMALL = ["--hidden_dim", "8", "--n_blocks", "1", "--prior_depth", "1", "--batch_size", "6", "--num_workers", "0",
@@ -42,7 +44,7 @@ def train(paths, *flags, script=train_c):
 
 
 def checkpoint(paths, run=SCRATCH, file="last.pth"):
-    return utils.load_checkpoint(paths.run(run) / file)
+    return load_checkpoint(paths.run(run) / file)
 
 
 def stop_at(step, objective_class):
@@ -59,7 +61,6 @@ def stop_at(step, objective_class):
 
 
 if __name__ == "__main__":  # python tests/tiny_runs.py STEP [flags of train_c.py]: a training that SIGTERM stops
-    from losses import BrainObjective
 
     stop_at(int(sys.argv[1]), BrainObjective)
     sys.exit(utils.run_cli(train_c.main, sys.argv[2:]))

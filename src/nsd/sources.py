@@ -5,6 +5,7 @@ A group of files (`GROUPS`) has one name in download.py --what, in check_data.py
 
 from typing import NamedTuple
 
+DOWNLOAD = "download it (bash scripts/download.sh)"  # what to do about a file that is not there
 HUB_DATA = "pscotti/mindeyev2"  # MindEye2's prepared NSD, a data set on the hub
 NSD_URL = "https://natural-scenes-dataset.s3.amazonaws.com"
 COCO_URL = "http://images.cocodataset.org"
@@ -47,6 +48,7 @@ PUBLISHED = {
     "subj05": (30000, 13039, 3000, 2770), "subj06": (24000, 17907, 2371, 2113),
     "subj07": (30000, 12682, 3000, 2770), "subj08": (22500, 14386, 2188, 1985),
 }
+SUBJECTS = list(PUBLISHED)
 N_IMAGES = 73000  # of NSD: the facts above hold for a table of so many stimuli
 
 

@@ -11,35 +11,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
 import options
-import training
 import utils
-from distributed import Team
-from losses import OBJECTIVES
+from disk.checkpoints import load_checkpoint
+from disk.files import file_hash, load_json
+from disk.names import Paths, head_of, run_of, scores_name
+from disk.scores import save_scores
 from models import build_model, load_trunk, restore
-
-
-def get_parser(doc):
-    """The flags that the score scripts share."""
-    parser = options.Parser(doc)
-    options.add_paths(parser)
-    options.add_subject(parser)
-    options.add_run(parser)
-    options.add_scored_run(parser)
-    options.add_compute(parser)
-    options.add_control(parser)
-    parser.add_argument("--ground_truth", action="store_const", const="ground_truth", dest="run",
-                        help="the true features of the test images as scores: the ceiling of what is drawn from scores "
-                             "(--run ground_truth, in recon.py too)")
-    parser.add_argument("--checkpoint", choices=["last", "best"], default="last", help="best: by validation")
-    parser.add_argument("--adapt_epochs", type=options.whole, default=10, metavar="N",
-                        help="for which a new voxel encoder is fitted (--head adapt)")
-    parser.add_argument("--prior_steps", type=options.whole, default=20, metavar="N",
-                        help="DDIM steps of the prior (c, g): 20 draws a sample, 1 predicts the mean")
-    parser.add_argument("--batch_size", type=options.whole, default=100, metavar="IMAGES")
-    parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False)
-    return parser
+from nsd.repeats import TestSet, load_test_set
+from nsd.rows import open_feature
+from training.loop import fit
+from training.objectives import OBJECTIVES
+from training.runs import gather_run
+from training.team import Team
 
 
 @dataclass
@@ -47,14 +31,14 @@ class Source:
     """What predicts one feature, and where the predictions go."""
 
     args: argparse.Namespace
-    paths: utils.Paths
+    paths: Paths
     run: str
     folder: object  # of the scores
     config: dict  # beside the scores: where they come from
     model: torch.nn.Module
     subj: str  # whose voxel encoder is used
-    test: data.TestSet
-    held_out: tuple  # which of --subj's training images validated the run: arguments of data.split_trials
+    test: TestSet
+    held_out: tuple  # which of --subj's training images validated the run: arguments of split_trials
 
 
 def open_source(args, feat, **settings):
@@ -66,29 +50,29 @@ def open_source(args, feat, **settings):
     for name in ("batch_size", "prior_steps", "adapt_epochs"):
         if getattr(args, name) < 1:
             raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
-    paths, flags = utils.Paths.from_args(args), vars(args)
-    run, head = utils.run_of(flags, feat), utils.head_of(flags)
+    paths, flags = Paths.from_args(args), vars(args)
+    run, head = run_of(flags, feat), head_of(flags)
     checkpoint = paths.run(run) / f"{args.checkpoint}.pth"
-    state = utils.load_checkpoint(checkpoint, f"--run/--hidden_dim/--num_sessions/--tag: the run {run}")
+    state = load_checkpoint(checkpoint, f"--run/--hidden_dim/--num_sessions/--tag: the run {run}")
     if state["config"]["feat"] != feat:
         raise utils.UserError(f"{checkpoint}: was trained for {state['config']['feat']}, wanted {feat}; train {feat}")
     if head == "own" and args.subj not in state["n_voxels"]:
         raise utils.UserError(f"{checkpoint}: has voxel encoders of {', '.join(state['n_voxels'])}, wanted "
                               f"{args.subj}; fine-tune on {args.subj}, or use --head adapt")
-    folder = paths.scores(args.subj, utils.scores_name(flags, feat), feat)
+    folder = paths.scores(args.subj, scores_name(flags, feat), feat)
     config = {"run": run, "feat": feat, "subj": args.subj, "head": head, "num_sessions": args.num_sessions,
-              "checkpoint": checkpoint.name, "checkpoint_sha256": utils.file_hash(checkpoint),
+              "checkpoint": checkpoint.name, "checkpoint_sha256": file_hash(checkpoint),
               "test_split": args.test_split, "repeats": args.repeats, "control": args.control,
               "prior_steps": args.prior_steps, "seed": args.seed, **settings}
     if head == "adapt":
         config["adapt_epochs"] = args.adapt_epochs
-    if (folder / "config.json").exists() and not args.overwrite and utils.load_json(folder / "config.json") == config:
+    if (folder / "config.json").exists() and not args.overwrite and load_json(folder / "config.json") == config:
         print(f"{folder}: scored before with this checkpoint, kept")
         return None
 
     trained_seed = args.seed if head == "adapt" else state["config"]["seed"]
     held_out = (args.num_sessions, state["config"]["val_fraction"], trained_seed)
-    test = data.load_test_set(paths, args.subj, args.control, args.seed, held_out, args.test_split, args.repeats)
+    test = load_test_set(paths, args.subj, args.control, args.seed, held_out, args.test_split, args.repeats)
     if head == "adapt":
         model = adapt(args, paths, feat, run, state, config["checkpoint_sha256"])
         subj = args.subj
@@ -121,20 +105,20 @@ def adapt(args, paths, feat, run, state, checkpoint_hash):
              "compile": False, "num_workers": 0, "wandb_log": False, "wandb_project": None,
              "batch_size": state["config"]["batch_size"]}
     last = paths.run(name) / "last.pth"
-    flags["overwrite"] = last.exists() and utils.load_checkpoint(last)["config"] != config
+    flags["overwrite"] = last.exists() and load_checkpoint(last)["config"] != config
     if flags["overwrite"]:
         last.unlink()
     train_args = argparse.Namespace(**flags)
     team = Team.assemble(args.device)
     further = {"tokens": "g_12"} if kind == "latent" else {}
-    fitted = training.gather_run(train_args, paths, feat, name, config, team, [args.subj], args.num_sessions, None,
+    fitted = gather_run(train_args, paths, feat, name, config, team, [args.subj], args.num_sessions, None,
                                  further)
     model = build_model({**state["model_args"], "n_voxels": fitted.n_voxels})
     load_trunk(model, state["model"])
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(key.startswith("voxelenc."))
     scales = ("clip_scale", "mixup_pct") + (("prior_scale",) if kind == "brain" else ())
-    training.fit(fitted, model, OBJECTIVES[kind](**{key: state["config"][key] for key in scales}))
+    fit(fitted, model, OBJECTIVES[kind](**{key: state["config"][key] for key in scales}))
     return model
 
 
@@ -154,7 +138,7 @@ def predict(source, betas, image_ids, what):
 
 
 def save(source, scores):
-    utils.save_scores(source.folder, source.test.image_ids, scores, source.config)
+    save_scores(source.folder, source.test.image_ids, scores, source.config)
     repeats, n_images = np.unique(source.test.n_repeats, return_counts=True)
     counts = ", ".join(f"{n} of {k} trial{'s' if k > 1 else ''}" for k, n in zip(repeats, n_images, strict=True))
     print(f"{source.folder}: {len(source.test.image_ids)} images ({counts})")
@@ -165,12 +149,12 @@ def save_ground_truth(args, feat):
     if args.control:
         raise utils.UserError(f"--control {args.control}: a null control of the brain's responses; with --ground_truth "
                               "there are none, leave one of them out")
-    paths, flags = utils.Paths.from_args(args), vars(args)
+    paths, flags = Paths.from_args(args), vars(args)
     held_out = (args.num_sessions, options.VAL_FRACTION, args.seed)
-    image_ids = data.load_test_set(paths, args.subj, held_out=held_out, split=args.test_split).image_ids
-    folder = paths.scores(args.subj, utils.scores_name(flags, feat), feat)
+    image_ids = load_test_set(paths, args.subj, held_out=held_out, split=args.test_split).image_ids
+    folder = paths.scores(args.subj, scores_name(flags, feat), feat)
     config = {"run": args.run, "feat": feat, "subj": args.subj, "test_split": args.test_split}
-    utils.save_scores(folder, image_ids, {"nsdgeneral": data.open_feature(paths, feat)[image_ids]}, config)
+    save_scores(folder, image_ids, {"nsdgeneral": open_feature(paths, feat)[image_ids]}, config)
     print(f"{folder}: {len(image_ids)} images, true {feat}")
 
 

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import utils
+from sampling.decoders import in_unit_range
+from sampling.guidance import GRADS, RULES, X0S, guidance_pull, norm_rule, raw_rule
 
-RULES, GRADS, X0S = ("raw", "norm"), ("xt", "x0"), ("cond", "cfg")
-MAX_SHIFT = 0.6  # the norm rule moves x0 by at most this many sigma (rms)
-LAYER_WEIGHTS = {2: 1.5, 4: 1.2}  # NeuralDiffuser's emphasis on early CLIP layers; the others weigh 1
 LOSS_SCALE = 2.0**12  # keeps small gradients above fp16's smallest number; a power of two, so exact elsewhere
 CPU_BATCH = 4096  # latent pixels that a CPU draws at once: 16 latents of 16 x 16, one of 64 x 64
 SAG_TAPS = 9  # latent pixels over which self-attention guidance blurs
@@ -50,112 +49,6 @@ def load_pipeline(model, device, dtype=torch.float32, offload=False, compiled=Fa
         pipe.enable_model_cpu_offload(device=device)
         return pipe
     return pipe.to(device)
-
-
-def load_guidance_decoder(name, pipe):
-    """The decoder of --guidance_decoder, latents (B, C, h, w) -> image in [0, 1] that guidance losses see.
-
-    name: 'full' is the pipeline's own; 'half' the same on latents averaged over 2 x 2, a fourth of the work; else a
-    folder or hub id of an AutoencoderTiny (TAESD). Raises UserError when that can not be loaded.
-    """
-    if name == "full":
-        return pipe.decode
-    if name == "half":
-        return lambda latents: pipe.decode(F.avg_pool2d(latents, 2))
-    try:
-        found = AutoencoderTiny.load_config(name).get("_class_name")
-        if found != "AutoencoderTiny":
-            raise ValueError(f"it is an {found}")
-        tiny = AutoencoderTiny.from_pretrained(name, torch_dtype=pipe.unet.dtype)
-    except (OSError, ValueError) as error:
-        raise utils.UserError(f"--guidance_decoder {name}: could not be loaded ({str(error).splitlines()[0]}); give "
-                              "full, half or the folder or hub id of an AutoencoderTiny") from error
-    tiny.requires_grad_(False).eval().to(pipe._execution_device)
-    return lambda latents: _in_unit_range(tiny.decode(latents.to(tiny.dtype)).sample.to(latents.dtype))
-
-
-class ClipFeatureLoss:
-    """Guidance term (B, 3, H, W) image in [0, 1] -> (B,) loss: distance of its CLIP features to the decoded ones.
-
-    NeuralDiffuser's loss: sum over layers of weight_l * MSE(features_l, target_l), where
-    weight_l = (1 / ||target_l||) / sum_l(1 / ||target_l||) * LAYER_WEIGHTS; norms are of each sample by itself.
-    """
-
-    def __init__(self, clip_features, targets):
-        """clip_features: models.ClipFeatures; targets: {layer k: (B, T, D)}, the decoded g_k of the batch."""
-        self.clip_features, self.targets = clip_features, targets
-        norms = torch.stack([target.flatten(1).norm(dim=1) for target in targets.values()])  # (layers, B)
-        inverse_norms = 1 / norms.clamp_min(torch.finfo(norms.dtype).eps)
-        emphasis = torch.tensor([LAYER_WEIGHTS.get(layer, 1.0) for layer in targets]).to(inverse_norms)
-        self.weights = inverse_norms / inverse_norms.sum(0) * emphasis[:, None]  # (layers, B)
-
-    def __call__(self, image):
-        features = self.clip_features(image)
-        loss = 0.0
-        for weight, (layer, target) in zip(self.weights, self.targets.items(), strict=True):
-            found, wanted = tuple(target.shape[1:]), tuple(features[layer].shape[1:])
-            if found != wanted:
-                raise utils.UserError(f"scores of g_{layer}: rows of shape {found}, --clip_model wants {wanted}; "
-                                      "use the CLIP that the features come from")
-            loss = loss + weight * (features[layer] - target).square().mean((1, 2))
-        return loss
-
-
-def guidance_pull(image, terms, log=None):
-    """What the terms make of an image (B, 3, H, W): the gradient of their losses with respect to it, same shape.
-
-    Terms are added up. One that has a `kappa` (brain.BrainLoss) is first brought to kappa times the size of the others,
-    sample by sample: d = g + kappa * ||g|| / ||g_b|| * g_b (DESIGN section 8); alone it stays as it is.
-    log: a list that gets {name: (B,)}: loss_clip and norm_clip of the others, loss_brain, norm_brain and its `facts` of
-    one with a kappa, and the cosine of the two gradients.
-    """
-    others, pulling = [], []
-    for term in terms:
-        (pulling if hasattr(term, "kappa") else others).append(term)
-    found, pull = {}, None
-    if others:
-        loss, pull = gradient_on(image, others)
-        found |= {"loss_clip": loss, "norm_clip": pull.flatten(1).norm(dim=1)}
-    for term in pulling:
-        loss, own = gradient_on(image, [term])
-        norm = own.flatten(1).norm(dim=1)
-        found |= {"loss_brain": loss, "norm_brain": norm, **term.facts}
-        if pull is None:
-            pull = own
-            continue
-        found["cosine"] = F.cosine_similarity(pull.flatten(1), own.flatten(1))
-        ratio = torch.where(norm > 0, found["norm_clip"] / norm, 0)  # a sample that has stopped has no gradient
-        pull = pull + term.kappa * ratio.view(-1, 1, 1, 1) * own
-    if log is not None:
-        log.append(found)
-    return pull
-
-
-def gradient_on(image, terms):
-    """Losses of the terms' sum, (B,), and their gradient wrt the image (B, 3, H, W)."""
-    with torch.enable_grad():
-        seen = image.detach().requires_grad_()
-        loss = sum(term(seen) for term in terms)
-        return loss.detach(), torch.autograd.grad(loss.sum(), seen)[0]
-
-
-def raw_rule(eps, gradient, abar, scale):
-    """NeuralDiffuser's: eps' = eps + sigma * scale * gradient (eq. 12: sigma, not its square)."""
-    return eps + (1 - abar).sqrt() * scale * gradient
-
-
-def norm_rule(eps, gradient, abar, scale):
-    """Shift x0 by `scale` sigma (rms, at most MAX_SHIFT) against the gradient, whatever the gradient's size.
-
-    delta = -min(scale, MAX_SHIFT) * sigma * gradient / rms(gradient); eps' = eps - sqrt(abar) / sigma * delta is the
-    noise whose x0 is x0 + delta. As it moves the prediction and not the sample, its effect does not grow with the
-    number of steps.
-    """
-    sigma = (1 - abar).sqrt()
-    rms = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
-    direction = gradient / rms.clamp_min(torch.finfo(gradient.dtype).tiny)  # a zero gradient stays zero
-    delta = -min(scale, MAX_SHIFT) * sigma * direction
-    return eps - abar.sqrt() / sigma * delta
 
 
 class GuidedPipeline(DiffusionPipeline):
@@ -349,7 +242,7 @@ class GuidedPipeline(DiffusionPipeline):
     def decode(self, latents):
         """Latents with the scaling factor -> (B, 3, H, W) image in [0, 1], pixels outside keeping their gradient."""
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        return _in_unit_range(self.vae.decode(scaled).sample.to(latents.dtype))
+        return in_unit_range(self.vae.decode(scaled).sample.to(latents.dtype))
 
     def _unet(self, latents, t, context):
         unet = self.unet if torch.is_grad_enabled() else self.unet_without_gradient
@@ -426,28 +319,6 @@ def gaussian_blur(latents, taps=SAG_TAPS, sigma=1.0):
     channels = latents.shape[1]
     kernel = torch.outer(weights, weights).expand(channels, 1, taps, taps)
     return F.conv2d(F.pad(latents, [taps // 2] * 4, mode="reflect"), kernel, groups=channels)
-
-
-def gradient_cosine(pipe, condition, start, cfg_scale, terms, grad, x0, decoder):
-    """Cosine, a float, between the first step's guidance gradient through `decoder` and through the VAE's.
-
-    condition: (B, T, D); start: what pipe.start returned for these rows, a step at least. Mean over the rows.
-    """
-    latents, timesteps = start
-    with torch.no_grad():
-        context = pipe.context_of(condition)
-        cheap, full = (pipe.guidance_gradient(latents, timesteps[0], context, cfg_scale, terms, grad, x0, decode)[2]
-                       for decode in (decoder, pipe.decode))
-    return F.cosine_similarity(cheap.flatten(1), full.flatten(1)).mean().item()
-
-
-def _in_unit_range(decoded):
-    """A decoder's [-1, 1] to an image clamped to [0, 1].
-
-    The clamp is straight-through: pixels outside keep their gradient, or they could never be pulled back.
-    """
-    image = (decoded + 1) / 2
-    return image + (image.clamp(0, 1) - image).detach()
 
 
 def _check_choices(**choices):

@@ -1,83 +1,22 @@
-"""What a brain encoding model (GNet) says of images: predicted responses, and the pull of a measured one (DESIGN 8).
+"""The pull of a measured response: how far a picture's predicted response agrees with it, and the loss that guides.
 
-recon.py guides by it (BrainGuide), evaluate.py judges by it, score_gnet.py writes its predictions. Letters: N images, B
-batch, V voxels of the subject, n of a region. Responses are z-scored betas.
-"""
-
-from typing import NamedTuple
+Letters: N images, B batch, V voxels of the subject, n of a region. Responses are z-scored betas."""
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-import data
-import metrics
-import options
 import utils
-from models import GNet, restore
+from disk.files import load_npy
+from evaluation import metrics
+from nsd.regions import roi_masks
+from nsd.repeats import AveragedRows
+from nsd.rows import open_betas, open_stimuli
+from nsd.trials import split_trials
 
 GOOD_R = 0.1  # validation r from which a voxel may guide
 FEWEST_VOXELS = 20  # that a region must have, to guide
 PREFLIGHT_R, PREFLIGHT_IMAGES = 0.1, 200  # median r on training images: below it the voxels are in another order
 ALL = ("V1", "V2", "V3", "V4", "higher_vis")  # --gnet_roi all
-
-
-class Encoder(NamedTuple):
-    """A trained encoding model of one subject."""
-
-    run: str
-    subj: str
-    model: GNet
-    val_r: np.ndarray  # (V,) validation r of every voxel
-    held_out: tuple  # which training images validated it: arguments of data.split_trials
-    file: object
-
-    def predict(self, pictures, batch_size=50, voxels=None, show=None):
-        """Responses (N, V), or (N, n) of the index `voxels`, to pictures: (N, H, W, 3) uint8, or an iterable of such
-        batches. show: title of the progress bar, None = no bar."""
-        device = next(self.model.parameters()).device
-        if isinstance(pictures, np.ndarray):
-            pictures = [pictures[start:start + batch_size] for start in range(0, len(pictures), batch_size)]
-        voxels = None if voxels is None else torch.as_tensor(voxels, device=device)
-        found = []
-        for batch in tqdm(pictures, desc=show, unit="batch", disable=show is None):
-            images = torch.from_numpy(np.array(batch)).to(device).permute(0, 3, 1, 2) / 255
-            with torch.inference_mode():
-                found.append(self.model(images, self.subj, voxels).cpu().numpy())
-        return np.concatenate(found)
-
-
-def encoder_file(paths, run):
-    """The checkpoint of an encoding model; UserError when there is none."""
-    return utils.require(paths.run(run) / "best.pth", f"--gnet_run: the brain encoding model {run}",
-                         "train one (STAGES=gnet bash scripts/train.sh), or convert the published one "
-                         "(src/convert_gnet.py) and give --gnet_run gnet_published")
-
-
-def load_encoder(paths, subj, run, seed, device):
-    """The encoding model that --gnet_run names (None: the subject's own) with subj's voxels, in eval mode, frozen.
-
-    Raises UserError when there is none, when it is not of this subject or not of its betas.
-    """
-    run = run or utils.run_name("scratch", subj, "gnet", None)
-    file = encoder_file(paths, run)
-    state = utils.load_checkpoint(file)
-    if state["model_args"]["kind"] != "gnet":
-        raise utils.UserError(f"--gnet_run {run}: is a run of {state['config']['feat']}, wanted a GNet (gnet_...)")
-    if subj not in state["n_voxels"]:
-        raise utils.UserError(f"--gnet_run {run}: encodes {', '.join(state['n_voxels'])}, wanted {subj}; train it on "
-                              f"{subj} (STAGES=gnet SUBJ={int(subj[-2:])} bash scripts/train.sh)")
-    n_voxels = data.open_betas(paths, subj).shape[1]
-    if state["n_voxels"][subj] != n_voxels:
-        raise utils.UserError(f"--gnet_run {run}: predicts {state['n_voxels'][subj]} voxels of {subj}, its betas have "
-                              f"{n_voxels}; use both of one data set, or train it on these")
-    if "val_r" not in state:
-        raise utils.UserError(f"{file}: does not hold its voxels' validation r; train it again with --overwrite")
-    model = restore(state, file)
-    config = state["config"]  # the published network's says nothing of a split: ours is as good as any then
-    held_out = (config.get("num_sessions"), config.get("val_fraction", options.VAL_FRACTION), config.get("seed", seed))
-    return Encoder(run, subj, model.requires_grad_(False).eval().to(device), state["val_r"][subj].numpy(), held_out,
-                   file)
 
 
 # --- agreement ---------------------------------------------------------------------------------------------------
@@ -161,7 +100,7 @@ class BrainGuide:
 
     def __init__(self, encoder, paths, targets, roi, kappa, alpha=1.0, say=print):
         """targets: (N, V) responses. Raises UserError for regions that can not guide and for a wrong voxel order."""
-        regions = good_voxels(encoder, data.roi_masks(paths, encoder.subj), roi)
+        regions = good_voxels(encoder, roi_masks(paths, encoder.subj), roi)
         voxels, ends = np.concatenate(list(regions.values())), np.cumsum([len(index) for index in regions.values()])
         self.encoder, self.targets, self.kappa, self.alpha = encoder, targets, kappa, alpha
         self.device = next(encoder.model.parameters()).device
@@ -180,9 +119,9 @@ class BrainGuide:
 
     def read_true_images(self, paths):
         """Predicted and measured responses (N, n) to training and to validation images, PREFLIGHT_IMAGES at most."""
-        betas, stimuli = data.open_betas(paths, self.encoder.subj), data.open_stimuli(paths)
-        for trials in data.split_trials(paths, self.encoder.subj, *self.encoder.held_out):
-            seen = data.AveragedRows(betas, trials)
+        betas, stimuli = open_betas(paths, self.encoder.subj), open_stimuli(paths)
+        for trials in split_trials(paths, self.encoder.subj, *self.encoder.held_out):
+            seen = AveragedRows(betas, trials)
             chosen = np.unique(np.linspace(0, len(seen.image_ids) - 1, PREFLIGHT_IMAGES).round().astype(int))
             predicted = self.encoder.predict(stimuli.batches(seen.image_ids[chosen], 50), voxels=self.voxels)
             predicted = torch.from_numpy(predicted).to(self.device)
@@ -208,8 +147,8 @@ def check_voxel_order(encoder, predicted, measured):
 def read_target(file, image_ids, n_voxels):
     """The target responses (N, V) float32 to these images, by id, from an .npy (n, V) beside its image_ids.npy (n,)."""
     hint = "give responses (n, voxels) beside an image_ids.npy (n,) (score_gnet.py writes such)"
-    rows = utils.load_npy(file, "--target_fmri_npy", hint, mmap_mode="r")
-    ids = utils.load_npy(file.parent / "image_ids.npy", "--target_fmri_npy: the ids of its rows", hint)
+    rows = load_npy(file, "--target_fmri_npy", hint, mmap_mode="r")
+    ids = load_npy(file.parent / "image_ids.npy", "--target_fmri_npy: the ids of its rows", hint)
     kinds = rows.dtype.kind == "f" and ids.dtype.kind in "iu"
     if not kinds or rows.ndim != 2 or ids.shape != rows.shape[:1] or len(np.unique(ids)) != len(ids):
         raise utils.UserError(f"--target_fmri_npy {file}: {rows.dtype} of shape {rows.shape} for {len(np.unique(ids))} "

@@ -16,6 +16,7 @@ import httpx
 from tqdm import tqdm
 
 import utils
+from disk.files import file_hash, save_json
 
 BLOCK = 64 << 20  # bytes: what a kill costs at most, per connection
 TIMEOUT = httpx.Timeout(30, read=60)  # seconds: to connect, and without a byte arriving
@@ -100,7 +101,7 @@ def _fill(client, remote, part, journal, parts, bar):
     done = _blocks_of(journal, version) if remote.has_ranges and part.exists() else set()
     starts = range(0, remote.size, BLOCK) if remote.has_ranges else [0] * (remote.size > 0)
     ends = {start: min(start + BLOCK, remote.size) if remote.has_ranges else remote.size for start in starts}
-    utils.save_json(journal, {**version, "blocks": sorted(done)})
+    save_json(journal, {**version, "blocks": sorted(done)})
     descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         os.ftruncate(descriptor, remote.size)
@@ -115,7 +116,7 @@ def _fill(client, remote, part, journal, parts, bar):
                     block.result()
                     os.fsync(descriptor)  # so that the journal never knows more than the disk
                     done.add(blocks[block])
-                    utils.save_json(journal, {**version, "blocks": sorted(done)})
+                    save_json(journal, {**version, "blocks": sorted(done)})
             finally:
                 stop.set()
                 threads.shutdown(cancel_futures=True)
@@ -198,4 +199,4 @@ def md5_of(path, etag):
     """MD5 of a file whose ETag is one; None of any other."""
     if not re.fullmatch(r'"[0-9a-f]{32}"', etag or ""):
         return None
-    return utils.file_hash(path, "md5", None)
+    return file_hash(path, "md5", None)

@@ -10,10 +10,13 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-import data
 import utils
-from eval_networks import weights_hash
-from pictures import PictureSet, as_float
+from disk.names import scores_name
+from disk.scores import load_scores
+from evaluation.networks import weights_hash
+from evaluation.picture_sets import PictureSet, as_float
+from nsd.rows import open_feature, open_stimuli
+from nsd.trials import load_trials
 
 AT_ONCE = 200  # training images whose features are read together
 
@@ -39,12 +42,12 @@ def make(seen, run, why, args, paths, store):
 
 def training_images(run, paths):
     """Ids (M,), ascending, of the images that the decoder's subject trained or validated on."""
-    return np.unique(data.load_trials(paths, run["subj"], "train", run["num_sessions"])["image_id"])
+    return np.unique(load_trials(paths, run["subj"], "train", run["num_sessions"])["image_id"])
 
 
 def mean_image(label, seen, run, args, paths, store):
     """The same picture for every image: the mean of the training images."""
-    stimuli, total, ids = data.open_stimuli(paths), 0.0, training_images(run, paths)
+    stimuli, total, ids = open_stimuli(paths), 0.0, training_images(run, paths)
     ids = np.setdiff1d(ids, seen.image_ids)
     for pictures in stimuli.batches(ids, AT_ONCE):
         total = total + pictures.sum(axis=0, dtype=np.float64)
@@ -54,14 +57,14 @@ def mean_image(label, seen, run, args, paths, store):
 
 def nearest_image(label, seen, run, args, paths, store):
     """For each image the training image whose feature is most similar (cosine) to the brain's embedding."""
-    feat, stimuli = args.retrieval_feat, data.open_stimuli(paths)
-    folder = paths.scores(run["subj"], utils.scores_name(run, feat), feat)
-    ids, brain = utils.load_scores(folder, "retrieval")
+    feat, stimuli = args.retrieval_feat, open_stimuli(paths)
+    folder = paths.scores(run["subj"], scores_name(run, feat), feat)
+    ids, brain = load_scores(folder, "retrieval")
     missing = np.setdiff1d(seen.image_ids, ids)
     if missing.size:
         raise utils.UserError(f"{folder}: no embedding for image id {missing[0]}")
     brain = torch.from_numpy(np.array(brain[np.searchsorted(ids, seen.image_ids)])).flatten(1)
-    feature = data.open_feature(paths, feat)
+    feature = open_feature(paths, feat)
     candidates = np.setdiff1d(training_images(run, paths), seen.image_ids)
     best, nearest = torch.full((len(brain),), -torch.inf), torch.zeros(len(brain), dtype=torch.int64)
     for start in tqdm(range(0, len(candidates), AT_ONCE), desc=label, unit="batch", delay=2):

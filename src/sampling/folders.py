@@ -4,7 +4,6 @@ guided step. recon.py fills it, evaluate.py reads it.
 """
 
 import argparse
-import hashlib
 import json
 import re
 from collections import Counter
@@ -13,14 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 import options
 import utils
-from metrics import resize
+from disk.files import atomic_path, load_csv, load_json, remove_leftovers, save_csv, save_json
 
-SIDE = 256  # pixels: of both pictures of a pair, before any metric
 FILE_NAME = re.compile(r"(\d{5,})(?:_s(\d+))?\.png")
 # what config.json says that names of other folders are made of, and what says whether it may
 NAMES = {"subj": options.subject, "run": options.run, "head": options.head, "sd_model": str} | dict.fromkeys(
@@ -38,7 +35,7 @@ def check_folder(folder, config, overwrite):
     if overwrite:
         return
     if (folder / "config.json").exists():
-        old = utils.load_json(folder / "config.json")
+        old = load_json(folder / "config.json")
         changed = [key for key in config if key != "commit" and config[key] != old.get(key)]
         if changed and pictures_in(folder):
             changes = ", ".join(f"{key} {old.get(key)} -> {config[key]}" for key in changed)
@@ -59,9 +56,9 @@ def clear_folder(folder, config, overwrite):
         steps = [file.with_suffix(".jsonl") for file in drawn]
         for file in (*drawn, *steps, folder / "index.csv", folder / "config.json"):
             file.unlink(missing_ok=True)
-    utils.remove_leftovers(folder)
+    remove_leftovers(folder)
     if not pictures_in(folder):
-        utils.save_json(folder / "config.json", config)
+        save_json(folder / "config.json", config)
 
 
 def pictures_in(folder):
@@ -78,15 +75,15 @@ def is_whole(file):
         return False
 
 
-def save(folder, row, sample, picture):
+def save_picture(folder, row, sample, picture):
     """Write one picture, (H, W, 3) uint8: whole or not at all."""
-    with utils.atomic_path(folder / file_name(row, sample)) as temporary:
+    with atomic_path(folder / file_name(row, sample)) as temporary:
         Image.fromarray(picture).save(temporary, format="PNG")
 
 
 def save_steps(folder, row, sample, steps):
     """Write what the guided steps of one picture found, [{name: value}], a line each: whole or not at all."""
-    with utils.atomic_path((folder / file_name(row, sample)).with_suffix(".jsonl")) as temporary:
+    with atomic_path((folder / file_name(row, sample)).with_suffix(".jsonl")) as temporary:
         temporary.write_text("".join(json.dumps({"step": step, **found}) + "\n" for step, found in enumerate(steps)))
 
 
@@ -94,7 +91,7 @@ def write_index(folder, image_ids, seed):
     """List every picture of the folder, those of earlier runs too."""
     names = (FILE_NAME.fullmatch(file.name) for file in pictures_in(folder))
     found = sorted((int(name[1]), int(name[2] or 0)) for name in names)
-    utils.save_csv(folder / "index.csv", [
+    save_csv(folder / "index.csv", [
         {"row": row, "image_id": image_ids[row], "file": file_name(row, sample), "sample": sample, "seed": seed}
         for row, sample in found])
 
@@ -118,7 +115,7 @@ def read_images(folder):
     Raises UserError unless the folder holds what the index lists, of one size, each picture once, and nothing else.
     """
     index = folder / "index.csv"
-    rows = utils.load_csv(index, "the list of reconstructions", "reconstruct first (bash scripts/recon.sh)")
+    rows = load_csv(index, "the list of reconstructions", "reconstruct first (bash scripts/recon.sh)")
     if not rows or not {"image_id", "file"} <= rows[0].keys():
         raise utils.UserError(f"{index}: no rows with image_id and file; run recon again, which writes it")
     files = {}
@@ -139,7 +136,7 @@ def read_images(folder):
         print(f"{folder}: some images have more samples than others; the first {n_samples} of each are compared")
     config = None
     if (folder / "config.json").exists():
-        config = utils.load_json(folder / "config.json")
+        config = load_json(folder / "config.json")
         check_names(folder / "config.json", config)
     return ImageSet(folder, np.array(ids, np.int64), [files[i][:n_samples] for i in ids], config)
 
@@ -207,42 +204,6 @@ def read_png(file):
         return np.asarray(picture.convert("RGB"))
 
 
-class PictureSet:
-    """Pictures of images, wherever they come from, as evaluate.py reads them: one or more samples of each image.
-
-    label: its name in tables; image_ids (N,): whose they are.
-    """
-
-    def __init__(self, label, image_ids, read, n_samples=1):
-        """read: (number of the image, sample) -> (H, W, 3) uint8."""
-        self.label, self.image_ids, self.read, self.n_samples = label, np.asarray(image_ids), read, n_samples
-        self._keys = {}
-
-    @classmethod
-    def of_folder(cls, label, images):
-        """The pictures of an ImageSet."""
-        return cls(label, images.image_ids, lambda i, k: read_png(images.files[i][k]), len(images.files[0]))
-
-    def of_ids(self, image_ids):
-        """The same pictures of fewer images."""
-        at = np.searchsorted(self.image_ids, image_ids)
-        return PictureSet(self.label, image_ids, lambda i, k: self.read(at[i], k), self.n_samples)
-
-    def batch(self, index, sample=0):
-        """(B, 3, SIDE, SIDE) in [0, 1]: the protocol first brings both pictures of a pair to this side."""
-        return torch.cat([resize(as_float(self.read(i, sample)[None]), SIDE) for i in index])
-
-    def key(self, sample=0):
-        """Hash of the sample's pixels, in order."""
-        if sample not in self._keys:
-            digest = hashlib.sha256()
-            for i in range(len(self.image_ids)):
-                picture = self.read(i, sample)
-                digest.update(str(picture.shape).encode() + picture.tobytes())
-            self._keys[sample] = digest.hexdigest()
-        return self._keys[sample]
-
-
 def in_batches(arrays, size):
     """Stack (H, W, 3) pictures into (b, H, W, 3), at most `size` of one shape at a time."""
     batch = []
@@ -252,8 +213,3 @@ def in_batches(arrays, size):
             batch = []
         batch.append(array)
     yield np.stack(batch)
-
-
-def as_float(pictures):
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float in [0, 1]."""
-    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 255

@@ -13,9 +13,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-import data
-import utils
-from metrics import LOWER_IS_BETTER
+from disk.files import atomic_path, load_json
+from disk.names import run_of, scores_name
+from evaluation.metrics import LOWER_IS_BETTER
+from nsd.rows import open_stimuli
+from training.tracking import load_rows
 
 THUMBNAIL = 256  # pixels: larger pictures are made smaller, as JPEG
 NSD_IMAGES = 73000
@@ -82,7 +84,7 @@ def write(folder, name, measured, differences, absent, sets, config, recon_confi
         + "\n".join(page)
         + f"<script type=application/json id=report-data>{embedded}</script>"
         + f"<script>{(here / 'report.js').read_text()}</script></body></html>\n")
-    with utils.atomic_path(folder / "index.html") as temporary:
+    with atomic_path(folder / "index.html") as temporary:
         temporary.write_text(text)
 
 
@@ -101,7 +103,7 @@ def write_pictures(folder, sets, labels):
                 small = max(picture.size) <= THUMBNAIL
                 file = folder / "pictures" / f"{number}_{image['id']:05d}_{k}.{'png' if small else 'jpg'}"
                 picture.thumbnail((THUMBNAIL, THUMBNAIL))
-                with utils.atomic_path(file) as temporary:
+                with atomic_path(file) as temporary:
                     picture.save(temporary, format="PNG" if small else "JPEG", **({} if small else {"quality": 88}))
                 image["pictures"].append([title, f"pictures/{file.name}"])
     return images
@@ -166,7 +168,7 @@ def results_section(main, measured, differences, absent, paths):
                                                  for what, why in missing.items()), "</ul>"]
     parts += ["<h2>Published on NSD</h2>",
               "<p class=faint>Mean of subjects 1, 2, 5 and 7, 40 sessions, protocol mindeye2. "
-              f"{comparable(len(data.open_stimuli(paths)))}</p>",
+              f"{comparable(len(open_stimuli(paths)))}</p>",
               table(published, PROTOCOL, "method"), "</section>"]
     return "\n".join(parts)
 
@@ -222,10 +224,10 @@ def training_section(recon_config, paths):
     plots = []
     if {"run", "subj", "hidden_dim", "num_sessions", "tag"} <= recon_config.keys():
         for feat in ("c", *recon_config.get("feats", []), *(["z"] if recon_config.get("z") == "scores" else [])):
-            name = utils.run_of(recon_config, feat)
+            name = run_of(recon_config, feat)
             file = paths.run(name) / "metrics.jsonl"
             if file.exists():
-                plots.append(curve(feat, name, list(utils.load_rows(file))))
+                plots.append(curve(feat, name, list(load_rows(file))))
     if not plots:
         return "<section id=training><h2>Training</h2><p class=faint>No metrics.jsonl of its runs.</p></section>"
     return f"<section id=training><h2>Training</h2><div class=plots>{''.join(plots)}</div></section>"
@@ -269,9 +271,9 @@ def settings_section(config, recon_config, paths):
     if {"run", "subj", "head", "control", "test_split", "repeats"} <= recon_config.keys():
         for feat in recon_config.get("score_hashes", {}):
             if feat in ("c", "z") or feat.startswith("g_"):
-                file = paths.scores(recon_config["subj"], utils.scores_name(recon_config, feat), feat) / "config.json"
+                file = paths.scores(recon_config["subj"], scores_name(recon_config, feat), feat) / "config.json"
                 if file.exists():
-                    blocks[f"of the scores of {feat}, with the checkpoint's hash"] = utils.load_json(file)
+                    blocks[f"of the scores of {feat}, with the checkpoint's hash"] = load_json(file)
     return "<section id=settings><h2>Settings</h2>" + "".join(
         f"<details><summary>{title}</summary><pre>{escape(json.dumps(block, indent=1, default=str))}</pre></details>"
         for title, block in blocks.items()) + "</section>"

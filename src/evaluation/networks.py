@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import metrics
 import utils
+from disk.files import atomic_path, load_npy, remove_leftovers
+from evaluation import metrics
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -108,7 +109,7 @@ class FeatureStore:
     """
 
     def __init__(self, folder, batch_size):
-        utils.remove_leftovers(folder)
+        remove_leftovers(folder)
         self.folder, self.batch_size = folder, batch_size
 
     def features(self, name, network, pictures, sample=0):
@@ -131,9 +132,9 @@ class FeatureStore:
         """The array that make(file) once wrote for this key."""
         file = self.folder / f"{name}_{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
         if not file.exists():
-            with utils.atomic_path(file) as temporary:
+            with atomic_path(file) as temporary:
                 make(temporary)
-        return utils.load_npy(file, "kept features", "evaluate again", mmap_mode="r")
+        return load_npy(file, "kept features", "evaluate again", mmap_mode="r")
 
 
 def load_clip(name):

@@ -1,0 +1,41 @@
+"""Checkpoints: tensors and JSON types in one file, written whole, read without running what a pickle may hold."""
+
+import torch
+
+from disk.files import atomic_path
+from utils import UserError, require
+
+CHECKPOINT_FORMAT = 2
+# what a checkpoint of a run has beside its format, and a subject's scores of it need
+RUN_KEYS = ("model", "model_args", "config", "n_voxels")
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path, state):
+    """Write a checkpoint (tensors and JSON types only) atomically: the old file stays whole until the new one is."""
+    try:
+        with atomic_path(path) as temporary:
+            torch.save({"format": CHECKPOINT_FORMAT, **state}, temporary)
+    except RuntimeError as error:  # torch's word for a disk that takes no more
+        raise UserError(f"{path}: could not be written ({str(error).splitlines()[0]}); the previous checkpoint is "
+                        "intact: make room on the disk, then run the same command again") from error
+
+
+def load_checkpoint(path, what="checkpoint", hint="train it first (bash scripts/train.sh)", keys=RUN_KEYS):
+    """Read a checkpoint with weights_only=True; missing, damaged or foreign files raise UserError, as do those that
+    lack one of `keys`."""
+    require(path, what, hint)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many types for damaged files
+        first_line = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a readable {what} ({first_line}); delete it and {hint}") from None
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise UserError(f"{path}: {what} of format {found}, wanted {CHECKPOINT_FORMAT}; {hint}")
+    lacking = [key for key in keys if key not in state]
+    if lacking:
+        raise UserError(f"{path}: {what} without {', '.join(lacking)}, wanted {', '.join(keys)}; delete it and {hint}")
+    return state

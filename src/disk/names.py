@@ -1,0 +1,116 @@
+"""Names on disk: where every file of the project lies, and what its runs, scores and pictures are called."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils import UserError
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Every folder and file of the project, all hanging from one root (DESIGN section 3)."""
+
+    root: Path
+    data_path: Path
+
+    @classmethod
+    def from_args(cls, args):
+        """From the parsed --root and --data_path; raises UserError when the root does not exist."""
+        root = Path(args.root).expanduser().resolve()
+        if not root.is_dir():
+            raise UserError(f"--root {args.root}: no such folder; give the folder that holds nsddata/ and MindEyeV2/")
+        data_path = Path(args.data_path).expanduser().resolve() if args.data_path else root / "MindEyeV2/mindeyev2"
+        return cls(root, data_path)
+
+    @property
+    def stimuli(self):
+        return self.root / "nsddata_stimuli/stimuli/nsd"
+
+    @property
+    def experiments(self):
+        return self.root / "nsddata/experiments/nsd"
+
+    @property
+    def captions(self):
+        return self.stimuli / "annotations/nsd_captions.json"
+
+    def feature(self, feat):
+        """HDF5 file of a feature ('c', 'z', 'g_2', ...): one row per 73k image."""
+        return self.stimuli / f"{feat}_all.hdf5"
+
+    def betas(self, subj):
+        return self.data_path / f"betas_all_{subj}_fp32_renorm.hdf5"
+
+    def rois(self, subj):
+        """Folder of NSD's ROI volumes."""
+        return self.root / "nsddata/ppdata" / subj / "func1pt8mm/roi"
+
+    def run(self, name):
+        return self.root / "train_logs" / name
+
+    def scores(self, subj, name, feat):
+        """Folder of one feature's scores; `name` is `scores_name`'s."""
+        folder = self.root / "scores_all" / subj / name
+        return folder / f"Linear-{feat[2:]}" if feat.startswith("g_") else folder
+
+    def images(self, subj, method, guidance_scale, guidance_strength):
+        """Folder of a set of reconstructions; what is not guided lies in 0/0."""
+        if not guidance_scale * guidance_strength:
+            guidance_scale = guidance_strength = 0
+        return self.root / "outputs_all" / subj / method / f"{guidance_scale:g}" / f"{guidance_strength:g}"
+
+
+def run_name(stage, subj, feat, hidden_dim, num_sessions=40, tag=""):
+    """Name of a training run (DESIGN section 3).
+
+    stage: 'pretrain' (all subjects but `subj`), 'finetune' (`subj` alone, from the pretrained run), 'scratch' or
+    'ridge' (the linear baseline, which has no hidden_dim), or 'ground_truth' (no run, but the true features of the
+    images that `subj` saw). feat: 'gnet' with 'scratch' is the encoding model of `subj`, with 'pretrain' the one that
+    all subjects share. tag: the user's own, to keep variants apart.
+    """
+    if stage == "ground_truth":
+        return f"ground_truth_{subj}_{feat}"
+    if feat == "gnet":
+        return "gnet_" + ("multisubject" if stage == "pretrain" else subj) + (f"_{tag}" if tag else "")
+    prefix = {"pretrain": "multisubject", "finetune": "pretrained"}.get(stage, stage)
+    sessions = "" if stage == "pretrain" else f"_{num_sessions}sess"
+    width = "" if stage == "ridge" else f"_{hidden_dim}" + ("_mlp" if feat == "c" else "")
+    return f"{prefix}_{subj}{sessions}_ext1_{feat}{width}" + (f"_{tag}" if tag else "")
+
+
+def run_of(flags, feat):
+    """Name of the run that the flags of a score script (a dict) mean: --run STAGE[:SUBJ] and what names it."""
+    stage, _, subj = flags["run"].partition(":")
+    return run_name(stage, subj or flags["subj"], feat, flags["hidden_dim"], flags["num_sessions"], flags["tag"])
+
+
+def head_of(flags):
+    """Whose voxel encoder reads --subj: 'own', 'adapt' (a new one) or the subject it is borrowed from.
+
+    Without --head: own where the run has one, else adapt (DESIGN section 6). A pretraining run has everyone's but the
+    subject's it is named after, any other run has only that one.
+    """
+    stage, _, subj = flags["run"].partition(":")
+    has_own = ((subj or flags["subj"]) == flags["subj"]) != (stage == "pretrain")
+    return flags["head"] or ("own" if has_own else "adapt")
+
+
+def scores_name(flags, feat):
+    """Name of a folder of scores: the run, then what sets these apart: an adapted or borrowed head, a null control."""
+    head = head_of(flags)
+    parts = [run_of(flags, feat)]
+    parts += {"own": [], "adapt": [f"adapt{flags['num_sessions']}sess"]}.get(head, [f"head{head[-2:]}"])
+    return "_".join([*parts, *_variant_of(flags)])
+
+
+def images_name(flags):
+    """Name of the reconstructions that the flags of recon.py (a dict) mean: --method, then what they are made of."""
+    ceiling = ["ground_truth"] if flags["run"] == "ground_truth" else []
+    brain = ["gnet", flags["gnet_roi"], f"{flags['gnet_kappa']:g}"] if flags["use_gnet"] else []
+    return "_".join([flags["method"], *ceiling, *brain, *_variant_of(flags)])
+
+
+def _variant_of(flags):
+    """Parts of a name, each where it is not the default: the images, the trials of each, a null control."""
+    parts = {"test_split": "new_test", "repeats": "mean", "control": None}
+    return [flags[name] for name, default in parts.items() if flags[name] != default]

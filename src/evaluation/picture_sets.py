@@ -1,0 +1,55 @@
+"""Sets of pictures as the metrics read them, wherever they come from."""
+
+import hashlib
+
+import numpy as np
+import torch
+
+from evaluation.metrics import resize
+from sampling.folders import read_png
+
+SIDE = 256  # pixels: of both pictures of a pair, before any metric
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+class PictureSet:
+    """Pictures of images, wherever they come from, as evaluate.py reads them: one or more samples of each image.
+
+    label: its name in tables; image_ids (N,): whose they are.
+    """
+
+    def __init__(self, label, image_ids, read, n_samples=1):
+        """read: (number of the image, sample) -> (H, W, 3) uint8."""
+        self.label, self.image_ids, self.read, self.n_samples = label, np.asarray(image_ids), read, n_samples
+        self._keys = {}
+
+    @classmethod
+    def of_folder(cls, label, images):
+        """The pictures of an ImageSet."""
+        return cls(label, images.image_ids, lambda i, k: read_png(images.files[i][k]), len(images.files[0]))
+
+    def of_ids(self, image_ids):
+        """The same pictures of fewer images."""
+        at = np.searchsorted(self.image_ids, image_ids)
+        return PictureSet(self.label, image_ids, lambda i, k: self.read(at[i], k), self.n_samples)
+
+    def batch(self, index, sample=0):
+        """(B, 3, SIDE, SIDE) in [0, 1]: the protocol first brings both pictures of a pair to this side."""
+        return torch.cat([resize(as_float(self.read(i, sample)[None]), SIDE) for i in index])
+
+    def key(self, sample=0):
+        """Hash of the sample's pixels, in order."""
+        if sample not in self._keys:
+            digest = hashlib.sha256()
+            for i in range(len(self.image_ids)):
+                picture = self.read(i, sample)
+                digest.update(str(picture.shape).encode() + picture.tobytes())
+            self._keys[sample] = digest.hexdigest()
+        return self._keys[sample]
+
+
+def as_float(pictures):
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float in [0, 1]."""
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 255

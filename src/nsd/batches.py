@@ -1,0 +1,111 @@
+"""An epoch's batches: every trial once, no image twice in a batch. Letters: B batch, V voxels."""
+
+from collections import defaultdict
+
+import numpy as np
+import torch
+
+import utils
+from nsd.rows import read_betas
+
+
+class EpochBatches(torch.utils.data.Dataset):
+    """An epoch's batches: every trial once, no image twice in a batch, equal shares of the subjects.
+
+    Item i is a whole batch, so use it with DataLoader(batch_size=None, shuffle=False):
+        voxels     {subject: (b_s, V_s) float32}
+        targets    {name: (B, *row_shape) float32}, subject by subject in the order of `voxels`
+        image_ids  (B,) int64, likewise
+        sizes      {subject: b_s}
+    When `size` processes train together, voxels and targets are only those of the joint batch's rows rank, rank + size,
+    ...; image_ids and sizes are those of all.
+    The subject with most trials gives batch_size // n_subjects to a batch (some batches get one less); those of a
+    subject with fewer are spread evenly. Batches are drawn from (seed, epoch) alone.
+    """
+
+    def __init__(self, tables, betas, targets, batch_size, seed, rank=0, size=1):
+        """tables: {subject: trials}, betas: {subject: Rows}, targets: {name: Rows by image id}."""
+        share = batch_size // len(tables)
+        if share < 1:
+            raise utils.UserError(f"--batch_size {batch_size}: fewer than the {len(tables)} subjects; raise it")
+        for subj, table in tables.items():
+            if table.empty:
+                raise utils.UserError(f"{subj}: no trials to train on or to validate with; check --num_sessions, "
+                                      "--val_fraction and the wds folder")
+        if share * len(tables) < size:
+            raise utils.UserError(f"--batch_size {batch_size}: fewer trials than the {size} processes; raise it")
+        self.rank, self.size = rank, size
+        self.betas, self.targets, self.seed = betas, targets, seed
+        self.image_ids = {subj: table["image_id"].to_numpy() for subj, table in tables.items()}
+        self.rows = {subj: table["row"].to_numpy() for subj, table in tables.items()}
+        for ids in self.image_ids.values():
+            for rows in targets.values():
+                rows.require(ids)
+        # an image that is repeated more often than that needs a batch for each of its trials
+        repeats = np.unique(np.concatenate(list(self.image_ids.values())), return_counts=True)[1].max()
+        self.n_batches = max(-(-max(map(len, tables.values())) // share), int(repeats))
+        self._epoch = torch.tensor(0).share_memory_()  # seen by persistent DataLoader workers too
+        self._planned, self._plan = None, None
+
+    def set_epoch(self, epoch):
+        """Choose the epoch; call it before iterating."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self):
+        return self.n_batches
+
+    def plan(self):
+        """This epoch's batches: {subject: list of n_batches index arrays into its trials}."""
+        epoch = self._epoch.item()
+        if self._planned != epoch:
+            rng = np.random.default_rng(utils.derive_seed(self.seed, epoch))
+            used = defaultdict(set)  # image id -> the batches it is in, whoever saw it
+            self._plan = {subj: _deal(ids, self.n_batches, used, rng) for subj, ids in self.image_ids.items()}
+            self._planned = epoch
+        return self._plan
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.n_batches:
+            raise IndexError(index)
+        chosen = {subj: batches[index] for subj, batches in self.plan().items()}
+        image_ids = np.concatenate([self.image_ids[subj][trials] for subj, trials in chosen.items()])
+        parts = self._own_parts(chosen)
+        mine = {subj: trials[part] for (subj, trials), part in zip(chosen.items(), parts, strict=True)}
+        voxels = {subj: read_betas(self.betas[subj], self.rows[subj][trials]) for subj, trials in mine.items()}
+        own_ids = image_ids[self.rank::self.size]
+        targets = {name: rows[own_ids].astype(np.float32, copy=False) for name, rows in self.targets.items()}
+        return {
+            "voxels": {subj: torch.from_numpy(array) for subj, array in voxels.items()},
+            "targets": {name: torch.from_numpy(array) for name, array in targets.items()},
+            "image_ids": torch.from_numpy(image_ids),
+            "sizes": {subj: len(trials) for subj, trials in chosen.items()},
+        }
+
+    def _own_parts(self, chosen):
+        """The slice of each subject's trials that is this process's (distributed.Team says which rows are whose)."""
+        offset = 0
+        for trials in chosen.values():
+            yield slice((self.rank - offset) % self.size, None, self.size)
+            offset += len(trials)
+
+
+def _deal(image_ids, n_batches, used, rng):
+    """Deal trials into batches at random: sizes differ by at most one, no image comes twice into a batch.
+
+    Image after image, each trial takes the next of the open places. These are a random order of all batches, renewed
+    when it runs out, so places are filled evenly; a place in a batch that has the image already is left for later.
+    image_ids (n,); used: image id -> set of batches, updated. Returns n_batches index arrays into image_ids.
+    """
+    _, image = np.unique(image_ids, return_inverse=True)
+    order = np.argsort(rng.permutation(image.max() + 1)[image], kind="stable")  # images shuffled, their trials adjacent
+    batch_of = np.empty(len(image_ids), np.int64)
+    places = []
+    for trial in order.tolist():
+        taken = used[int(image_ids[trial])]
+        if taken.issuperset(places):
+            places = rng.permutation(n_batches).tolist() + places
+        last_free = next(k for k in reversed(range(len(places))) if places[k] not in taken)
+        batch_of[trial] = places.pop(last_free)
+        taken.add(int(batch_of[trial]))
+    by_batch = np.argsort(batch_of, kind="stable")
+    return np.split(by_batch, np.cumsum(np.bincount(batch_of, minlength=n_batches))[:-1])

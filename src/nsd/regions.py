@@ -1,0 +1,75 @@
+"""Regions of interest over the voxels of a subject's betas."""
+
+import h5py
+import nibabel
+import numpy as np
+
+import utils
+from nsd.rows import open_betas
+from nsd.sources import DOWNLOAD
+
+PRF_LABELS = {"V1": (1, 2), "V2": (3, 4), "V3": (5, 6), "V4": (7,)}  # of prf-visualrois: ventral and dorsal halves
+
+
+# --- what subjects saw --------------------------------------------------------------------------------------------
+
+
+def roi_masks(paths, subj):
+    """Regions of interest of a subject: dict name -> bool (V,) over the voxels of its betas.
+
+    From MindEye2's brain_region_masks.hdf5, or from NSD's own volumes where that is not there. Where both are, they
+    must agree: UserError otherwise, since then the betas' voxels are in another order than one of them.
+    """
+    file = paths.data_path / "brain_region_masks.hdf5"
+    volumes = paths.rois(subj) / "nsdgeneral.nii.gz"
+    if not file.exists() and volumes.exists():
+        return _masks_of_volumes(paths, subj)
+    utils.require(file, "ROI masks", f"{DOWNLOAD}, check --data_path, or put NSD's {volumes.name} and "
+                  f"prf-visualrois.nii.gz into {volumes.parent}")
+    try:
+        with h5py.File(file, "r") as regions:
+            masks = {name: mask[()] for name, mask in regions[subj].items()}
+        if words := [name for name, mask in masks.items() if mask.dtype.kind not in "biuf"]:
+            raise OSError(f"{words[0]} is of {masks[words[0]].dtype}, wanted 0 and 1")
+        masks = {name: mask.astype(bool) for name, mask in masks.items()}
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise utils.UserError(f"{file}: masks of {subj} are not readable ({error}); download it again") from None
+    n_voxels = open_betas(paths, subj).shape[1]
+    for name, mask in masks.items():
+        if mask.shape != (n_voxels,):
+            raise utils.UserError(f"{file}: mask {name} of {subj} has shape {mask.shape}, its betas {n_voxels} voxels; "
+                                  "check that both are of one data set")
+    if volumes.exists():
+        others = _masks_of_volumes(paths, subj)
+        for name in PRF_LABELS:
+            if name in masks and not np.array_equal(masks[name], others[name]):
+                raise utils.UserError(
+                    f"{file}: {name} of {subj} has {masks[name].sum()} voxels, of which {volumes.parent} says so of "
+                    f"{(masks[name] & others[name]).sum()} (its own {name} has {others[name].sum()}), wanted the same; "
+                    "check that both are of one data set")
+    return masks
+
+
+def _masks_of_volumes(paths, subj):
+    """The masks from NSD's nsdgeneral and prf-visualrois volumes, (X, Y, Z); voxels in C order, as the betas are."""
+    folder = paths.rois(subj)
+    volumes = {}
+    for name in ("nsdgeneral", "prf-visualrois"):
+        file = utils.require(folder / f"{name}.nii.gz", "ROI volume", DOWNLOAD)
+        try:
+            volumes[name] = np.asarray(nibabel.load(file).dataobj)
+        except Exception as error:  # nibabel and gzip raise many types for damaged files
+            raise utils.UserError(f"{file}: not a readable NIfTI volume ({error}); download it again") from None
+    general, labels = volumes.values()
+    if general.shape != labels.shape:
+        raise utils.UserError(f"{folder}: nsdgeneral is of {general.shape}, prf-visualrois of {labels.shape}, wanted "
+                              "the same; download both again")
+    inside = general.ravel() == 1  # C order; -1 is outside
+    n_voxels = open_betas(paths, subj).shape[1]
+    if inside.sum() != n_voxels:
+        raise utils.UserError(f"{folder}/nsdgeneral.nii.gz: {inside.sum()} voxels, the betas of {subj} have "
+                              f"{n_voxels}; check that both are of one subject and one data set")
+    label = labels.ravel()[inside]
+    masks = {name: np.isin(label, values) for name, values in PRF_LABELS.items()}
+    early = np.any(list(masks.values()), axis=0)
+    return {"nsd_general": np.ones(n_voxels, bool), **masks, "higher_vis": ~early}

@@ -1,0 +1,51 @@
+"""What decodes latents for the guidance losses."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+
+import utils
+
+
+def load_guidance_decoder(name, pipe):
+    """The decoder of --guidance_decoder, latents (B, C, h, w) -> image in [0, 1] that guidance losses see.
+
+    name: 'full' is the pipeline's own; 'half' the same on latents averaged over 2 x 2, a fourth of the work; else a
+    folder or hub id of an AutoencoderTiny (TAESD). Raises UserError when that can not be loaded.
+    """
+    if name == "full":
+        return pipe.decode
+    if name == "half":
+        return lambda latents: pipe.decode(F.avg_pool2d(latents, 2))
+    try:
+        found = AutoencoderTiny.load_config(name).get("_class_name")
+        if found != "AutoencoderTiny":
+            raise ValueError(f"it is an {found}")
+        tiny = AutoencoderTiny.from_pretrained(name, torch_dtype=pipe.unet.dtype)
+    except (OSError, ValueError) as error:
+        raise utils.UserError(f"--guidance_decoder {name}: could not be loaded ({str(error).splitlines()[0]}); give "
+                              "full, half or the folder or hub id of an AutoencoderTiny") from error
+    tiny.requires_grad_(False).eval().to(pipe._execution_device)
+    return lambda latents: in_unit_range(tiny.decode(latents.to(tiny.dtype)).sample.to(latents.dtype))
+
+
+def gradient_cosine(pipe, condition, start, cfg_scale, terms, grad, x0, decoder):
+    """Cosine, a float, between the first step's guidance gradient through `decoder` and through the VAE's.
+
+    condition: (B, T, D); start: what pipe.start returned for these rows, a step at least. Mean over the rows.
+    """
+    latents, timesteps = start
+    with torch.no_grad():
+        context = pipe.context_of(condition)
+        cheap, full = (pipe.guidance_gradient(latents, timesteps[0], context, cfg_scale, terms, grad, x0, decode)[2]
+                       for decode in (decoder, pipe.decode))
+    return F.cosine_similarity(cheap.flatten(1), full.flatten(1)).mean().item()
+
+
+def in_unit_range(decoded):
+    """A decoder's [-1, 1] to an image clamped to [0, 1].
+
+    The clamp is straight-through: pixels outside keep their gradient, or they could never be pulled back.
+    """
+    image = (decoded + 1) / 2
+    return image + (image.clamp(0, 1) - image).detach()

@@ -1,0 +1,97 @@
+"""What steers the drawing: losses on the picture being formed, and what a step does with their gradient.
+
+Letters: B batch, H W image size, T tokens, D width; abar = alphas_cumprod[t], sigma = sqrt(1 - abar), eps = predicted
+noise, x0 = predicted clean latent."""
+
+import torch
+import torch.nn.functional as F
+
+import utils
+
+RULES, GRADS, X0S = ("raw", "norm"), ("xt", "x0"), ("cond", "cfg")
+MAX_SHIFT = 0.6  # the norm rule moves x0 by at most this many sigma (rms)
+LAYER_WEIGHTS = {2: 1.5, 4: 1.2}  # NeuralDiffuser's emphasis on early CLIP layers; the others weigh 1
+
+
+class ClipFeatureLoss:
+    """Guidance term (B, 3, H, W) image in [0, 1] -> (B,) loss: distance of its CLIP features to the decoded ones.
+
+    NeuralDiffuser's loss: sum over layers of weight_l * MSE(features_l, target_l), where
+    weight_l = (1 / ||target_l||) / sum_l(1 / ||target_l||) * LAYER_WEIGHTS; norms are of each sample by itself.
+    """
+
+    def __init__(self, clip_features, targets):
+        """clip_features: models.ClipFeatures; targets: {layer k: (B, T, D)}, the decoded g_k of the batch."""
+        self.clip_features, self.targets = clip_features, targets
+        norms = torch.stack([target.flatten(1).norm(dim=1) for target in targets.values()])  # (layers, B)
+        inverse_norms = 1 / norms.clamp_min(torch.finfo(norms.dtype).eps)
+        emphasis = torch.tensor([LAYER_WEIGHTS.get(layer, 1.0) for layer in targets]).to(inverse_norms)
+        self.weights = inverse_norms / inverse_norms.sum(0) * emphasis[:, None]  # (layers, B)
+
+    def __call__(self, image):
+        features = self.clip_features(image)
+        loss = 0.0
+        for weight, (layer, target) in zip(self.weights, self.targets.items(), strict=True):
+            found, wanted = tuple(target.shape[1:]), tuple(features[layer].shape[1:])
+            if found != wanted:
+                raise utils.UserError(f"scores of g_{layer}: rows of shape {found}, --clip_model wants {wanted}; "
+                                      "use the CLIP that the features come from")
+            loss = loss + weight * (features[layer] - target).square().mean((1, 2))
+        return loss
+
+
+def guidance_pull(image, terms, log=None):
+    """What the terms make of an image (B, 3, H, W): the gradient of their losses with respect to it, same shape.
+
+    Terms are added up. One that has a `kappa` (brain.BrainLoss) is first brought to kappa times the size of the others,
+    sample by sample: d = g + kappa * ||g|| / ||g_b|| * g_b (DESIGN section 8); alone it stays as it is.
+    log: a list that gets {name: (B,)}: loss_clip and norm_clip of the others, loss_brain, norm_brain and its `facts` of
+    one with a kappa, and the cosine of the two gradients.
+    """
+    others, pulling = [], []
+    for term in terms:
+        (pulling if hasattr(term, "kappa") else others).append(term)
+    found, pull = {}, None
+    if others:
+        loss, pull = gradient_on(image, others)
+        found |= {"loss_clip": loss, "norm_clip": pull.flatten(1).norm(dim=1)}
+    for term in pulling:
+        loss, own = gradient_on(image, [term])
+        norm = own.flatten(1).norm(dim=1)
+        found |= {"loss_brain": loss, "norm_brain": norm, **term.facts}
+        if pull is None:
+            pull = own
+            continue
+        found["cosine"] = F.cosine_similarity(pull.flatten(1), own.flatten(1))
+        ratio = torch.where(norm > 0, found["norm_clip"] / norm, 0)  # a sample that has stopped has no gradient
+        pull = pull + term.kappa * ratio.view(-1, 1, 1, 1) * own
+    if log is not None:
+        log.append(found)
+    return pull
+
+
+def gradient_on(image, terms):
+    """Losses of the terms' sum, (B,), and their gradient wrt the image (B, 3, H, W)."""
+    with torch.enable_grad():
+        seen = image.detach().requires_grad_()
+        loss = sum(term(seen) for term in terms)
+        return loss.detach(), torch.autograd.grad(loss.sum(), seen)[0]
+
+
+def raw_rule(eps, gradient, abar, scale):
+    """NeuralDiffuser's: eps' = eps + sigma * scale * gradient (eq. 12: sigma, not its square)."""
+    return eps + (1 - abar).sqrt() * scale * gradient
+
+
+def norm_rule(eps, gradient, abar, scale):
+    """Shift x0 by `scale` sigma (rms, at most MAX_SHIFT) against the gradient, whatever the gradient's size.
+
+    delta = -min(scale, MAX_SHIFT) * sigma * gradient / rms(gradient); eps' = eps - sqrt(abar) / sigma * delta is the
+    noise whose x0 is x0 + delta. As it moves the prediction and not the sample, its effect does not grow with the
+    number of steps.
+    """
+    sigma = (1 - abar).sqrt()
+    rms = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
+    direction = gradient / rms.clamp_min(torch.finfo(gradient.dtype).tiny)  # a zero gradient stays zero
+    delta = -min(scale, MAX_SHIFT) * sigma * direction
+    return eps - abar.sqrt() / sigma * delta

@@ -1,0 +1,103 @@
+"""Metrics of a run: metrics.jsonl in its folder, and W&B when asked."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from disk.files import atomic_path
+from utils import UserError
+
+
+def check_tracking(wandb_log):
+    """Raise UserError, before any work, when --wandb_log can not log in."""
+    if wandb_log and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+        import wandb
+
+        if not wandb.login(prompt=False, verify=False):
+            raise UserError("--wandb_log: not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
+
+
+def load_rows(file):
+    """The rows of a metrics.jsonl, {"step": int, name: float}; one that a full disk or a kill left half ends them."""
+    for line in file.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            return
+        yield row
+
+
+class Tracker:
+    """Metrics to metrics.jsonl in the run folder, and to W&B when asked; scripts never ask which.
+
+    W&B that fails, in the middle of a run too, costs its plots and not the run.
+    """
+
+    def __init__(self, folder, name, config, wandb_log=False, wandb_project="neuraldiffuser", resume_after=None):
+        """resume_after: keep the rows of metrics.jsonl up to that step; None starts the file anew."""
+        check_tracking(wandb_log)
+        self.file = Path(folder) / "metrics.jsonl"
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self.file) as temporary:
+            temporary.write_text("".join(self._rows_until(resume_after)))
+        self.wandb_run = None
+        if wandb_log:
+            import wandb
+
+            try:
+                self.wandb_run = wandb.init(project=wandb_project, id=name, name=name, config=config,
+                                            resume="allow" if resume_after else None, dir=str(folder),
+                                            settings=wandb.Settings(init_timeout=120, finish_timeout=300))
+            except wandb.Error as error:
+                raise UserError(f"--wandb_log: W&B could not start ({str(error).splitlines()[0]}); run `wandb login "
+                                "--relogin`, or set WANDB_MODE=offline") from None
+
+    def _rows_until(self, step):
+        """The lines of metrics.jsonl up to a step."""
+        if step is not None and self.file.exists():
+            yield from (json.dumps(row) + "\n" for row in load_rows(self.file) if row["step"] <= step)
+
+    def log(self, metrics, step):
+        """Append one row of scalars."""
+        try:
+            with open(self.file, "a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.file}: could not be written ({error.strerror}); the last checkpoint is intact: "
+                            "make room and use --resume") from None
+        self._to_wandb(lambda run: run.log(metrics, step=step))
+
+    def log_images(self, key, images, captions, step=None):
+        """Images: list of (H, W, 3) uint8 arrays or PIL images; only W&B keeps them, the files are on disk anyway."""
+        def send(run):
+            import wandb
+
+            pictures = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
+            run.log({key: pictures}, step=step)
+
+        self._to_wandb(send)
+
+    def log_table(self, key, rows, step=None):
+        """A table of equal-keyed dicts, for W&B only."""
+        def send(run):
+            import wandb
+
+            columns = list(rows[0])
+            run.log({key: wandb.Table(columns, [[row[name] for name in columns] for row in rows])}, step=step)
+
+        self._to_wandb(send)
+
+    def finish(self):
+        self._to_wandb(lambda run: run.finish())
+
+    def _to_wandb(self, send):
+        if self.wandb_run is None:
+            return
+        try:
+            send(self.wandb_run)
+        except Exception as error:  # whatever W&B raises when its service or the network dies
+            print(f"warning: W&B stopped ({error}); going on without it, {self.file} has every value", file=sys.stderr)
+            self.wandb_run = None
