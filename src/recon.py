@@ -42,7 +42,7 @@ from tqdm import tqdm
 import options
 import utils
 from disk.files import file_hash
-from disk.names import Paths, images_name, run_name, scores_name
+from disk.names import Paths, run_name, scores_name
 from disk.scores import load_scores
 from encoding.encoder import encoder_file, load_encoder
 from encoding.guide import BrainGuide, read_target
@@ -135,8 +135,7 @@ def main(argv=None):
     paths = Paths.from_args(args)
     team = Team.assemble(args.device, args.precision, timedelta(days=1))  # shares may take hours longer than others
     resolve(args, team)
-    folder = Path(args.outdir).resolve() if args.outdir else paths.images(
-        args.subj, images_name(vars(args)), args.guidance_scale, args.guidance_strength)
+    folder = Path(args.outdir).resolve() if args.outdir else paths.images_of(vars(args))
 
     scores, image_ids, hashes = read_scores(paths, args)
     rows = pick_rows(image_ids, args)

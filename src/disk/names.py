@@ -59,6 +59,10 @@ class Paths:
             guidance_scale = guidance_strength = 0
         return self.root / "outputs_all" / subj / method / f"{guidance_scale:g}" / f"{guidance_strength:g}"
 
+    def images_of(self, flags):
+        """Folder of the reconstructions that the flags of recon.py (a dict) mean, --outdir aside."""
+        return self.images(flags["subj"], images_name(flags), flags["guidance_scale"], flags["guidance_strength"])
+
 
 def run_name(stage, subj, feat, hidden_dim, num_sessions=40, tag=""):
     """Name of a training run (DESIGN section 3).
