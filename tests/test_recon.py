@@ -17,7 +17,7 @@ from PIL import Image
 import recon
 import sampling.pipeline
 import utils
-from disk.files import _this_host, load_csv
+from disk.files import load_csv, this_host
 from disk.names import Paths, run_name
 from disk.scores import save_scores
 from sampling import folders
@@ -168,7 +168,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(root, models):
     process.wait()
     done = len(list((root / "killed").glob("*.png")))
     assert 0 < done < 300
-    cut = root / f"killed/.00000.png.{_this_host()}.{process.pid}.tmp"
+    cut = root / f"killed/.00000.png.{this_host()}.{process.pid}.tmp"
     cut.write_bytes(b"what a kill in the middle of a picture leaves")
     subprocess.run(command, check=True, capture_output=True)
     command[-1] = str(root / "whole")

@@ -13,12 +13,12 @@ import torch
 import options
 import utils
 from disk.checkpoints import load_checkpoint, save_checkpoint
-from disk.files import _this_host, atomic_path, remove_leftovers, save_json
+from disk.files import atomic_path, remove_leftovers, save_json, this_host
 from disk.names import Paths, run_name
 from disk.scores import load_scores, save_scores
 
 
-@pytest.mark.parametrize(("arguments", "name"), [  # DESIGN section 3, letter by letter
+@pytest.mark.parametrize(("arguments", "name"), [  # letter by letter
     (("pretrain", "subj01", "c", 1024), "multisubject_subj01_ext1_c_1024_mlp"),
     (("pretrain", "subj01", "g_2", 1024), "multisubject_subj01_ext1_g_2_1024"),
     (("finetune", "subj01", "z", 1024, 40), "pretrained_subj01_40sess_ext1_z_1024"),
@@ -133,9 +133,9 @@ def test_leftovers_of_living_processes_stay(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for pid in (dead.pid, os.getpid()):
-        (tmp_path / f".a.png.{_this_host()}.{pid}.tmp").touch()
+        (tmp_path / f".a.png.{this_host()}.{pid}.tmp").touch()
     others = {".mine.tmp", f".a.png.another-host.{dead.pid}.tmp"}
     for name in others:
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {f".a.png.{_this_host()}.{os.getpid()}.tmp", *others}
+    assert {file.name for file in tmp_path.iterdir()} == {f".a.png.{this_host()}.{os.getpid()}.tmp", *others}

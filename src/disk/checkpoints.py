@@ -6,15 +6,11 @@ from disk.files import atomic_path
 from utils import UserError, require
 
 CHECKPOINT_FORMAT = 2
-# what a checkpoint of a run has beside its format, and a subject's scores of it need
-RUN_KEYS = ("model", "model_args", "config", "n_voxels")
-
-
-# --- checkpoints -------------------------------------------------------------------------------------------------
+RUN_KEYS = ("model", "model_args", "config", "n_voxels")  # what scoring needs of a run's checkpoint
 
 
 def save_checkpoint(path, state):
-    """Write a checkpoint (tensors and JSON types only) atomically: the old file stays whole until the new one is."""
+    """Write a checkpoint (tensors and JSON types only) atomically: the old file stays until the new one is whole."""
     try:
         with atomic_path(path) as temporary:
             torch.save({"format": CHECKPOINT_FORMAT, **state}, temporary)
@@ -24,8 +20,10 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, what="checkpoint", hint="train it first (bash scripts/train.sh)", keys=RUN_KEYS):
-    """Read a checkpoint with weights_only=True; missing, damaged or foreign files raise UserError, as do those that
-    lack one of `keys`."""
+    """Read a checkpoint with weights_only=True, its tensors mapped from the file; returns the dict that was saved.
+
+    what, hint: words for the UserError that a missing, damaged or foreign file raises, and one that lacks any of `keys`.
+    """
     require(path, what, hint)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

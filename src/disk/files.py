@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and reading them with one clear line where they are not what they should be."""
+"""Write files that are whole or absent; read them with one clear line where they are not what they should be."""
 
 import csv
 import hashlib
@@ -35,12 +35,12 @@ def atomic_path(path):
 
 def _temporary_of(path):
     """Where a file is written until it is whole: beside it, named after this host and process."""
-    return path.with_name(f".{path.name}.{_this_host()}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{this_host()}.{os.getpid()}.tmp")
 
 
 def remove_leftovers(folder):
     """Remove the temporary files of atomic_path whose process, on this host, is gone: killed while it wrote."""
-    for file in Path(folder).glob(f".*.{_this_host()}.*.tmp"):
+    for file in Path(folder).glob(f".*.{this_host()}.*.tmp"):
         try:
             os.kill(int(file.name.split(".")[-2]), 0)  # signal 0 only asks whether there is such a process
         except ProcessLookupError:
@@ -49,29 +49,34 @@ def remove_leftovers(folder):
             pass
 
 
-def _this_host():
+def this_host():
+    """Return this machine's name, as it stands in the names of temporary files."""
     return socket.gethostname().replace(".", "-")
 
 
 def save_together(files):
-    """Write several files, {path: function of the path to write to}: until the disk has taken all of them, those that
-    are there stay. They then come into place one by one, the first of `files` last."""
+    """Write several files, {path: function of the path to write to}.
+
+    Those that are there stay until the disk has taken all of the new ones, which then come into place one by one, the
+    first of `files` last.
+    """
     with ExitStack() as places:
         for path, write in files.items():
             write(places.enter_context(atomic_path(path)))
 
 
 def write_json(value):
-    """A function that writes a value to a path."""
+    """Return a function that writes a value to a path (for save_together)."""
     return lambda path: path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def save_json(path, value):
+    """Write a value of JSON types atomically."""
     save_together({path: write_json(value)})
 
 
 def load_json(path, what="file", hint="run the stage that writes it", kind=dict):
-    """Read a JSON file that holds an object (kind=dict) or a list."""
+    """Read a JSON file that holds an object (kind=dict) or a list; UserError if it is missing or is anything else."""
     try:
         value = json.loads(require(path, what, hint).read_text())
     except ValueError as error:  # no JSON, or no text
@@ -83,7 +88,7 @@ def load_json(path, what="file", hint="run the stage that writes it", kind=dict)
 
 
 def write_npy(array):
-    """A function that writes an array to a path."""
+    """Return a function that writes an array to a path (for save_together)."""
     def write(path):
         with open(path, "wb") as file:
             np.save(file, array)
@@ -91,7 +96,7 @@ def write_npy(array):
 
 
 def load_npy(path, what, hint, mmap_mode=None):
-    """Load an array without pickles, with mmap_mode='r' as a map of the file; UserError if missing or damaged."""
+    """Load an array (mmap_mode='r': as a map of the file), never a pickle; UserError if it is missing or damaged."""
     try:
         array = np.load(require(path, what, hint), allow_pickle=False, mmap_mode=mmap_mode)
         if not isinstance(array, np.ndarray):
@@ -103,7 +108,7 @@ def load_npy(path, what, hint, mmap_mode=None):
 
 
 def write_csv(rows):
-    """A function that writes a list of equal-keyed dicts to a path."""
+    """Return a function that writes a list of equal-keyed dicts to a path (for save_together)."""
     def write(path):
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
@@ -113,10 +118,12 @@ def write_csv(rows):
 
 
 def save_csv(path, rows):
+    """Write a list of equal-keyed dicts atomically, under a header."""
     save_together({path: write_csv(rows)})
 
 
 def load_csv(path, what, hint):
+    """Read a table as a list of dicts of str; UserError if it is missing or not text."""
     try:
         with open(require(path, what, hint), newline="") as file:
             return list(csv.DictReader(file))
@@ -125,7 +132,7 @@ def load_csv(path, what, hint):
 
 
 def file_hash(path, algorithm="sha256", digits=12):
-    """First hex digits (None: all) of a file's hash: says which checkpoint made an artefact."""
+    """Return the first hex digits (None: all) of a file's hash, which say what made an artefact."""
     digest = hashlib.new(algorithm)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -1,4 +1,7 @@
-"""Names on disk: where every file of the project lies, and what its runs, scores and pictures are called."""
+"""Names on disk: where every file of the project lies, and what its runs, scores and pictures are called.
+
+Only the standard library is imported here, as in utils.py. docs/data.md lists the names.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +11,7 @@ from utils import UserError
 
 @dataclass(frozen=True)
 class Paths:
-    """Every folder and file of the project, all hanging from one root (DESIGN section 3)."""
+    """Every folder and file of the project, all hanging from one root."""
 
     root: Path
     data_path: Path
@@ -24,14 +27,17 @@ class Paths:
 
     @property
     def stimuli(self):
+        """Folder of NSD's stimuli, their captions and their features."""
         return self.root / "nsddata_stimuli/stimuli/nsd"
 
     @property
     def experiments(self):
+        """Folder of the tables that say which subject saw which image when."""
         return self.root / "nsddata/experiments/nsd"
 
     @property
     def captions(self):
+        """COCO's captions of the stimuli, {cocoId: [caption, ...]}."""
         return self.stimuli / "annotations/nsd_captions.json"
 
     def feature(self, feat):
@@ -39,6 +45,7 @@ class Paths:
         return self.stimuli / f"{feat}_all.hdf5"
 
     def betas(self, subj):
+        """HDF5 file of a subject's single-trial responses."""
         return self.data_path / f"betas_all_{subj}_fp32_renorm.hdf5"
 
     def rois(self, subj):
@@ -46,6 +53,7 @@ class Paths:
         return self.root / "nsddata/ppdata" / subj / "func1pt8mm/roi"
 
     def run(self, name):
+        """Folder of a training run; `name` is `run_name`'s."""
         return self.root / "train_logs" / name
 
     def scores(self, subj, name, feat):
@@ -54,7 +62,7 @@ class Paths:
         return folder / f"Linear-{feat[2:]}" if feat.startswith("g_") else folder
 
     def images(self, subj, method, guidance_scale, guidance_strength):
-        """Folder of a set of reconstructions; what is not guided lies in 0/0."""
+        """Folder of a set of reconstructions; those without guidance lie in 0/0."""
         if not guidance_scale * guidance_strength:
             guidance_scale = guidance_strength = 0
         return self.root / "outputs_all" / subj / method / f"{guidance_scale:g}" / f"{guidance_strength:g}"
@@ -65,7 +73,7 @@ class Paths:
 
 
 def run_name(stage, subj, feat, hidden_dim, num_sessions=40, tag=""):
-    """Name of a training run (DESIGN section 3).
+    """Return the name of a training run.
 
     stage: 'pretrain' (all subjects but `subj`), 'finetune' (`subj` alone, from the pretrained run), 'scratch' or
     'ridge' (the linear baseline, which has no hidden_dim), or 'ground_truth' (no run, but the true features of the
@@ -83,16 +91,16 @@ def run_name(stage, subj, feat, hidden_dim, num_sessions=40, tag=""):
 
 
 def run_of(flags, feat):
-    """Name of the run that the flags of a score script (a dict) mean: --run STAGE[:SUBJ] and what names it."""
+    """Return the name of the run that a score script's flags (a dict) mean: --run STAGE[:SUBJ] and what names it."""
     stage, _, subj = flags["run"].partition(":")
     return run_name(stage, subj or flags["subj"], feat, flags["hidden_dim"], flags["num_sessions"], flags["tag"])
 
 
 def head_of(flags):
-    """Whose voxel encoder reads --subj: 'own', 'adapt' (a new one) or the subject it is borrowed from.
+    """Say whose voxel encoder reads --subj: 'own', 'adapt' (a new one) or the subject it is borrowed from.
 
-    Without --head: own where the run has one, else adapt (DESIGN section 6). A pretraining run has everyone's but the
-    subject's it is named after, any other run has only that one.
+    Without --head: own where the run has one, else adapt. A pretraining run has everyone's but that of the subject it
+    is named after; any other run has only that one.
     """
     stage, _, subj = flags["run"].partition(":")
     has_own = ((subj or flags["subj"]) == flags["subj"]) != (stage == "pretrain")
@@ -100,7 +108,7 @@ def head_of(flags):
 
 
 def scores_name(flags, feat):
-    """Name of a folder of scores: the run, then what sets these apart: an adapted or borrowed head, a null control."""
+    """Name a folder of scores: the run, then what sets these apart (an adapted or borrowed head, a null control)."""
     head = head_of(flags)
     parts = [run_of(flags, feat)]
     parts += {"own": [], "adapt": [f"adapt{flags['num_sessions']}sess"]}.get(head, [f"head{head[-2:]}"])
@@ -108,7 +116,7 @@ def scores_name(flags, feat):
 
 
 def images_name(flags):
-    """Name of the reconstructions that the flags of recon.py (a dict) mean: --method, then what they are made of."""
+    """Name the reconstructions that the flags of recon.py (a dict) mean: --method, then what they are made of."""
     ceiling = ["ground_truth"] if flags["run"] == "ground_truth" else []
     brain = ["gnet", flags["gnet_roi"], f"{flags['gnet_kappa']:g}"] if flags["use_gnet"] else []
     return "_".join([flags["method"], *ceiling, *brain, *_variant_of(flags)])

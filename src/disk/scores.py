@@ -7,7 +7,7 @@ from utils import UserError
 
 
 def save_scores(folder, image_ids, arrays, config):
-    """Write `arrays` {file stem: (N, ...)} as float32 beside image_ids.npy and config.json (DESIGN section 3).
+    """Write `arrays` {file stem: (N, ...)} as float32 beside image_ids.npy and config.json (docs/data.md).
 
     Scores that are there already stay until the disk has taken all of the new ones.
     """
