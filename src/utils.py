@@ -1,6 +1,7 @@
 """What every script needs: errors of one line, signals, exit statuses, seeds, devices.
 
-Only the standard library is imported here, and in options.py: --help answers at once, and without the environment.
+At the top only the standard library is imported, here as in options.py, so that --help answers at once, from a Python
+that has nothing else installed.
 """
 
 import errno
@@ -19,8 +20,18 @@ REFUSALS = NO_ROOM | {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errn
                       errno.ENAMETOOLONG}
 
 
+# --- errors, signals, exit statuses ------------------------------------------------------------------------------
+
+
 class UserError(Exception):
     """Something the user can mend; its message is one line: flag or file, found, wanted, what to do."""
+
+
+def require(path, what, hint):
+    """Return `path` if it exists, else raise a UserError saying what it should have been and what to do."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: {what} not found; {hint}")
+    return Path(path)
 
 
 class Interrupted(Exception):
@@ -91,7 +102,7 @@ def _status_of(main, argv):
 
 
 def refusal(error):
-    """What a refused file operation says, and what to do."""
+    """Say in a few words why a file operation was refused, and what to do."""
     what = error.strerror or str(error).splitlines()[0]  # NumPy says how much it has written, but not why no more
     if error.errno in NO_ROOM or error.errno is None:
         return f"{what}; make room on the disk, then run the same command again"
@@ -112,30 +123,6 @@ def _leave_processes(failed):
         dist.destroy_process_group()
 
 
-def require(path, what, hint):
-    """Return `path` if it exists, else raise a UserError saying what it should have been and what to do."""
-    if not Path(path).exists():
-        raise UserError(f"{path}: {what} not found; {hint}")
-    return Path(path)
-
-
-def in_bytes(n):
-    """'39.6 GB' of a number of bytes."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if n < 1000 or unit == "TB":
-            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-
-
-def git_commit():
-    """The repository's commit, or None outside git."""
-    command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-    except OSError:  # no git here
-        return None
-
-
 # --- seeds and devices -------------------------------------------------------------------------------------------
 
 
@@ -150,7 +137,7 @@ def seed_everything(seed):
 
 
 def derive_seed(*parts):
-    """One 63-bit seed from several integers, e.g. (seed, epoch, rank) or (seed, image_id, sample)."""
+    """Make one 63-bit seed of several integers, e.g. (seed, epoch, rank) or (seed, image_id, sample)."""
     import numpy as np
 
     return int(np.random.SeedSequence([int(part) for part in parts]).generate_state(1, np.uint64)[0] >> 1)
@@ -159,13 +146,13 @@ def derive_seed(*parts):
 def reproducible_products():
     """Let MKL (PyTorch's on x86) add up in an order that does not depend on the number of threads.
 
-    MKL reads this at its first matrix product, so it is called before any. What the environment says goes first.
+    MKL reads the setting at its first matrix product, so call this before any. The environment's own setting wins.
     """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 def pick_device(name="auto"):
-    """torch.device for 'auto' (CUDA where there is one), 'cpu', 'cuda', 'cuda:1', ..."""
+    """Return the torch.device of 'auto' (CUDA where there is one), 'cpu', 'cuda', 'cuda:1', ..."""
     import torch
 
     if name == "auto":
@@ -177,3 +164,23 @@ def pick_device(name="auto"):
     except RuntimeError as error:
         raise UserError(f"--device {name}: not a device ({str(error).splitlines()[0]}); wanted auto, cpu, cuda or "
                         "cuda:1") from None
+
+
+# --- messages and records ----------------------------------------------------------------------------------------
+
+
+def in_bytes(n):
+    """Write a number of bytes as '39.6 GB'."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
+            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+
+
+def git_commit():
+    """Return the repository's commit, or None outside git."""
+    command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git here
+        return None

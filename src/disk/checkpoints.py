@@ -22,7 +22,7 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, what="checkpoint", hint="train it first (bash scripts/train.sh)", keys=RUN_KEYS):
     """Read a checkpoint with weights_only=True, its tensors mapped from the file; returns the dict that was saved.
 
-    what, hint: words for the UserError that a missing, damaged or foreign file raises, and one that lacks any of `keys`.
+    what, hint: words for the UserError that a missing, damaged or foreign file raises, or one that lacks any of `keys`.
     """
     require(path, what, hint)
     try:
