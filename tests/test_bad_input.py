@@ -35,7 +35,7 @@ import train_z
 import utils
 from disk.files import load_json, save_json
 from evaluation import networks
-from nsd.trials import _read_shard
+from nsd.trials import read_shard
 from test_convert_gnet import published  # noqa: F401  a fixture
 from tiny_brain import RUN as GNET
 from tiny_brain import V, write_brain
@@ -255,7 +255,7 @@ def hostile_npy(name):
 def shard(name, change):
     """A shard of other trials: change(behav (trials, 17))."""
     def damage(world):
-        write_tar(world.root / SHARDS / name, change(_read_shard(world.root / SHARDS / name)))
+        write_tar(world.root / SHARDS / name, change(read_shard(world.root / SHARDS / name)))
     return damage
 
 

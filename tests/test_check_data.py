@@ -21,7 +21,7 @@ import utils
 from disk.names import Paths
 from nsd import sources
 from nsd.regions import PRF_LABELS
-from nsd.trials import _read_shard
+from nsd.trials import read_shard
 
 MODELS = Path(__file__).resolve().parent.parent / "demo/models"
 FEATS = {"c": (20, 64), "g_2": (17, 96)}
@@ -117,7 +117,7 @@ def shards(paths, split="train/1"):
 
 def behaviour(paths, change, split="train/1"):
     """Write one of subject 1's shards again, its behav rows changed."""
-    rows = _read_shard(shards(paths, split))
+    rows = read_shard(shards(paths, split))
     tiny_nsd.write_tar(shards(paths, split), change(rows))
 
 

@@ -18,9 +18,9 @@ import utils
 from nsd.batches import EpochBatches
 from nsd.captions import load_captions
 from nsd.regions import roi_masks
-from nsd.repeats import _move_to_other_images, _null_responses, load_test_set
+from nsd.repeats import load_test_set, move_to_other_images, null_responses
 from nsd.rows import KNOWN_FEATURE_SHAPES, Rows, open_betas, open_feature
-from nsd.trials import _read_shard, list_subjects, load_trials, split_by_image
+from nsd.trials import list_subjects, load_trials, read_shard, split_by_image
 
 
 @pytest.fixture
@@ -557,20 +557,20 @@ def test_null_controls(nsd):
 def test_shuffled_trials_all_leave_their_image(seed):
     rng = np.random.default_rng(seed)
     owner = np.repeat(np.arange(6), [3, 3, 2, 1, 3, 2])
-    permutation = _move_to_other_images(owner, rng)
+    permutation = move_to_other_images(owner, rng)
     assert sorted(permutation) == list(range(len(owner)))
     assert (owner[permutation] != owner).all()
 
 
 def test_shuffle_of_too_few_images():
     with pytest.raises(utils.UserError, match="--control shuffle"):
-        _move_to_other_images(np.array([0, 0, 0, 1]), np.random.default_rng(0))
+        move_to_other_images(np.array([0, 0, 0, 1]), np.random.default_rng(0))
 
 
 def test_noise_has_the_voxels_mean_and_spread():
     rng = np.random.default_rng(0)
     betas = (rng.standard_normal((4000, 3)) * [1, 5, 0.2] + [0, 3, -7]).astype(np.float32)
-    noise = _null_responses(betas, np.arange(4000), "noise", rng)
+    noise = null_responses(betas, np.arange(4000), "noise", rng)
     np.testing.assert_allclose(noise.mean(0), betas.mean(0), atol=0.4)
     np.testing.assert_allclose(noise.std(0), betas.std(0), rtol=0.05)
     assert abs(np.corrcoef(noise[:, 1], betas[:, 1])[0, 1]) < 0.1
@@ -579,8 +579,8 @@ def test_noise_has_the_voxels_mean_and_spread():
 def test_shards_are_unpacked_once(nsd, monkeypatch):
     paths, _ = nsd
     first = load_trials(paths, "subj01", "train", 2)
-    read, unpacked = _read_shard, []
-    monkeypatch.setattr("nsd.trials._read_shard", lambda path: (unpacked.append(path.name), read(path))[1])
+    read, unpacked = read_shard, []
+    monkeypatch.setattr("nsd.trials.read_shard", lambda path: (unpacked.append(path.name), read(path))[1])
     pd.testing.assert_frame_equal(load_trials(paths, "subj01", "train", 2), first)
     assert unpacked == []
     everything = load_trials(paths, "subj01", "train")

@@ -1,4 +1,4 @@
-"""An epoch's batches: every trial once, no image twice in a batch. Letters: B batch, V voxels."""
+"""Batches of trials to train on, drawn from (seed, epoch). Letters: B batch, V voxels of a subject."""
 
 from collections import defaultdict
 
@@ -24,7 +24,10 @@ class EpochBatches(torch.utils.data.Dataset):
     """
 
     def __init__(self, tables, betas, targets, batch_size, seed, rank=0, size=1):
-        """tables: {subject: trials}, betas: {subject: Rows}, targets: {name: Rows by image id}."""
+        """tables: {subject: table of trials}; betas: {subject: Rows}; targets: {name: Rows by image id}.
+
+        Raises UserError for batches that cannot be, and for images that a target does not have.
+        """
         share = batch_size // len(tables)
         if share < 1:
             raise utils.UserError(f"--batch_size {batch_size}: fewer than the {len(tables)} subjects; raise it")
@@ -41,7 +44,7 @@ class EpochBatches(torch.utils.data.Dataset):
         for ids in self.image_ids.values():
             for rows in targets.values():
                 rows.require(ids)
-        # an image that is repeated more often than that needs a batch for each of its trials
+        # enough for the shares, and one for each trial of the image that is repeated most often
         repeats = np.unique(np.concatenate(list(self.image_ids.values())), return_counts=True)[1].max()
         self.n_batches = max(-(-max(map(len, tables.values())) // share), int(repeats))
         self._epoch = torch.tensor(0).share_memory_()  # seen by persistent DataLoader workers too
@@ -55,7 +58,7 @@ class EpochBatches(torch.utils.data.Dataset):
         return self.n_batches
 
     def plan(self):
-        """This epoch's batches: {subject: list of n_batches index arrays into its trials}."""
+        """Return this epoch's batches: {subject: list of n_batches index arrays into its trials}."""
         epoch = self._epoch.item()
         if self._planned != epoch:
             rng = np.random.default_rng(utils.derive_seed(self.seed, epoch))
@@ -82,7 +85,7 @@ class EpochBatches(torch.utils.data.Dataset):
         }
 
     def _own_parts(self, chosen):
-        """The slice of each subject's trials that is this process's (distributed.Team says which rows are whose)."""
+        """Yield the slice of each subject's trials that is this process's (training.team says which rows are whose)."""
         offset = 0
         for trials in chosen.values():
             yield slice((self.rank - offset) % self.size, None, self.size)

@@ -1,4 +1,4 @@
-"""What people said of the images: COCO's captions."""
+"""What people said of the images: COCO's captions, about five of each."""
 
 import json
 import zipfile
@@ -32,7 +32,7 @@ def write_captions(paths, archive):
 
 
 def load_captions(paths):
-    """Captions of every image: list by image id of lists of str (about 5 each)."""
+    """Read the captions of every image: list by image id of lists of str."""
     table, caption_file = load_stimulus_table(paths), paths.captions
     by_coco_id = load_json(caption_file, "captions", "download them (bash scripts/download.sh)")
     captions = [by_coco_id.get(str(coco_id)) for coco_id in table["cocoId"]]

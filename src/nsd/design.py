@@ -1,11 +1,11 @@
 """What the experiment's own tables say: which image a trial showed, which images are shared, what COCO calls them.
 
-Image ids are 0-based 73k ids; nsd_expdesign.mat counts from 1 and is converted here and nowhere else."""
+Image ids are 0-based 73k ids; nsd_expdesign.mat counts from 1, and is converted here and nowhere else.
+"""
 
 import h5py
 import numpy as np
 import pandas as pd
-import scipy.io
 
 import utils
 from disk.files import load_npy
@@ -13,11 +13,14 @@ from nsd.sources import DOWNLOAD, SUBJECTS
 
 
 def expdesign_file(paths):
+    """Return where NSD's design of the experiment lies."""
     return paths.experiments / "nsd_expdesign.mat"
 
 
 def read_expdesign(paths, take):
-    """take(what nsd_expdesign.mat holds, {name: array}); UserError where that fails."""
+    """Return take({name: array} of nsd_expdesign.mat); UserError where reading or taking fails."""
+    import scipy.io
+
     file = utils.require(expdesign_file(paths), "the experiment's design", DOWNLOAD)
     try:
         return take(scipy.io.loadmat(file, variable_names=["masterordering", "subjectim", "sharedix"]))
@@ -26,7 +29,7 @@ def read_expdesign(paths, take):
 
 
 def load_design(paths, subj):
-    """Image id of every designed trial of a subject, (trials,), from nsd_expdesign.mat.
+    """Read the image id of every designed trial of a subject, (trials,), from nsd_expdesign.mat.
 
     The file counts from 1: trial t (row of the betas) of subject s showed subjectim[s, masterordering[t] - 1] - 1.
     """
@@ -38,7 +41,7 @@ def load_design(paths, subj):
 
 
 def check_against_expdesign(paths, subj, trials):
-    """Compare the trials' image ids with the experiment's design; raises UserError when one differs."""
+    """Raise UserError when an image id of `trials` (a table of load_trials) is not that of the experiment's design."""
     file, shown = expdesign_file(paths), load_design(paths, subj)
     row, image_id = trials["row"].to_numpy(), trials["image_id"].to_numpy()
     if row.max() >= len(shown):
@@ -54,9 +57,9 @@ def check_against_expdesign(paths, subj, trials):
 
 
 def check_shared_images(paths):
-    """Ids of the images that all subjects were to see; raises UserError unless all files that list them agree.
+    """Return the ids of the images that all subjects were to see; UserError unless the files that list them agree.
 
-    They are: nsd_expdesign.mat (from 1), the table of the stimuli, and MindEye2's shared1000.npy.
+    These are nsd_expdesign.mat (from 1), the table of the stimuli and MindEye2's shared1000.npy.
     """
     shared = read_expdesign(paths, lambda design: np.sort(design["sharedix"].ravel().astype(np.int64) - 1))
     mask_file = paths.data_path / "shared1000.npy"
@@ -71,9 +74,8 @@ def check_shared_images(paths):
 
 
 def check_trial_images(paths, subj):
-    """Number of trials in COCO_73k_subj_indices.hdf5; raises UserError where it contradicts nsd_expdesign.mat."""
-    file = utils.require(paths.data_path / "COCO_73k_subj_indices.hdf5", "image ids of trials",
-                         DOWNLOAD)
+    """Count the trials in COCO_73k_subj_indices.hdf5; raises UserError where it contradicts nsd_expdesign.mat."""
+    file = utils.require(paths.data_path / "COCO_73k_subj_indices.hdf5", "image ids of trials", DOWNLOAD)
     try:
         with h5py.File(file, "r") as listed:
             image_ids = listed[subj][()].astype(np.int64)
@@ -85,7 +87,7 @@ def check_trial_images(paths, subj):
 
 
 def load_stimulus_table(paths, columns=("nsdId", "cocoId")):
-    """NSD's table of the stimuli, one row per image, in the order of image ids: DataFrame of the wanted columns."""
+    """Read NSD's table of the stimuli: DataFrame of the wanted columns, one row per image, in the order of ids."""
     file = paths.experiments / "nsd_stim_info_merged.csv"
     utils.require(file, "table of the stimuli", f"{DOWNLOAD}, or check --root")
     try:

@@ -1,7 +1,6 @@
-"""Regions of interest over the voxels of a subject's betas."""
+"""Regions of interest over the voxels of a subject's betas. Letter: V voxels."""
 
 import h5py
-import nibabel
 import numpy as np
 
 import utils
@@ -11,14 +10,11 @@ from nsd.sources import DOWNLOAD
 PRF_LABELS = {"V1": (1, 2), "V2": (3, 4), "V3": (5, 6), "V4": (7,)}  # of prf-visualrois: ventral and dorsal halves
 
 
-# --- what subjects saw --------------------------------------------------------------------------------------------
-
-
 def roi_masks(paths, subj):
-    """Regions of interest of a subject: dict name -> bool (V,) over the voxels of its betas.
+    """Read the regions of interest of a subject: {name: (V,) bool} over the voxels of its betas.
 
-    From MindEye2's brain_region_masks.hdf5, or from NSD's own volumes where that is not there. Where both are, they
-    must agree: UserError otherwise, since then the betas' voxels are in another order than one of them.
+    From MindEye2's brain_region_masks.hdf5, or from NSD's own volumes where that file is missing. Where both are there
+    they must agree: UserError otherwise, since the betas' voxels are then in another order than one of them.
     """
     file = paths.data_path / "brain_region_masks.hdf5"
     volumes = paths.rois(subj) / "nsdgeneral.nii.gz"
@@ -51,7 +47,9 @@ def roi_masks(paths, subj):
 
 
 def _masks_of_volumes(paths, subj):
-    """The masks from NSD's nsdgeneral and prf-visualrois volumes, (X, Y, Z); voxels in C order, as the betas are."""
+    """Make the masks of NSD's nsdgeneral and prf-visualrois volumes, (X, Y, Z); voxels in C order, as the betas are."""
+    import nibabel
+
     folder = paths.rois(subj)
     volumes = {}
     for name in ("nsdgeneral", "prf-visualrois"):

@@ -1,4 +1,7 @@
-"""Responses averaged over an image's repeats: test sets, noise ceilings, null controls. Letters: N images, V voxels."""
+"""Responses averaged over an image's repeats: test sets, noise ceilings, null controls.
+
+Letters: N images, V voxels.
+"""
 
 from typing import NamedTuple
 
@@ -9,14 +12,12 @@ import utils
 from nsd.rows import open_betas, read_betas
 from nsd.trials import load_trials, split_trials
 
-# --- rows of HDF5 data sets ---------------------------------------------------------------------------------------
-
 
 class AveragedRows:
     """Responses to images, (N, V): row i is the plain mean of the trials of image i, read when it is asked for.
 
-    Stands in for the Rows of single-trial betas. image_ids (N,) ascend; `table` is the trials' of load_trials with a
-    line per image [image_id, row], row being the number here.
+    Stands in for the Rows of single-trial betas. image_ids (N,) ascend; `table` stands in for that of load_trials, with
+    one line per image [image_id, row], where row is the image's place among these rows.
     """
 
     def __init__(self, betas, trials):
@@ -38,12 +39,12 @@ class AveragedRows:
 
     @staticmethod
     def average(responses, counts):
-        """Means of consecutive groups of counts (n,) rows: (sum of counts, V) -> (n, V)."""
+        """Average consecutive groups of counts (n,) rows: (sum of counts, V) -> (n, V)."""
         return np.add.reduceat(responses, np.cumsum(counts) - counts, axis=0) / counts[:, None].astype(np.float32)
 
 
 def noise_ceiling(responses, n_repeats, images_at_once=500):
-    """Highest r that a prediction can reach with mean responses to images of n_repeats (N,) trials each; (V,), or None.
+    """Estimate the highest r that a prediction can reach with mean responses of n_repeats (N,) trials; (V,) or None.
 
     responses: AveragedRows, from whose repeats signal and noise are told apart (Allen et al. 2022, NSD): the noise
     variance is that of trials of one image, the signal's what is left of all trials' variance, not below 0;
@@ -66,7 +67,7 @@ def noise_ceiling(responses, n_repeats, images_at_once=500):
     return np.sqrt(signal / np.maximum(signal + noise * np.mean(1 / n_repeats), 1e-12)).astype(np.float32)
 
 
-# --- testing ------------------------------------------------------------------------------------------------------
+# --- test sets and null controls ----------------------------------------------------------------------------------
 
 
 class TestSet(NamedTuple):
@@ -84,19 +85,20 @@ def load_test_set(paths, subj, control=None, seed=0, held_out=None, split="new_t
 
     split: "new_test" or "test" (see load_trials), or "val", of which held_out says what it is: (num_sessions,
     val_fraction, seed) of that training, as in split_trials. repeats: "mean" of an image's trials, or "single", the
-    first of them. control makes a null control of the same size and repeats (same images and ids):
-
-    "shuffle": every response is one to another image, trials permuted; "noise": normal noise with each voxel's mean and
-    standard deviation over the test trials; "mean": the mean response for every image.
+    first of them. control makes a null control with the same images and repeats:
+        "shuffle"  trials permuted: every response is one to another image
+        "noise"    normal noise with each voxel's mean and standard deviation over the test trials
+        "mean"     the mean response for every image
     """
     trials = split_trials(paths, subj, *held_out)[1] if split == "val" else load_trials(paths, subj, split)
     return average_repeats(open_betas(paths, subj), trials, control, seed, repeats)
 
 
 def responses_to(paths, subj, image_ids, num_sessions=None, control=None, seed=0, repeats="mean"):
-    """TestSet of exactly these images (N,): test images, or training images of the first num_sessions.
+    """Average a subject's responses to exactly these images (N,); returns a TestSet.
 
-    control, seed, repeats: as load_test_set. Raises UserError for an image that the subject did not see.
+    All are test images, or all are training images of the first num_sessions. control, seed, repeats: as in
+    load_test_set. Raises UserError for an image that the subject did not see.
     """
     trials = load_trials(paths, subj, "new_test")
     if not np.isin(image_ids, trials["image_id"]).all():
@@ -112,7 +114,7 @@ def responses_to(paths, subj, image_ids, num_sessions=None, control=None, seed=0
 def average_repeats(betas, trials, control=None, seed=0, repeats="mean"):
     """Average the responses (Rows `betas`) to each image of a table of trials; returns a TestSet.
 
-    control, repeats: as load_test_set.
+    control, seed, repeats: as in load_test_set.
     """
     if repeats == "single":
         trials = trials.sort_values("row").drop_duplicates("image_id")
@@ -120,11 +122,11 @@ def average_repeats(betas, trials, control=None, seed=0, repeats="mean"):
     responses = read_betas(betas, by_image.rows)  # (trials, V), grouped by image
     if control is not None:
         owner = np.repeat(np.arange(len(by_image.image_ids)), by_image.n_repeats)
-        responses = _null_responses(responses, owner, control, np.random.default_rng(seed))
+        responses = null_responses(responses, owner, control, np.random.default_rng(seed))
     return TestSet(by_image.image_ids, by_image.average(responses, by_image.n_repeats), by_image.n_repeats)
 
 
-def _null_responses(betas, owner, control, rng):
+def null_responses(betas, owner, control, rng):
     """Replace single-trial betas (trials, V) by a null control's; owner (trials,) numbers the images."""
     mean = betas.mean(axis=0, dtype=np.float64).astype(np.float32)
     if control == "mean":
@@ -133,12 +135,12 @@ def _null_responses(betas, owner, control, rng):
         std = betas.std(axis=0, dtype=np.float64).astype(np.float32)
         return rng.standard_normal(betas.shape, dtype=np.float32) * std + mean
     if control == "shuffle":
-        return betas[_move_to_other_images(owner, rng)]
+        return betas[move_to_other_images(owner, rng)]
     raise ValueError(f"control {control!r}")
 
 
-def _move_to_other_images(owner, rng):
-    """A random permutation of trials in which no trial stays with its image; owner (trials,) numbers the images."""
+def move_to_other_images(owner, rng):
+    """Draw a permutation of the trials that leaves none with its image; owner (trials,) numbers the images."""
     if 2 * np.bincount(owner).max() > len(owner):
         raise utils.UserError("--control shuffle: one image has more than half of the test trials; use another control")
     permutation = rng.permutation(len(owner))

@@ -1,4 +1,7 @@
-"""Rows of HDF5 data sets that are too big to load: betas, features, stimuli. Letters: N images, V voxels."""
+"""Rows of HDF5 data sets that are too big to load: betas, features, stimuli.
+
+Letters: N rows or images, V voxels, T tokens, D width of a token.
+"""
 
 import mmap
 import os
@@ -11,9 +14,6 @@ from nsd.sources import DOWNLOAD
 
 # feature files written by other programs are flat and do not say their shape: c, g and z of Stable Diffusion 1.x
 KNOWN_FEATURE_SHAPES = {59136: (77, 768), 38400: (50, 768), 16384: (4, 64, 64)}
-
-
-# --- rows of HDF5 data sets ---------------------------------------------------------------------------------------
 
 
 class Rows:
@@ -111,25 +111,25 @@ class Rows:
                                   f"{len(self)} rows are there; {self._go_on}")
 
     def of(self, kind, n_axes, wanted):
-        """These Rows, if they are of a kind of number (NumPy's letter) and have that many axes: else UserError."""
+        """Return these Rows if their numbers are of that kind (NumPy's letter) in that many axes; else UserError."""
         if self.dtype.kind != kind or len(self.row_shape) != n_axes:
             raise utils.UserError(f"{self.path}: `{self.key}` is {self.dtype} of shape {self.shape}, wanted {wanted}; "
                                   f"{self._hint}")
         return self
 
     def batches(self, ids, size):
-        """The rows of `ids` (n,), at most `size` at a time."""
+        """Yield the rows of `ids` (n,), at most `size` at a time."""
         return (self[part] for part in np.array_split(ids, -(-len(ids) // size)))
 
 
 def open_betas(paths, subj):
-    """Rows of a subject's single-trial responses: (trials, V) float32, z-scored by session."""
+    """Open a subject's single-trial responses: Rows (trials, V) float32, z-scored by session."""
     hint = f"{DOWNLOAD}, or check --data_path and --subj"
     return Rows(paths.betas(subj), "betas", f"betas of {subj}", hint).of("f", 1, "float (trials, voxels)")
 
 
 def open_feature(paths, feat):
-    """Rows of a feature of the stimuli, by image id: c (T, D), z (4, h, w), g_k (T, D)."""
+    """Open a feature of the stimuli: Rows by image id, of c (T, D), z (4, h, w) or g_k (T, D)."""
     hint = f"write it with python src/img2feat.py --feats {feat}"
     go_on = f"go on with bash scripts/features.sh --feats {feat}"
     rows = Rows(paths.feature(feat), "data", f"feature {feat}", hint, KNOWN_FEATURE_SHAPES, go_on)
@@ -137,13 +137,13 @@ def open_feature(paths, feat):
 
 
 def open_stimuli(paths):
-    """Rows of the stimuli, by image id: (N, H, W, 3) uint8."""
+    """Open the stimuli: Rows by image id, (N, H, W, 3) uint8."""
     hint = f"{DOWNLOAD}, or check --root"
     return Rows(paths.stimuli / "nsd_stimuli.hdf5", "imgBrick", "stimuli", hint).of("u", 3, "uint8 (N, H, W, 3)")
 
 
 def read_betas(betas, rows):
-    """Betas of some trials, (len(rows), V) float32; raises UserError when one is not a finite number."""
+    """Read the betas of some trials, (len(rows), V) float32; raises UserError when one is not a finite number."""
     voxels = betas[rows].astype(np.float32, copy=False)
     finite = np.isfinite(voxels).all(axis=1)
     if not finite.all():

@@ -62,7 +62,7 @@ class Wanted(NamedTuple):
 
 
 def files_of(group, subjects):
-    """The files of a group, [Wanted], for some subjects; [] for weights (`weights_of`)."""
+    """List the files of a group, [Wanted], for some subjects; [] for weights (`weights_of`)."""
     nsd, hub = _from(group, "nsd"), _from(group, "hub")
     if group == "design":
         return [*(nsd(f"nsddata/experiments/nsd/{name}") for name in ("nsd_expdesign.mat", "nsd_stim_info_merged.csv")),
@@ -88,6 +88,6 @@ def _from(group, origin):
 
 
 def weights_of(group):
-    """(repository, patterns of its files) of a group of weights on the hub; None of any other group."""
+    """Return (repository, patterns of its files) of a group of weights on the hub; None of any other group."""
     weights = {"sd": (SD_MODEL, SD_FILES), "clip": (CLIP_MODEL, CLIP_FILES), "eval_clip": (EVAL_CLIP, CLIP_FILES)}
     return weights.get(group)

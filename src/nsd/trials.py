@@ -1,6 +1,7 @@
 """Which trial showed which image: shards of behaviour, sessions, training and validation images.
 
-Image ids are 0-based 73k ids everywhere; the official files that count from 1 are converted in design.py alone."""
+Image ids are 0-based 73k ids everywhere; the official files that count from 1 are converted in design.py alone.
+"""
 
 import io
 import tarfile
@@ -8,7 +9,6 @@ import zipfile
 
 import numpy as np
 import pandas as pd
-import webdataset
 from tqdm import tqdm
 
 import utils
@@ -20,11 +20,8 @@ from nsd.sources import DOWNLOAD, SUBJECTS
 BEHAV_IMAGE_ID, BEHAV_SESSION, BEHAV_TRIAL, BEHAV_SHARED, BEHAV_COLUMNS = 0, 2, 5, 16, 17
 
 
-# --- what subjects saw --------------------------------------------------------------------------------------------
-
-
 def list_subjects(paths):
-    """Names of the subjects whose betas are there, ascending; none raises UserError."""
+    """List the subjects whose betas are there, ascending; raises UserError when there are none."""
     found = [subj for subj in SUBJECTS if paths.betas(subj).exists()]
     if not found:
         raise utils.UserError(f"{paths.data_path}: no betas_all_subj0X_fp32_renorm.hdf5 found; check --data_path")
@@ -32,7 +29,7 @@ def list_subjects(paths):
 
 
 def load_trials(paths, subj, split, num_sessions=None):
-    """Table of a subject's trials: DataFrame [subject, session, image_id, row, is_shared], one line per trial.
+    """Read a subject's trials: DataFrame [subject, session, image_id, row, is_shared], one line per trial.
 
     split, a folder of shards: "train" (the first num_sessions, None = all), "new_test" (every trial of the shared
     images) or "test" (MindEye1's selection of them: 982 images). row is the trial's row in the subject's betas. Raises
@@ -77,10 +74,10 @@ def _session_shards(folder, subj, num_sessions):
 
 
 def _read_shards(folder, shards, what):
-    """Behaviour of each shard, [(trials, 17)]; kept in `folder` for the next start, since unpacking takes a minute.
+    """Read the behaviour of each shard, [(trials, 17)], and keep it in `folder`: unpacking takes a minute.
 
-    What is kept counts as long as the shard has the size and the time it had then. A folder that can not be written to
-    is read again every time.
+    What is kept holds good while the shard has the size and the time it had then. Where the folder cannot be written
+    to, shards are unpacked every time.
     """
     kept = folder / ".behaviour.npz"
     known = {}
@@ -95,7 +92,7 @@ def _read_shards(folder, shards, what):
         stat = utils.require(shard, "shard", hint).stat()
         name = f"{shard.name} {stat.st_size} {stat.st_mtime_ns}"
         if name not in known:
-            known[name], fresh = _read_shard(shard), True
+            known[name], fresh = read_shard(shard), True
         found.append(known[name])
     if fresh:
         current = {name: behav for name, behav in known.items() if (folder / name.split()[0]).exists()}
@@ -107,8 +104,10 @@ def _read_shards(folder, shards, what):
     return found
 
 
-def _read_shard(path):
-    """Behaviour of every trial in one tar, (trials, 17) float64."""
+def read_shard(path):
+    """Unpack the behaviour of every trial in one tar, (trials, 17) float64."""
+    import webdataset  # imports torch, which nothing else here needs
+
     hint = "delete it and download it again"
     try:
         if not _is_whole_tar(path):
@@ -134,11 +133,11 @@ def _is_whole_tar(path):
         return file.read(1024) == bytes(1024)
 
 
-# --- training -----------------------------------------------------------------------------------------------------
+# --- training and validation images -------------------------------------------------------------------------------
 
 
 def split_trials(paths, subj, num_sessions, fraction, seed):
-    """A subject's trials that train and those that validate, (train, val); see split_by_image."""
+    """Read a subject's trials and split them into those that train and those that validate; see split_by_image."""
     return split_by_image(load_trials(paths, subj, "train", num_sessions), fraction, seed)
 
 
