@@ -62,7 +62,7 @@ def get_parser():
     parser.add_argument("--num_inference_steps", type=options.whole, default=15, metavar="STEPS")
     parser.add_argument("--cfg_scale", type=float, default=5.0, metavar="X")
     parser.add_argument("--strength", type=float, default=0.7, metavar="FRACTION")
-    parser.add_argument("--guidance_rule", choices=recon.RULES, default="norm")
+    parser.add_argument("--guidance_rule", choices=options.RULES, default="norm")
     parser.add_argument("--guidance_scale", type=float, default=0.2, metavar="X")
     parser.add_argument("--guidance_strength", type=float, default=1.0, metavar="FRACTION")
     parser.add_argument("--judge_epochs", type=options.whole, default=40, metavar="N")

@@ -13,6 +13,9 @@ SESSIONS = {"subj01": 40, "subj02": 40, "subj03": 32, "subj04": 30,
 VAL_FRACTION = 0.05  # of the training images, by image: for validation
 VISION_LAYERS = ["g_2", "g_4", "g_6", "g_8", "g_10", "g_12"]  # NeuralDiffuser's: blocks 1-6 of CLIP ViT-B/32
 FEATURES = ["c", "z", *VISION_LAYERS]
+# what --guidance_rule, --guidance_grad and --guidance_x0 take
+RULES, GRADS, X0S = ("raw", "norm"), ("xt", "x0"), ("cond", "cfg")
+MAX_SHIFT = 0.6  # --guidance_rule norm moves the predicted image by at most this many sigma (rms)
 
 
 class Parser(argparse.ArgumentParser):

@@ -15,19 +15,9 @@ first sample), any other's by name, numbered from 0 (images.csv lists them).
 import argparse
 import sys
 
-import numpy as np
-
 import options
 import utils
-from disk.files import file_hash, load_json, save_csv
 from disk.names import Paths
-from disk.scores import load_scores, save_scores
-from encoding.encoder import load_encoder
-from nsd.rows import open_stimuli
-from nsd.trials import load_trials
-from sampling import folders
-
-KINDS = (".png", ".jpg", ".jpeg")
 
 
 def get_parser():
@@ -60,11 +50,37 @@ def main(argv=None):
     args = get_parser().parse_args(argv)
     if args.batch_size < 1:
         raise utils.UserError(f"--batch_size {args.batch_size}: wanted at least 1")
+
+    import numpy as np
+
+    from disk.files import file_hash, load_json, save_csv
+    from disk.scores import load_scores, save_scores
+    from encoding.encoder import load_encoder
+    from nsd.rows import open_stimuli
+    from nsd.trials import load_trials
+    from sampling import folders
+
     paths = Paths.from_args(args)
     encoder = load_encoder(paths, args.subj, args.gnet_run, args.seed, utils.pick_device(args.device))
-    image_ids, batches, files, which = read_images(args, paths)
-    folder = paths.root.joinpath(args.outdir) if args.outdir else (
-        paths.root / "scores_all" / args.subj / "_".join([encoder.run, *which]))
+    files, name = [], encoder.run
+    if args.images:
+        pictures = paths.root / args.images
+        image_ids, files = folders.list_pictures(pictures)
+        batches = folders.in_batches(map(folders.read_png, files), args.batch_size)
+        name += "_" + folders.name_of(pictures).replace(" ", "_")
+    else:
+        stimuli = open_stimuli(paths)
+        if args.ids:
+            last = max(chosen[-1] for chosen in args.ids)
+            if last >= len(stimuli):
+                raise utils.UserError(f"--ids {last}: wanted 0..{len(stimuli) - 1}, the images of {stimuli.path}")
+            image_ids = np.unique(np.concatenate(args.ids))
+            name += f"_{args.ids[0][0]}-{args.ids[-1][-1]}"
+        else:
+            image_ids = np.unique(load_trials(paths, args.subj, "new_test")["image_id"])
+        batches = stimuli.batches(image_ids, args.batch_size)
+
+    folder = paths.root / (args.outdir or f"scores_all/{args.subj}/{name}")
     config = {"run": encoder.run, "feat": "voxels", "subj": args.subj, "images": args.images,
               "checkpoint_sha256": file_hash(encoder.file)}
     if (folder / "config.json").exists() and not args.overwrite:
@@ -78,35 +94,8 @@ def main(argv=None):
     save_scores(folder, image_ids, {"voxels": responses}, config)
     if files:
         save_csv(folder / "images.csv", [{"row": row, "image_id": image_id, "file": file.name} for
-                                               row, (image_id, file) in enumerate(zip(image_ids, files, strict=True))])
+                                         row, (image_id, file) in enumerate(zip(image_ids, files, strict=True))])
     print(f"{folder}/voxels.npy: responses of {responses.shape[1]} voxels to {len(image_ids)} images")
-
-
-def read_images(args, paths):
-    """Ids (N,), the images as batches of (b, H, W, 3) uint8, their files (None: stimuli), parts of a folder's name."""
-    if args.images:
-        folder = paths.root.joinpath(args.images)
-        if (folder / "index.csv").exists():
-            images = folders.read_images(folder)
-            ids, files = images.image_ids, [samples[0] for samples in images.files]
-        else:
-            if not folder.is_dir():
-                raise utils.UserError(f"--images {folder}: the folder of pictures not found; check its name")
-            files = sorted(file for file in folder.iterdir() if file.suffix.lower() in KINDS)
-            ids = np.arange(len(files))
-            if not files:
-                raise utils.UserError(f"--images {folder}: no pictures; wanted {', '.join(KINDS)} files in it")
-        return ids, folders.in_batches(map(folders.read_png, files), args.batch_size), files, [
-            folders.name_of(folder).replace(" ", "_")]
-    stimuli = open_stimuli(paths)
-    if args.ids:
-        last = max(chosen[-1] for chosen in args.ids)
-        if last >= len(stimuli):
-            raise utils.UserError(f"--ids {last}: wanted 0..{len(stimuli) - 1}, the images of {stimuli.path}")
-        ids, which = np.unique(np.concatenate(args.ids)), [f"{args.ids[0][0]}-{args.ids[-1][-1]}"]
-    else:
-        ids, which = np.unique(load_trials(paths, args.subj, "new_test")["image_id"]), []
-    return ids, stimuli.batches(ids, args.batch_size), None, which
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import torch
 
 import utils
 from disk.files import load_npy
-from evaluation import metrics
 from nsd.regions import roi_masks
 from nsd.repeats import AveragedRows
 from nsd.rows import open_betas, open_stimuli
@@ -65,7 +64,7 @@ class BrainLoss:
     squared error, both weighted by the voxels' squared validation r. A sample whose mean r_w has once reached `enough`
     has no loss from then on: beyond it guidance would fit the target's noise.
 
-    .kappa   how hard it pulls, relative to the other terms (sampler.guidance_pull)
+    .kappa   how hard it pulls, relative to the other terms (sampling.guidance.guidance_pull)
     .facts   of the last call: {"r_<region>": (B,), "stopped": (B,) bool}
     """
 
@@ -110,7 +109,7 @@ class BrainGuide:
         self.weights = torch.from_numpy(encoder.val_r[voxels] ** 2).to(self.device)
 
         train, val = self.read_true_images(paths)
-        check_voxel_order(encoder, *(array.cpu().numpy() for array in train))
+        check_voxel_order(encoder, *(responses.cpu() for responses in train))
         found = agreement(*val, self.places, self.weights)
         self.enough = float(torch.stack(list(found.values())).mean())
         for name, index in regions.items():
@@ -135,8 +134,12 @@ class BrainGuide:
 
 
 def check_voxel_order(encoder, predicted, measured):
-    """Raise UserError unless responses predicted for training images, (N, n), follow the measured ones."""
-    r = np.median(metrics.paired_correlation(predicted.T, measured.T))
+    """Raise UserError unless responses predicted for training images, (N, n), follow the measured ones.
+
+    r is that of each voxel, over the images.
+    """
+    by_voxel = (torch.as_tensor(responses, dtype=torch.float64).T for responses in (predicted, measured))  # (n, N)
+    r = np.median(weighted_correlation(*by_voxel, torch.ones(len(predicted), dtype=torch.float64)).numpy())
     if not r > PREFLIGHT_R:
         raise utils.UserError(
             f"--gnet_run {encoder.run}: on {len(predicted)} training images of {encoder.subj} its median r with the "

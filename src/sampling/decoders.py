@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny
 
 import utils
 
@@ -17,6 +16,8 @@ def load_guidance_decoder(name, pipe):
         return pipe.decode
     if name == "half":
         return lambda latents: pipe.decode(F.avg_pool2d(latents, 2))
+    from diffusers import AutoencoderTiny
+
     try:
         found = AutoencoderTiny.load_config(name).get("_class_name")
         if found != "AutoencoderTiny":

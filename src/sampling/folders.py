@@ -23,6 +23,7 @@ FILE_NAME = re.compile(r"(\d{5,})(?:_s(\d+))?\.png")
 NAMES = {"subj": options.subject, "run": options.run, "head": options.head, "sd_model": str} | dict.fromkeys(
     ("method", "tag", "control", "test_split", "repeats", "gnet_run", "gnet_roi"), options.tag)
 NUMBERS = ("hidden_dim", "num_sessions", "gnet_kappa")
+KINDS = (".png", ".jpg", ".jpeg")  # of pictures that recon.py did not draw
 END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk, the same in every PNG
 
 
@@ -139,6 +140,20 @@ def read_images(folder):
         config = load_json(folder / "config.json")
         check_names(folder / "config.json", config)
     return ImageSet(folder, np.array(ids, np.int64), [files[i][:n_samples] for i in ids], config)
+
+
+def list_pictures(folder):
+    """Ids (N,) and files of any folder of pictures: a recon's by its index.csv, the first sample of each id; else by
+    name, numbered from 0. Raises UserError when there are none."""
+    if (folder / "index.csv").exists():
+        images = read_images(folder)
+        return images.image_ids, [samples[0] for samples in images.files]
+    if not folder.is_dir():
+        raise utils.UserError(f"--images {folder}: the folder of pictures not found; check its name")
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in KINDS)
+    if not files:
+        raise utils.UserError(f"--images {folder}: no pictures; wanted {', '.join(KINDS)} files in it")
+    return np.arange(len(files)), files
 
 
 def check_names(file, config):

@@ -1,15 +1,15 @@
 """What steers the drawing: losses on the picture being formed, and what a step does with their gradient.
 
-Letters: B batch, H W image size, T tokens, D width; abar = alphas_cumprod[t], sigma = sqrt(1 - abar), eps = predicted
-noise, x0 = predicted clean latent."""
+Letters: B batch, N images, H W image size, T tokens, D width; abar = alphas_cumprod[t], sigma = sqrt(1 - abar),
+eps = predicted noise, x0 = predicted clean latent. docs/method.md, "Guided sampling", derives the rules.
+"""
 
 import torch
 import torch.nn.functional as F
 
 import utils
+from options import MAX_SHIFT
 
-RULES, GRADS, X0S = ("raw", "norm"), ("xt", "x0"), ("cond", "cfg")
-MAX_SHIFT = 0.6  # the norm rule moves x0 by at most this many sigma (rms)
 LAYER_WEIGHTS = {2: 1.5, 4: 1.2}  # NeuralDiffuser's emphasis on early CLIP layers; the others weigh 1
 
 
@@ -40,11 +40,26 @@ class ClipFeatureLoss:
         return loss
 
 
+class ClipGuide:
+    """What guidance by CLIP needs, for all images: `term` gives a batch its ClipFeatureLoss."""
+
+    def __init__(self, clip_features, targets):
+        """clip_features: models.ClipFeatures, on the device to compute on; targets: {layer k: (N, T, D)} arrays."""
+        self.clip_features, self.targets = clip_features, targets
+
+    def term(self, rows):
+        """The ClipFeatureLoss of a batch: rows (B,) of the targets."""
+        device = self.clip_features.mean.device
+        return ClipFeatureLoss(self.clip_features, {layer: torch.from_numpy(array[rows]).to(device)
+                                                    for layer, array in self.targets.items()})
+
+
 def guidance_pull(image, terms, log=None):
     """What the terms make of an image (B, 3, H, W): the gradient of their losses with respect to it, same shape.
 
-    Terms are added up. One that has a `kappa` (brain.BrainLoss) is first brought to kappa times the size of the others,
-    sample by sample: d = g + kappa * ||g|| / ||g_b|| * g_b (DESIGN section 8); alone it stays as it is.
+    Terms are added up. One that has a `kappa` (encoding.guide.BrainLoss) is first brought to kappa times the size of
+    the others, sample by sample: d = g + kappa * ||g|| / ||g_b|| * g_b, where g is the gradient of the others and g_b
+    its own; alone it stays as it is.
     log: a list that gets {name: (B,)}: loss_clip and norm_clip of the others, loss_brain, norm_brain and its `facts` of
     one with a kappa, and the cosine of the two gradients.
     """
@@ -95,3 +110,6 @@ def norm_rule(eps, gradient, abar, scale):
     direction = gradient / rms.clamp_min(torch.finfo(gradient.dtype).tiny)  # a zero gradient stays zero
     delta = -min(scale, MAX_SHIFT) * sigma * direction
     return eps - abar.sqrt() / sigma * delta
+
+
+RULES = {"raw": raw_rule, "norm": norm_rule}  # as options.RULES names them

@@ -1,9 +1,14 @@
 """Guided diffusion: from c (and z) to an image, steered by the gradient of losses on the image being formed.
 
-The sampler is deterministic DDIM with classifier-free guidance; DESIGN section 7 gives the equations. Letters:
-B batch, C latent channels, h w latent size, H W image size, T tokens, D width. Notation as in the papers:
+The sampler is deterministic DDIM with classifier-free guidance of scale w. Every step, from x_t to the next latents:
+
+    eps  = eps_u + w (eps_c - eps_u)                          unconditional and conditional noise
+    eps' = rule(eps, d loss(image(x_t)) / dx_t)               in guided steps: raw_rule or norm_rule
+    x0   = (x_t - sigma eps') / sqrt(abar);   x_next = sqrt(abar_next) x0 + sqrt(1 - abar_next) eps'
+
+Letters: B batch, C latent channels, h w latent size, H W image size, T tokens, D width. Notation as in the papers:
 abar = alphas_cumprod[t], sigma = sqrt(1 - abar), eps = predicted noise, x0 = predicted clean latent (carries the VAE's
-scaling factor).
+scaling factor). docs/method.md, "Guided sampling", says more.
 """
 
 from contextlib import contextmanager
@@ -15,8 +20,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DCon
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import utils
+from options import GRADS, X0S
 from sampling.decoders import in_unit_range
-from sampling.guidance import GRADS, RULES, X0S, guidance_pull, norm_rule, raw_rule
+from sampling.guidance import RULES, guidance_pull
 
 LOSS_SCALE = 2.0**12  # keeps small gradients above fp16's smallest number; a power of two, so exact elsewhere
 CPU_BATCH = 4096  # latent pixels that a CPU draws at once: 16 latents of 16 x 16, one of 64 x 64
@@ -114,7 +120,6 @@ class GuidedPipeline(DiffusionPipeline):
         context = self.context_of(condition)
         latents, timesteps = self.start(image_ids, sample, seed, z, strength, resolution, num_inference_steps)
         n_guided = guided_steps(guidance_strength, len(timesteps)) if terms and guidance_scale else 0
-        apply_rule = raw_rule if rule == "raw" else norm_rule
         with self._watched_attention(sag_scale) as tokens:
             for step, t in enumerate(self.progress_bar(timesteps)):
                 if step < n_guided:
@@ -127,7 +132,7 @@ class GuidedPipeline(DiffusionPipeline):
                     blurred = self.blurred_noise(latents, eps_empty, t, context[:len(latents)], tokens[-1])
                     eps = eps + sag_scale * (eps_empty - blurred)
                 if step < n_guided:
-                    eps = apply_rule(eps, gradient, self.scheduler.alphas_cumprod[t], guidance_scale)
+                    eps = RULES[rule](eps, gradient, self.scheduler.alphas_cumprod[t], guidance_scale)
                 latents = self.scheduler.step(eps, t, latents, eta=0.0).prev_sample
         image = self.decode(latents).float()
         self.maybe_free_model_hooks()
@@ -324,4 +329,4 @@ def gaussian_blur(latents, taps=SAG_TAPS, sigma=1.0):
 def _check_choices(**choices):
     for name, (value, allowed) in choices.items():
         if value not in allowed:
-            raise ValueError(f"{name}={value!r}; wanted one of {allowed}")
+            raise ValueError(f"{name}={value!r}; wanted one of {tuple(allowed)}")

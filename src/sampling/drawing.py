@@ -1,0 +1,205 @@
+"""Drawing a set of pictures: which of them are missing, in what batches, each written as soon as its batch is done.
+
+A job is a (row, sample): a row of the scores, and the number of a sample. Letters: N images, B jobs of a batch, and
+those of sampling.pipeline.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import utils
+from sampling import folders
+from sampling.decoders import gradient_cosine
+from sampling.pipeline import rows_on_cpu
+
+COMPARED = 8  # pictures of the first batch on which a cheaper decoder's gradient is compared with the full one's
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How every picture of a set is drawn: the flags of recon.py that reach the sampler, by their names."""
+
+    seed: int
+    batch_size: int  # pictures at once on a GPU
+    precision: str
+    resolution: int | None
+    num_inference_steps: int
+    strength: float
+    cfg_scale: float
+    sag_scale: float
+    guidance_scale: float
+    guidance_strength: float
+    guidance_rule: str
+    guidance_grad: str
+    guidance_x0: str
+    guidance_decoder: str
+    use_gnet: bool  # what the guided steps find is then kept beside each picture
+
+    @classmethod
+    def of(cls, flags):
+        """The settings among the flags of recon.py (a dict)."""
+        return cls(**{field.name: flags[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A pipeline and all it draws from: what turns jobs into pictures."""
+
+    pipe: Any  # sampling.pipeline.GuidedPipeline
+    scores: dict  # {feat: (N, ...)}: c, and z unless paths start from noise
+    image_ids: np.ndarray  # (N,)
+    guides: list  # each has term(rows), the guidance term of a batch
+    decoder: Any  # latents -> image in [0, 1] that the terms see; None without guides
+    settings: Settings
+    device: torch.device
+
+    def inputs_of(self, jobs):
+        """The condition (B, T, D) of B jobs, where their paths start and what guides them: arguments of the pipeline.
+
+        The latter two are dicts: the arguments of its `start`, and terms, grad, x0 and decoder.
+        """
+        rows, samples = (list(column) for column in zip(*jobs, strict=True))
+        at = {feat: torch.from_numpy(self.scores[feat][rows]).to(self.device)
+              for feat in ("c", "z") if feat in self.scores}  # (B, ...) each
+        wanted = self.settings
+        start = dict(image_ids=self.image_ids[rows].tolist(), sample=samples, seed=wanted.seed, z=at.get("z"),
+                     strength=wanted.strength, resolution=wanted.resolution,
+                     num_inference_steps=wanted.num_inference_steps)
+        return at["c"], start, dict(terms=[guide.term(rows) for guide in self.guides], grad=wanted.guidance_grad,
+                                    x0=wanted.guidance_x0, decoder=self.decoder)
+
+    def check(self, job):
+        """Raise UserError unless the scores and settings are such as the networks take."""
+        condition, start, guidance = self.inputs_of([job])
+        wanted = self.settings
+        self.pipe.check(condition, start["z"], wanted.resolution, wanted.num_inference_steps, wanted.sag_scale)
+        with torch.inference_mode():
+            for term in guidance["terms"]:
+                term(torch.zeros(1, 3, 8, 8, device=self.device))
+
+    def draw(self, jobs):
+        """Images (B, 3, H, W) in [0, 1] of B jobs, and what the guided steps found: [{name: list of at least B}]."""
+        lacking = self.rows_at_once() - len(jobs) if self.device.type == "cpu" else 0
+        condition, start, guidance = self.inputs_of(jobs + [jobs[-1]] * lacking)
+        wanted, log = self.settings, []
+        images = self.pipe(condition, **start, **guidance, cfg_scale=wanted.cfg_scale, sag_scale=wanted.sag_scale,
+                           rule=wanted.guidance_rule, guidance_scale=wanted.guidance_scale,
+                           guidance_strength=wanted.guidance_strength, log=log)
+        return images[:len(jobs)], [{name: values.tolist() for name, values in step.items()} for step in log]
+
+    def rows_at_once(self):
+        """Pictures per batch.
+
+        On a CPU the last digits of a network's output depend on the number of rows that go through it together, not on
+        which rows they are. So there it is always the same number, and `draw` fills up what lacks at the end.
+        """
+        if self.device.type != "cpu":
+            return self.settings.batch_size
+        z_shape = self.scores["z"].shape[1:] if "z" in self.scores else None
+        return rows_on_cpu(self.pipe.latent_shape(self.settings.resolution, z_shape))
+
+    def print_cosine(self, jobs):
+        """Print how far the gradient through a cheaper decoder agrees with the full one's; one job at a time, which
+        needs little memory."""
+        name, cosines = self.settings.guidance_decoder, []
+        if not self.guides or name == "full":
+            return
+        try:
+            for job in jobs:
+                condition, start, guidance = self.inputs_of([job])
+                latents, timesteps = self.pipe.start(**start)
+                if len(timesteps):
+                    cosines.append(gradient_cosine(self.pipe, condition, (latents, timesteps), self.settings.cfg_scale,
+                                                   **guidance))
+        except torch.OutOfMemoryError:
+            print("--guidance_decoder: its gradient is not compared, the full decoder does not fit the GPU")
+        if cosines:
+            print(f"--guidance_decoder {name}: cosine of its gradient with the full decoder's {np.mean(cosines):.3f} "
+                  f"(first step, mean of {len(cosines)} pictures)")
+
+
+# --- a folder of pictures -------------------------------------------------------------------------------------------
+
+
+def fill(folder, jobs, config, load_sampler, start_tracker, team, overwrite=False):
+    """Draw what `folder` lacks of the pictures of `jobs`, shared among the team's processes.
+
+    config: what the folder's config.json will say. load_sampler: () -> Sampler. start_tracker: resume_after ->
+    training.tracking.Tracker. overwrite: draw all of them, and delete what is there.
+    Nothing in the folder is touched before all networks are there and fit the scores. Raises UserError when the folder
+    holds pictures of another config, and for pictures that are not finite.
+    """
+    folders.check_folder(folder, config, overwrite)
+    team.wait()  # until everybody has looked
+    missing = [job for job in jobs if overwrite or not folders.is_whole(folder / folders.file_name(*job))]
+    team.print(f"{folder}: {len(jobs)} pictures wanted, {len(jobs) - len(missing)} exist")
+    mine = team.take(missing)
+    sampler = load_sampler() if mine else None
+    if mine:
+        sampler.check(mine[0])
+    team.wait()  # until everybody has counted
+    if team.is_main:
+        folders.clear_folder(folder, config, overwrite)
+    team.wait()
+    if mine:
+        draw(mine, sampler, folder, start_tracker, team.is_main)
+    team.wait()
+
+
+def draw(jobs, sampler, folder, start_tracker, is_main=True):
+    """Draw every (row, sample) of `jobs` and write it to `folder` as soon as its batch is done.
+
+    Only the main process tracks, shows a bar and compares decoders. Raises UserError, at the end, for pictures that are
+    not finite: these are not written, the others are.
+    """
+    diverged, size = [], sampler.rows_at_once()
+    tracker = start_tracker(resume_after=len(folders.pictures_in(folder)) or None) if is_main else None
+    if is_main:
+        sampler.print_cosine(jobs[:min(size, COMPARED)])
+    for start in tqdm(range(0, len(jobs), size), desc=f"batches of {size}", disable=not is_main):
+        batch = jobs[start:start + size]
+        images, steps = sampler.draw(batch)
+        drawn, lost = save_batch(folder, batch, images, steps if sampler.settings.use_gnet else None)
+        diverged += lost
+        if tracker is not None:
+            captions = [f"id {sampler.image_ids[row]}, sample {sample}" for row, sample in drawn]
+            tracker.log_images("recon/pictures", list(drawn.values()), captions)
+    if tracker is not None:
+        tracker.finish()
+    if diverged:
+        raise utils.UserError(
+            f"--guidance_scale {sampler.settings.guidance_scale:g}, --precision {sampler.settings.precision}: the "
+            f"sampler diverged (NaN) on {len(diverged)} of {len(jobs)} pictures (first: image id "
+            f"{sampler.image_ids[diverged[0][0]]}), wanted finite ones; lower the scale or use --precision fp32")
+
+
+def save_batch(folder, jobs, images, steps=None):
+    """Write the finite ones of the images (B, 3, H, W) of B jobs, and what the guided steps found, if given.
+
+    Returns {job: (H, W, 3) uint8} of those written, and the jobs of the others.
+    """
+    finite = torch.isfinite(images).flatten(1).all(1).tolist()
+    arrays = (images.nan_to_num() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+    if steps is not None:  # before the pictures: one that is there has its steps beside it
+        for i in np.flatnonzero(finite):
+            folders.save_steps(folder, *jobs[i], [{name: found[i] for name, found in step.items()} for step in steps])
+    drawn = {job: array for job, array, fine in zip(jobs, arrays, finite, strict=True) if fine}
+    for job, array in drawn.items():
+        folders.save_picture(folder, *job, array)
+    return drawn, [job for job, fine in zip(jobs, finite, strict=True) if not fine]
+
+
+@contextmanager
+def memory_advice(batch_size):
+    """Turn a GPU that is too small for a batch into a UserError that says which flag to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        advice = (f"lower it (--batch_size {batch_size // 2})" if batch_size > 1 else
+                  "use a lower --precision, --guidance_grad x0 or --guidance_decoder half")
+        raise utils.UserError(f"--batch_size {batch_size}: does not fit the GPU; {advice}") from None
