@@ -18,8 +18,7 @@ import options
 import utils
 from disk.files import load_json, save_json
 from disk.names import Paths
-from evaluate import check_ids
-from evaluation.picture_sets import as_float
+from evaluation.picture_sets import as_float, check_ids
 from judge import judge_images
 from nsd.rows import open_stimuli
 from sampling.folders import read_images, read_png
@@ -55,7 +54,7 @@ def main(argv=None):
     summary = {}
     for name in ("real", "shuffled", "unguided"):
         images = read_images(Path(getattr(args, name)))
-        check_ids(images, stimuli, paths)
+        check_ids(images, stimuli)
         pictures = torch.cat([as_float(read_png(files[0])[None]) for files in images.files])  # (N, 3, H, W)
         summary[name] = judge(pictures, images.image_ids, attributes, args.clip) | read_metrics(images.folder)
     ids = read_images(Path(args.real)).image_ids

@@ -1,7 +1,5 @@
 """Controls and ceilings of evaluate.py: each picture against numpy, loops and diffusers itself."""
 
-import argparse
-
 import h5py
 import numpy as np
 import pytest
@@ -20,7 +18,7 @@ from tiny_sd import write_tiny_sd
 
 RUN = {"subj": "subj01", "hidden_dim": 8, "num_sessions": 3, "tag": "", "run": "finetune", "head": None,
        "control": None, "test_split": "new_test", "repeats": "mean"}
-ARGS = argparse.Namespace(retrieval_feat="c", device="cpu")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +37,7 @@ def store_of(paths):
 
 
 def seen_of(paths):
-    stimuli = open_stimuli(paths)
-    return PictureSet("seen", SHARED, lambda i, k: stimuli[[SHARED[i]]][0])
+    return PictureSet.of_stimuli("seen", SHARED, open_stimuli(paths))
 
 
 def test_each_control_is_what_its_name_says(world, monkeypatch):
@@ -50,7 +47,8 @@ def test_each_control_is_what_its_name_says(world, monkeypatch):
     folder = paths.scores("subj01", scores_name(RUN, "c"), "c")
     save_scores(folder, SHARED, {"retrieval": 7 * c[wanted] + 0.01, "nsdgeneral": c[wanted]}, {})
     monkeypatch.setattr(controls, "AT_ONCE", 3)
-    sets, absent = controls.make(seen_of(paths), {**RUN, "sd_model": str(sd)}, None, ARGS, paths, store_of(paths))
+    run = {**RUN, "sd_model": str(sd)}
+    sets, absent = controls.without_decoder(seen_of(paths), run, None, paths, "c", store_of(paths), CPU)
     assert not absent
     stimuli = open_stimuli(paths)
     for i, image_id in enumerate(wanted):
@@ -70,10 +68,11 @@ def test_each_control_is_what_its_name_says(world, monkeypatch):
 
 def test_what_can_not_be_had_says_why(world):
     paths, *_ = world
-    sets, absent = controls.make(seen_of(paths), None, "config.json not found", ARGS, paths, store_of(paths))
-    assert not sets and set(absent.values()) == {"config.json not found"} and len(absent) == 3
+    why = "config.json not found"
+    sets, absent = controls.without_decoder(seen_of(paths), None, why, paths, "c", store_of(paths), CPU)
+    assert not sets and set(absent.values()) == {why} and len(absent) == 3
     run = {**RUN, "tag": "x", "sd_model": "nowhere/"}
-    sets, absent = controls.make(seen_of(paths), run, None, ARGS, paths, store_of(paths))
+    sets, absent = controls.without_decoder(seen_of(paths), run, None, paths, "c", store_of(paths), CPU)
     assert list(sets) == ["control: mean image"]
     assert "retrieval.npy" in absent["control: nearest training image"]
     assert "nowhere/: its VAE could not be loaded" in absent["ceiling: VAE round trip"]

@@ -235,7 +235,7 @@ def test_sheet_shows_each_image_over_its_reconstruction():
 
 def test_sheet_takes_images_at_even_distances_and_compared_sets_by_id(root, monkeypatch):
     seen = {}
-    monkeypatch.setattr(evaluate, "contact_sheet",
+    monkeypatch.setattr("evaluation.gallery.contact_sheet",
                         lambda rows, names, *_: seen.update(rows=rows, names=names) or Image.new("RGB", (1, 1)))
     other = write_set(root / "other", stimuli_of(root)[IDS[:5]])
     run(root, "--subj", 1, "--eval_clip", "none", "--sheet_images", 3, "--compare", f"perfect={other}")

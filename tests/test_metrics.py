@@ -68,7 +68,7 @@ def test_correlation_distance_is_scipys(features):
 def test_two_way_is_the_protocols_formula_and_a_naive_loop(features):
     reals, preds = features
     n = len(reals)
-    r = np.corrcoef(reals, preds)[:n, n:]  # FIELD section 2, word for word
+    r = np.corrcoef(reals, preds)[:n, n:]  # the protocol's own code
     success = r < np.diag(r)
     found = metrics.two_way(reals, preds)
     assert list(found) == ["rec_to_gt", "gt_to_rec"]

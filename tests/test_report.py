@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from PIL import Image
 
 from disk.files import save_json
 from disk.names import Paths, run_name
-from evaluate import Measured
 from evaluation import report
+from evaluation.measuring import Findings, Measured
 from evaluation.picture_sets import PictureSet
+from sampling.folders import ImageSet
 
 IDS = [3, 20, 7000]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -42,7 +44,6 @@ def page(tmp_path):
     stack = rng.integers(0, 256, (3, 300, 300, 3), np.uint8)
     sets = {label: PictureSet(label, IDS, lambda i, k: stack[i]) for label in ("seen", *measured)}
     differences = {"other </script><b>": {"pixcorr": {"value": 0.25, "ci_low": 0.05, "ci_high": 0.45, "n": 3}}}
-    images = tmp_path / "images"
     recon_config = {"run": "finetune", "subj": "subj01", "hidden_dim": 8, "num_sessions": 3,
                                              "tag": "", "feats": ["g_2"], "z": "none", "head": None, "control": None,
                                              "test_split": "new_test", "repeats": "mean",
@@ -53,10 +54,11 @@ def page(tmp_path):
     run.mkdir(parents=True)
     lines = (json.dumps({"step": step, "train/loss": 3 - step, "val/loss": 2.5}) for step in (1, 2))
     (run / "metrics.jsonl").write_text("\n".join(lines))
-    config = {"protocol": "mindeye2", "images": str(images), "n_samples": 1, "git_commit": "0123456789abcdef",
+    config = {"protocol": "mindeye2", "images": "x", "n_samples": 1, "git_commit": "0123456789abcdef",
               "options": {"method": "m"}, "brain_correlation": "predicted by gnet_subj01, fitted to the same subject"}
-    report.write(tmp_path / "report", "a <set>", measured, differences, {"control: noise": "draw it"}, sets, config,
-                 recon_config, paths)
+    images = ImageSet(Path("a <set>"), np.array(IDS), [], recon_config)
+    report.write(tmp_path / "report", Findings(images, sets, measured, differences, {"control: noise": "draw it"}),
+                 config, paths)
     return tmp_path / "report"
 
 

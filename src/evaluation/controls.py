@@ -1,40 +1,69 @@
-"""Controls and ceilings that need no decoder of their own, as sets of pictures for evaluate.py.
+"""Controls and ceilings, as sets of pictures: what reconstructions are held against (docs/evaluation.md, Controls).
 
-A reconstruction is worth what it has beyond these: the mean training image (no brain at all) and the training image
-nearest to the brain's embedding (retrieval, no generator); above it are the pictures that the VAE makes of the seen
-images themselves (the generator's own ceiling).
+A reconstruction is worth what it has beyond the same drawing from shuffled, noise or mean responses, the mean training
+image (no brain at all) and the training image nearest to the brain's embedding (retrieval, no generator). Above it are
+drawings from the true features, and what the VAE makes of the seen images themselves (the generator's own ceiling).
 """
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 import utils
 from disk.names import scores_name
 from disk.scores import load_scores
+from evaluation.decoded import folder_with
 from evaluation.networks import weights_hash
 from evaluation.picture_sets import PictureSet, as_float
 from nsd.rows import open_feature, open_stimuli
 from nsd.trials import load_trials
+from sampling.folders import read_images
 
 AT_ONCE = 200  # training images whose features are read together
 
 
-def make(seen, run, why, args, paths, store):
-    """({label: PictureSet of the images of `seen`}, {label: why it is missing}).
+# null controls and the ceiling that recon.py draws: what differs from the flags of the reconstructions
+DRAWN = {
+    "control: shuffled responses": {"control": "shuffle"},
+    "control: noise responses": {"control": "noise"},
+    "control: mean response": {"control": "mean"},
+    "ceiling: true features": {"run": "ground_truth"},
+}
 
-    run: the flags that name the scores behind the reconstructions, or None and why. store: a FeatureStore, for what is
-    dear to make.
+
+def drawn(images, known):
+    """The controls that recon.py drew with the settings of `images`, an ImageSet.
+
+    known: folders that are measured anyway. Returns {label: PictureSet} and {label: how to get it}.
     """
     sets, absent = {}, {}
-    for label, build in (("control: mean image", mean_image), ("control: nearest training image", nearest_image),
-                         ("ceiling: VAE round trip", vae_round_trip)):
-        if run is None:
-            absent[label] = why
-            continue
+    for label, changed in DRAWN.items():
+        folder = folder_with(images, changed)
+        if folder is None or not (folder / "index.csv").exists():
+            flag = " ".join(f"--{key} {value}" for key, value in changed.items())
+            absent[label] = f"score and draw it with the same flags and {flag}, or give it as --compare"
+        elif folder != images.folder and folder not in known:
+            sets[label] = PictureSet.of_folder(label, read_images(folder))
+    return sets, absent
+
+
+def without_decoder(seen, run, no_run, paths, feat, store, device):
+    """The controls and the ceiling that no decoder draws, as sets of pictures of the images of `seen`.
+
+    run: the flags that name the scores behind the reconstructions, or None and why; feat: the feature whose embeddings
+    are retrieved; store: a FeatureStore, for what is dear to make. Returns {label: PictureSet}, {label: why not}.
+    """
+    makers = {
+        "control: mean image": lambda label: mean_image(label, seen, run, paths),
+        "control: nearest training image": lambda label: nearest_image(label, seen, run, paths, feat),
+        "ceiling: VAE round trip": lambda label: vae_round_trip(label, seen, run["sd_model"], store, device),
+    }
+    if run is None:
+        return {}, dict.fromkeys(makers, no_run)
+    sets, absent = {}, {}
+    for label, make in makers.items():
         try:
-            sets[label] = build(label, seen, run, args, paths, store)
+            sets[label] = make(label)
         except utils.UserError as error:  # a file that a reconstruction itself did not need
             absent[label] = str(error)
     return sets, absent
@@ -45,7 +74,7 @@ def training_images(run, paths):
     return np.unique(load_trials(paths, run["subj"], "train", run["num_sessions"])["image_id"])
 
 
-def mean_image(label, seen, run, args, paths, store):
+def mean_image(label, seen, run, paths):
     """The same picture for every image: the mean of the training images."""
     stimuli, total, ids = open_stimuli(paths), 0.0, training_images(run, paths)
     ids = np.setdiff1d(ids, seen.image_ids)
@@ -55,9 +84,9 @@ def mean_image(label, seen, run, args, paths, store):
     return PictureSet(label, seen.image_ids, lambda i, k: mean)
 
 
-def nearest_image(label, seen, run, args, paths, store):
+def nearest_image(label, seen, run, paths, feat):
     """For each image the training image whose feature is most similar (cosine) to the brain's embedding."""
-    feat, stimuli = args.retrieval_feat, open_stimuli(paths)
+    stimuli = open_stimuli(paths)
     folder = paths.scores(run["subj"], scores_name(run, feat), feat)
     ids, brain = load_scores(folder, "retrieval")
     missing = np.setdiff1d(seen.image_ids, ids)
@@ -76,15 +105,16 @@ def nearest_image(label, seen, run, args, paths, store):
     return PictureSet(label, seen.image_ids, lambda i, k: stimuli[nearest[[i]].numpy()][0])
 
 
-def vae_round_trip(label, seen, run, args, paths, store):
-    """What Stable Diffusion's VAE makes of the seen images when nothing is decoded from the brain."""
-    name, device = run["sd_model"], utils.pick_device(args.device)
-    if name is None:
+def vae_round_trip(label, seen, sd_model, store, device):
+    """What the VAE of sd_model, a folder or hub id, makes of the seen images when nothing is decoded from the brain."""
+    if sd_model is None:
         raise utils.UserError("config.json of the images does not say which --sd_model drew them")
+    from diffusers import AutoencoderKL
+
     try:
-        vae = AutoencoderKL.from_pretrained(name, subfolder="vae").to(device).eval()
+        vae = AutoencoderKL.from_pretrained(sd_model, subfolder="vae").to(device).eval()
     except (OSError, ValueError) as error:
-        raise utils.UserError(f"{name}: its VAE could not be loaded ({str(error).splitlines()[0]})") from None
+        raise utils.UserError(f"{sd_model}: its VAE could not be loaded ({str(error).splitlines()[0]})") from None
     side = vae.config.sample_size
 
     @torch.inference_mode()

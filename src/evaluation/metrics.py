@@ -1,4 +1,4 @@
-"""Evaluation metrics, protocol `mindeye2` (FIELD section 2): pure functions of arrays, no files and no networks.
+"""Evaluation metrics, protocol `mindeye2` (docs/evaluation.md): pure functions of arrays, no files and no networks.
 
 Letters: N images, D features, H W pixels. Images are float (N, 3, H, W) in [0, 1]; truths come before reconstructions.
 A comparison that is only defined between images (identification, retrieval) is named query_to_gallery.
@@ -6,8 +6,6 @@ A comparison that is only defined between images (identification, retrieval) is 
 
 import numpy as np
 import torch.nn.functional as F
-from skimage.color import rgb2gray
-from skimage.metrics import structural_similarity
 
 PIXEL_SIDE = 425  # side of NSD's stimuli, at which pixels are compared
 LOWER_IS_BETTER = ("clip_median_rank", "effnet_distance", "swav_distance")  # as evaluate.py names them
@@ -34,6 +32,9 @@ def pixcorr(truths, images):
 
 def ssim(truths, images):
     """Structural similarity of each pair in gray at 425 x 425 (Wang et al. 2004); returns (N,) in [-1, 1]."""
+    from skimage.color import rgb2gray
+    from skimage.metrics import structural_similarity
+
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
     grays = (rgb2gray(resize(x, PIXEL_SIDE).numpy(), channel_axis=1) for x in (images, truths))
     return np.array([structural_similarity(image, truth, **settings) for image, truth in zip(*grays, strict=True)])

@@ -1,4 +1,4 @@
-"""The networks that judge reconstructions (protocol `mindeye2`, FIELD section 2), loaded only by evaluate.py.
+"""The networks that judge reconstructions (protocol `mindeye2`, docs/evaluation.md).
 
 CLIP comes with transformers. The others need torchvision (requirements-eval.txt) and their published weights; where
 they cannot be had, `load_networks` says which metric is missing and why. FeatureStore keeps what they found.

@@ -5,13 +5,11 @@ import hashlib
 import numpy as np
 import torch
 
+import utils
 from evaluation.metrics import resize
-from sampling.folders import read_png
+from sampling.folders import name_of, read_images, read_png
 
 SIDE = 256  # pixels: of both pictures of a pair, before any metric
-
-
-# --- reading -------------------------------------------------------------------------------------------------------
 
 
 class PictureSet:
@@ -24,6 +22,12 @@ class PictureSet:
         """read: (number of the image, sample) -> (H, W, 3) uint8."""
         self.label, self.image_ids, self.read, self.n_samples = label, np.asarray(image_ids), read, n_samples
         self._keys = {}
+
+    @classmethod
+    def of_stimuli(cls, label, image_ids, stimuli):
+        """The seen images themselves; stimuli: Rows, by image id."""
+        image_ids = np.asarray(image_ids)
+        return cls(label, image_ids, lambda i, k: stimuli[image_ids[[i]]][0])
 
     @classmethod
     def of_folder(cls, label, images):
@@ -53,3 +57,34 @@ class PictureSet:
 def as_float(pictures):
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float in [0, 1]."""
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 255
+
+
+def check_ids(images, stimuli):
+    """Refuse image ids of an ImageSet that the stimulus file does not have."""
+    if images.image_ids[0] < 0 or images.image_ids[-1] >= len(stimuli):
+        found = f"{images.image_ids[0]}..{images.image_ids[-1]}"
+        raise utils.UserError(f"{images.folder}/index.csv: image_id {found}, wanted 0..{len(stimuli) - 1} "
+                              f"({stimuli.path.parent}); give the --root they were made with")
+
+
+def read_compared(words, root):
+    """{label: ImageSet} of --compare: [LABEL=]DIR, from root; without a label it is named by its folder."""
+    compared = {}
+    for word in words:
+        label, _, folder = word.rpartition("=")
+        folder = root.joinpath(folder)
+        compared[label or name_of(folder)] = read_images(folder)
+    return compared
+
+
+def of_the_same_images(sets, image_ids):
+    """Those of {label: PictureSet} that have all of image_ids (N,), of these images alone; and {label: why not} of the
+    others."""
+    whole, lacking = {}, {}
+    for label, pictures in sets.items():
+        missing = np.setdiff1d(image_ids, pictures.image_ids)
+        if missing.size:
+            lacking[label] = f"it lacks {missing.size} of the images (first: id {missing[0]})"
+        else:
+            whole[label] = pictures.of_ids(image_ids) if len(pictures.image_ids) > len(image_ids) else pictures
+    return whole, lacking

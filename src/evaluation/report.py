@@ -10,13 +10,13 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from disk.files import atomic_path, load_json
 from disk.names import run_of, scores_name
 from evaluation.metrics import LOWER_IS_BETTER
 from nsd.rows import open_stimuli
+from sampling.folders import name_of
 from training.tracking import load_rows
 
 THUMBNAIL = 256  # pixels: larger pictures are made smaller, as JPEG
@@ -44,18 +44,13 @@ PUBLISHED = {
 }
 
 
-def write(folder, name, measured, differences, absent, sets, config, recon_config, paths):
-    """Write the report of `measured` {label: Measured}, the reconstructions first, into `folder`.
-
-    differences: {label: {metric: entry}}, reconstructions minus that set; absent: {label: why it was not measured};
-    sets: {label: PictureSet} of what is shown; config: what metrics_config.json holds;
-    recon_config: what the pictures' config.json says, {} where there is none.
-    """
-    main = next(iter(measured))
-    shown_sets = [label for label in sets if not label.startswith(("control", "ceiling"))]
-    images = write_pictures(folder, sets, shown_sets)
-    n = len(sets[main].image_ids)
-    per_image = measured[main].per_image
+def write(folder, findings, config, paths):
+    """Write the report of an evaluation's Findings into `folder`; config: what metrics_config.json holds."""
+    name, per_image = name_of(findings.images.folder), findings.per_image
+    recon_config = findings.images.config or {}
+    shown_sets = [label for label in findings.sets if not label.startswith(("control", "ceiling"))]
+    images = write_pictures(folder, findings.sets, shown_sets)
+    n = len(images)
     for i, image in enumerate(images):
         image["metrics"] = {metric: None if np.isnan(values[i]) else round(float(values[i]), 4)
                             for metric, values in per_image.items()}
@@ -69,9 +64,9 @@ def write(folder, name, measured, differences, absent, sets, config, recon_confi
         f"{escape(config['protocol'])} · commit {escape(str(config['git_commit'])[:12])}</p>",
         "<nav aria-label=Sections><a href=#results>Results</a><a href=#gallery-section>Gallery</a>"
         "<a href=#brain>Brain</a><a href=#training>Training</a><a href=#settings>Settings</a></nav>",
-        results_section(main, measured, differences, absent, paths),
+        results_section(findings, len(open_stimuli(paths))),
         gallery_section(shown, per_image),
-        brain_section(measured, config),
+        brain_section(findings.measured, config["brain_correlation"]),
         training_section(recon_config, paths),
         settings_section(config, recon_config, paths),
     ]
@@ -142,13 +137,13 @@ def table(rows, metrics, first="", main=None):
             f"<tbody>{body}</tbody></table></div>")
 
 
-def results_section(main, measured, differences, absent, paths):
-    found = measured[main].results
-    here = [metric for metric in PROTOCOL if metric in measured[main].per_image]
-    beyond = [metric for metric in measured[main].per_image if metric not in PROTOCOL
-              and not metric.startswith("brain_correlation")]
-    whole = [metric for metric in found if found[metric]["n"] and metric not in measured[main].per_image]
-    rows = {label: set_.results for label, set_ in measured.items()}
+def results_section(findings, n_stimuli):
+    """Tables of what was found, and of what others published; n_stimuli: images of the world it was found in."""
+    main, found, per_image = findings.label, findings.results, findings.per_image
+    here = [metric for metric in PROTOCOL if metric in per_image]
+    beyond = [metric for metric in per_image if metric not in PROTOCOL and not metric.startswith("brain_correlation")]
+    whole = [metric for metric in found if found[metric]["n"] and metric not in per_image]
+    rows = {label: measured.results for label, measured in findings.measured.items()}
     published = {label: {metric: {"value": value / 100 if is_rate(metric) else value, "n": 1, "ci_low": None}
                          for metric, value in zip(PROTOCOL, values, strict=True)}
                  for label, values in PUBLISHED.items()}
@@ -159,16 +154,17 @@ def results_section(main, measured, differences, absent, paths):
              table(rows, here, "set", main), "<h2>Beyond the protocol</h2>", table(rows, beyond, "set", main)]
     if whole:
         parts += ["<h2>Retrieval and features</h2>", table({main: found}, whole, "set", main)]
-    if differences:
+    if findings.differences:
         parts += ["<h2>Reconstructions minus the other sets, images paired</h2>",
-                  table(differences, here + beyond, "minus")]
-    missing = {metric: entry["missing"] for metric, entry in found.items() if "missing" in entry} | absent
+                  table(findings.differences, here + beyond, "minus")]
+    missing = {metric: entry["missing"] for metric, entry in found.items() if "missing" in entry}
+    missing |= findings.absent
     if missing:
         parts += ["<h2>Not measured</h2><ul>", *(f"<li><strong>{escape(title_of(what))}</strong>: {escape(why)}</li>"
                                                  for what, why in missing.items()), "</ul>"]
     parts += ["<h2>Published on NSD</h2>",
               "<p class=faint>Mean of subjects 1, 2, 5 and 7, 40 sessions, protocol mindeye2. "
-              f"{comparable(len(open_stimuli(paths)))}</p>",
+              f"{comparable(n_stimuli)}</p>",
               table(published, PROTOCOL, "method"), "</section>"]
     return "\n".join(parts)
 
@@ -194,9 +190,12 @@ def gallery_section(shown, per_image):
             "<p><button type=button id=more hidden>Show more</button></p></section>")
 
 
-def brain_section(measured, config):
-    if not config["brain_correlation"]:
+def brain_section(measured, note):
+    """Correlation with the measured response by region; note: what its reader must know, None where there is none."""
+    if not note:
         return "<section id=brain></section>"
+    from matplotlib.figure import Figure
+
     rois = [metric for metric in next(iter(measured.values())).per_image if metric.startswith("brain_correlation_")]
     labels = [label for label in measured if rois[0] in measured[label].results]
     figure = Figure(figsize=(max(6, 1.1 * len(rois) + 2), 3.4), layout="constrained")
@@ -213,7 +212,7 @@ def brain_section(measured, config):
     axis.legend(frameon=False, fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))  # above, off the bars
     rows = {label: measured[label].results for label in labels}
     return (f"<section id=brain><h2>Brain correlation</h2><p><strong>Not independent evidence:</strong> "
-            f"{escape(config['brain_correlation'])}.</p><p class=faint>Pearson's r across a region's voxels of the "
+            f"{escape(note)}.</p><p class=faint>Pearson's r across a region's voxels of the "
             "response predicted for a picture with the one measured to the seen image, mean over images; not divided "
             "by a noise ceiling. MindEye2 (paper, table 3; NSD): nsdgeneral .373, V1 .364, V2 .352, V3 .342, V4 .327, "
             f"higher .368.</p><div class=plots>{svg_of(figure)}</div>{table(rows, rois, 'set', labels[0])}</section>")
@@ -234,6 +233,9 @@ def training_section(recon_config, paths):
 
 
 def curve(feat, name, rows):
+    """Losses of one run; rows: those of its metrics.jsonl."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(3.4, 2.4), layout="constrained")
     axis = figure.subplots()
     for key, style in (("train/loss", "-"), ("val/loss", "--")):

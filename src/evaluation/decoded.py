@@ -1,0 +1,104 @@
+"""What pictures were drawn from: the run and the scores behind a folder of reconstructions, and the metrics of those.
+
+`run` here is a dict of the flags that name the run and its scores, as recon.py left them in the pictures' config.json.
+"""
+
+from functools import partial
+
+import numpy as np
+
+import utils
+from disk.files import load_csv, load_npy
+from disk.names import images_name, scores_name
+from disk.scores import load_scores
+from evaluation import metrics
+from evaluation.measuring import summarise
+from nsd.rows import open_feature
+
+# what names the scores behind the images
+RUN_FLAGS = ("subj", "hidden_dim", "num_sessions", "tag", "run", "head", "control", "test_split", "repeats")
+
+
+def run_behind(images):
+    """The flags that name the scores the images were made from, as recon.py left them; or None and why not."""
+    config = images.config
+    if config is None:
+        return None, f"{images.folder}/config.json, which says whose images these are, not found"
+    lacking = [flag for flag in RUN_FLAGS if flag not in config]
+    if lacking:
+        return None, f"{images.folder}/config.json does not say {', '.join(lacking)}"
+    return {flag: config[flag] for flag in RUN_FLAGS} | {"sd_model": config.get("sd_model")}, None
+
+
+def check_rows(images, run, paths):
+    """Refuse an index whose ids are not those of the scores that the pictures were drawn from, row by row.
+
+    run: None where nobody knows which scores those are.
+    """
+    folder = None if run is None else paths.scores(run["subj"], scores_name(run, "c"), "c")
+    if folder is None or not (folder / "image_ids.npy").exists():
+        return
+    ids = load_npy(folder / "image_ids.npy", "the scores' image ids", "score again")
+    for line in load_csv(images.folder / "index.csv", "the list of reconstructions", "reconstruct again"):
+        row = int(line.get("row", -1))
+        if row >= len(ids) or (row >= 0 and ids[row] != int(line["image_id"])):
+            found = ids[row] if row < len(ids) else "none"
+            raise utils.UserError(f"{images.folder}/index.csv: row {row} is image id {line['image_id']}, in {folder} "
+                                  f"it is {found}; these pictures were not drawn from these scores: reconstruct again")
+
+
+def folder_with(images, changed):
+    """Where recon.py puts these reconstructions with some flags changed, {flag: value}; None where config.json does not
+    say enough, or they lie elsewhere."""
+    config = {"use_gnet": False, "gnet_roi": None, "gnet_kappa": 0, **(images.config or {})}
+    if not {"method", *RUN_FLAGS} <= config.keys():
+        return None
+    name, new = (images_name(flags) for flags in (config, {**config, **changed}))
+    parts = images.folder.parts  # .../<name>/<guidance_scale>/<guidance_strength>
+    return images.folder.parents[2] / new / parts[-2] / parts[-1] if parts[-3] == name else None
+
+
+def retrieval(run, no_run, paths, feat, seed):
+    """Retrieve images by the brain's embeddings of a feature and the reverse, over all test images of these scores.
+
+    Returns the entries of metrics.json and {metric: why it is missing}; no_run: why `run` is None. Galleries of
+    metrics.GALLERY images, and (`_of_all`) of all.
+    """
+    names = ("brain_to_image_top1", "image_to_brain_top1")
+    if run is None:
+        return {}, dict.fromkeys(names, no_run)
+    folder = paths.scores(run["subj"], scores_name(run, feat), feat)
+    for file in (folder / "retrieval.npy", paths.feature(feat)):
+        if not file.exists():
+            return {}, dict.fromkeys(names, f"{file} not found")
+    ids, brain = load_scores(folder, "retrieval")
+    seen = open_feature(paths, feat)
+    if brain[0].size != np.prod(seen.row_shape):
+        raise utils.UserError(f"{folder}/retrieval.npy: rows of {brain.shape[1:]}, those of {paths.feature(feat)} are "
+                              f"{seen.row_shape}; score again, or give --retrieval_feat another feature")
+    found = {}
+    for suffix, gallery in (("", min(metrics.GALLERY, len(ids))), ("_of_all", len(ids))):
+        hits, drawn = metrics.retrieval_counts(brain, seen[ids], gallery, seed=seed)
+        found |= {name + suffix: {**summarise(partial(ratio, hits[name], drawn), len(ids), seed),
+                                  "gallery": gallery} for name in names}
+    return found, {}
+
+
+def effective_ranks(run, paths, feat):
+    """How many dimensions the predicted features behind the images use, beside the true ones': {metric: entry}.
+
+    {} where there are no such scores.
+    """
+    if run is None or not paths.feature(feat).exists():
+        return {}
+    folder = paths.scores(run["subj"], scores_name(run, feat), feat)
+    if not (folder / "nsdgeneral.npy").exists():
+        return {}
+    ids, predicted = load_scores(folder)
+    true = open_feature(paths, feat)[ids]
+    return {f"effective_rank_{feat}{suffix}": {"value": metrics.effective_rank(rows), "ci_low": None, "ci_high": None,
+                                               "n": len(ids)} for suffix, rows in (("", predicted), ("_true", true))}
+
+
+def ratio(hits, drawn, index):
+    return hits[index].sum() / drawn[index].sum()

@@ -1,0 +1,187 @@
+"""Measuring sets of pictures against what was seen: every metric of every image, intervals, differences.
+
+A metric's entry, as metrics.json holds it: {"value", "ci_low", "ci_high", "n"}, and "missing", why there is no value.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+import utils
+from disk.files import file_hash
+from encoding.encoder import Encoder, load_encoder
+from evaluation import metrics
+from nsd.regions import roi_masks
+from nsd.repeats import responses_to
+from sampling.folders import ImageSet, in_batches
+
+
+class Measured:
+    """What was found of one set: results {metric: entry}, per_image {metric: (N,)}, tables {metric: (N, N) successes of
+    query against rival}; the last two are means over samples."""
+
+    def __init__(self, per_image, tables, seed):
+        self.per_image, self.tables = per_image, tables
+        self.results = {name: summarise(self.statistic(name), len(values), seed) for name, values in per_image.items()}
+
+    def statistic(self, name):
+        """The metric as a function of an index of images, for the bootstrap."""
+        if name in self.tables:
+            return metrics.pair_mean_of(self.tables[name])
+        average = np.median if "median" in name else np.mean
+
+        def statistic(index):
+            values = self.per_image[name][index]
+            values = values[~np.isnan(values)]  # an image without rivals in its cluster has no value there
+            return average(values) if len(values) else np.nan
+
+        return statistic
+
+
+class Findings(NamedTuple):
+    """What an evaluation found, of one folder of reconstructions and of what they were held against."""
+
+    images: ImageSet
+    sets: dict  # label -> PictureSet: the seen images, then those of `measured`
+    measured: dict  # label -> Measured, the reconstructions first
+    differences: dict  # label -> {metric: entry}, reconstructions minus that set, images paired
+    absent: dict  # label -> why that set was not measured
+
+    @property
+    def label(self):
+        """Of the reconstructions."""
+        return next(iter(self.measured))
+
+    @property
+    def results(self):
+        """{metric: entry} of the reconstructions."""
+        return self.measured[self.label].results
+
+    @property
+    def per_image(self):
+        """{metric: (N,)} of the reconstructions."""
+        return self.measured[self.label].per_image
+
+    @property
+    def n_samples(self):
+        return self.sets[self.label].n_samples
+
+
+class Scale:
+    """Measures sets of pictures against what was seen, with the same networks."""
+
+    def __init__(self, seen, networks, store, brain, seed):
+        """brain: Brain or None."""
+        self.seen, self.networks, self.store, self.brain, self.seed = seen, networks, store, brain, seed
+        self.reals = {name: store.features(name, network, seen) for name, network in networks.items()}
+
+    def measure(self, pictures):
+        """All metrics of a PictureSet of the same images, Measured."""
+        per_image = [self.pixels(pictures, k) | self.brain_correlation(pictures, k) for k in range(pictures.n_samples)]
+        per_image, tables = {name: np.mean([found[name] for found in per_image], axis=0) for name in per_image[0]}, {}
+        for name, network in self.networks.items():
+            preds = [self.store.features(name, network, pictures, k) for k in range(pictures.n_samples)]
+            compare_features(name, self.reals[name], preds, per_image, tables)
+        return Measured(per_image, tables, self.seed)
+
+    def pixels(self, pictures, sample):
+        """PixCorr and SSIM of every image, {metric: (N,)}."""
+        def make(file):
+            found, n = [], self.store.batch_size
+            for start in range(0, len(self.seen.image_ids), n):
+                index = range(start, min(start + n, len(self.seen.image_ids)))
+                pair = self.seen.batch(index), pictures.batch(index, sample)
+                found.append([metrics.pixcorr(*pair), metrics.ssim(*pair)])
+            with open(file, "wb") as stream:
+                np.save(stream, np.concatenate(found, axis=1))
+
+        found = self.store.kept("pixels", self.seen.key() + pictures.key(sample), make)
+        return {"pixcorr": np.array(found[0]), "ssim": np.array(found[1])}
+
+    def brain_correlation(self, pictures, sample):
+        """Correlation of the response predicted for a picture with the one measured to the seen image, across a
+        region's voxels: {brain_correlation_<ROI>: (N,)}. Measured responses are averaged over an image's repeats; no
+        noise ceiling divides (docs/evaluation.md, Protocol)."""
+        if self.brain is None:
+            return {}
+        encoder, responses, rois = self.brain
+
+        def make(file):
+            shown = (pictures.read(i, sample) for i in range(len(pictures.image_ids)))
+            with open(file, "wb") as stream:
+                np.save(stream, encoder.predict(in_batches(shown, 50), show=f"brain of {pictures.label}"))
+
+        predicted = self.store.kept("voxels", file_hash(encoder.file) + encoder.subj + pictures.key(sample), make)
+        return {f"brain_correlation_{roi}": metrics.paired_correlation(responses[:, mask], predicted[:, mask])
+                for roi, mask in rois.items()}
+
+    def differences(self, measured, other):
+        """{metric: entry} of a set's values minus another one's, images paired."""
+        n, found = len(self.seen.image_ids), {}
+        for name in measured.per_image:
+            if name in other.per_image:
+                a, b = measured.statistic(name), other.statistic(name)
+                low, high = metrics.paired_ci(a, b, n, seed=self.seed)
+                value = float(a(np.arange(n)) - b(np.arange(n)))
+                found[name] = {"value": value, "ci_low": low, "ci_high": high, "n": n}
+        return found
+
+class Brain(NamedTuple):
+    """What judges by a subject's responses."""
+
+    encoder: Encoder
+    responses: np.ndarray  # (N, V) measured to the seen images, averaged over repeats
+    rois: dict  # name -> bool (V,)
+
+    def note(self, guided_by):
+        """What the reader of brain correlations must know; guided_by: the GNet that guided the pictures, or None."""
+        note = f"predicted by {self.encoder.run}, which was fitted to responses of the same subject"
+        more = f"; {guided_by} guided these pictures, so that its own r is what was optimised"
+        return note + (more if guided_by else "")
+
+
+def brain_of(paths, subj, image_ids, gnet_run, seed, device):
+    """The Brain that judges pictures of image_ids (N,), or None, and why there is none.
+
+    gnet_run: a folder of train_logs, which must then be there (UserError); None takes the subject's own if it can.
+    """
+    try:
+        encoder = load_encoder(paths, subj, gnet_run, seed, device)
+        responses = responses_to(paths, subj, image_ids).betas
+        rois = {roi: mask for roi, mask in roi_masks(paths, subj).items() if mask.any()}
+    except utils.UserError as error:
+        if gnet_run:
+            raise
+        return None, str(error)
+    return Brain(encoder, responses, rois), None
+
+
+def compare_features(name, real, preds, per_image, tables):
+    """Add the metrics of one network to `per_image` and `tables`; real (N, D), preds: (N, D) per sample."""
+    if name.endswith("_distance"):
+        per_image[name] = np.mean([metrics.correlation_distance(real, pred) for pred in preds], axis=0)
+        return
+    if len(real) == 1:
+        return
+    found = [metrics.identification(metrics.correlations(real, pred)) for pred in preds]
+    for direction, suffix in (("rec_to_gt", ""), ("gt_to_rec", "_gt_to_rec")):  # the protocol's has the plain name
+        tables[name + suffix] = np.mean([successes[direction] for successes in found], axis=0)
+        per_image[name + suffix] = tables[name + suffix].sum(axis=1) / (len(real) - 1)
+    if name == "clip_two_way":
+        rank = np.array([metrics.ranks_of(successes["rec_to_gt"]) for successes in found])  # (samples, N)
+        per_image["clip_median_rank"] = rank.mean(axis=0)
+        per_image |= {"clip_top1": (rank <= 1).mean(axis=0), "clip_top5": (rank <= 5).mean(axis=0)}
+        clusters = metrics.clusters_of(real, round((len(real) / 2) ** 0.5))
+        per_image["clip_two_way_same_cluster"] = metrics.within_clusters(tables[name], clusters)
+
+
+def summarise(statistic, n, seed):
+    """A metric's entry of metrics.json."""
+    low, high = metrics.bootstrap_ci(statistic, n, seed=seed)
+    return {"value": float(statistic(np.arange(n))), "ci_low": low, "ci_high": high, "n": n}
+
+
+def unmeasured(reasons):
+    """Entries of metrics.json for what has no value: {metric: why} -> {metric: entry}."""
+    return {name: {"value": None, "ci_low": None, "ci_high": None, "n": 0, "missing": why}
+            for name, why in reasons.items()}
