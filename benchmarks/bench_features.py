@@ -3,8 +3,8 @@
     python benchmarks/bench_features.py                                      # the demo's tiny models, 64 x 64 stimuli
     python benchmarks/bench_features.py --sd_model random --images 16        # SD 1.4's and CLIP ViT-B/32's sizes, NSD's
 
-Makes stimuli and captions of random content (no two captions the same), and measures img2feat.write_blocks, which reads
-them from the file and writes rows to files. For each feature, in one process, taking turns:
+Makes stimuli and captions of random content (no two captions the same), and measures write_blocks of features/, which
+reads them from the file and writes rows to files. For each feature, in one process, taking turns:
   script    blocks as img2feat.py makes them
   network   its network alone, on tensors that are there, in the same batches; nothing is read, kept or written
   one       one image at a time through the same code: batches and blocks of 1
@@ -12,7 +12,6 @@ Prints images/s of the script, script / network (wanted >= .9), script / one (wa
 memory of the script beyond the network (wanted < 2 GB; its readers' memory is not counted). Loading is left out.
 """
 
-import copy
 import json
 import subprocess
 import sys
@@ -29,11 +28,13 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
 
-import img2feat
 import options
 import utils
 from bench_train import anonymous, peak_anonymous, reset_peak, synchronise
 from disk.names import Paths
+from features.extraction import write_blocks
+from features.files import FeatureFile, create_file
+from features.makers import VAE_PIXELS, Latents, TextFeatures, VisionFeatures
 from nsd.captions import load_captions
 from nsd.rows import open_stimuli
 from training.team import Team
@@ -112,28 +113,25 @@ def measure(args, paths, group):
     """Print a line of figures about one group of features."""
     utils.reproducible_products()
     team = Team(utils.pick_device(args.device))
-    sources = {"c": lambda: (img2feat.TextFeatures, load_captions(paths)),
-               "z": lambda: (img2feat.Latents, open_stimuli(paths)),
-               "g": lambda: (img2feat.VisionFeatures, GROUPS["g"], open_stimuli(paths))}
+    sources = {"c": lambda: (TextFeatures, load_captions(paths), args.sd_model),
+               "z": lambda: (Latents, open_stimuli(paths), args.sd_model),
+               "g": lambda: (VisionFeatures, GROUPS["g"], open_stimuli(paths), args.clip_model)}
     kind, *source = sources[group]()
-    maker = kind(*source, args, team.device)
+    maker, single = (kind(*source, batch_size, team.device) for batch_size in (args.batch_size, 1))
+    single.block_size = 1
     network = maker.load()
     resident = anonymous()
     reset_peak()
-    single_args = copy.copy(args)
-    single_args.batch_size = 1
-    single = kind(*source, single_args, team.device)
-    single.block_size = 1
     n_single = min(args.single_images or max(1, args.images // 4), len(maker))
 
-    def write(maker, args, n):
+    def write(maker, n):
         """Seconds in which the script makes the features of the first n images."""
         for feat in maker.feats:
-            img2feat.create_file(paths.feature(feat), len(maker), maker.row_shape(network), "float16", maker)
-        files = {feat: img2feat.FeatureFile(paths.feature(feat)) for feat in maker.feats}
+            create_file(paths.feature(feat), len(maker), maker.row_shape(network), "float16", maker)
+        files = {feat: FeatureFile(paths.feature(feat)) for feat in maker.feats}
         blocks = np.split(np.arange(n), range(maker.block_size, n, maker.block_size))
         start = time.perf_counter()
-        img2feat.write_blocks(maker, network, blocks, files, args, team)
+        write_blocks(maker, network, blocks, files, args.num_workers, team.device)
         return time.perf_counter() - start
 
     @torch.inference_mode()
@@ -146,7 +144,7 @@ def measure(args, paths, group):
             if group == "c":
                 batches, call = item[0].to(team.device).split(args.batch_size), network
             elif group == "z":
-                batches = (maker.on_device(item) * 2 - 1).split(max(1, img2feat.VAE_PIXELS // maker.side**2))
+                batches = (maker.on_device(item) * 2 - 1).split(max(1, VAE_PIXELS // maker.side**2))
                 call = network.encode
             else:
                 batches, call = [maker.on_device(item)], network
@@ -158,16 +156,16 @@ def measure(args, paths, group):
             seconds += time.perf_counter() - start
         return seconds
 
-    write(maker, args, args.images)  # before anything else that could leave memory behind; it warms up, too
+    write(maker, args.images)  # before anything else that could leave memory behind; it warms up, too
     peak = peak_anonymous() - resident
-    write(single, single_args, 1), forward(min(args.batch_size, len(maker)))
+    write(single, 1), forward(min(args.batch_size, len(maker)))
     seconds = {"script": 0.0, "network": 0.0, "one": 0.0}
     for _ in range(args.rounds):
-        seconds["script"] += write(maker, args, args.images)
+        seconds["script"] += write(maker, args.images)
         seconds["network"] += forward(args.images)
         seconds["network"] += forward(args.images)  # A B B A: a machine that slows down slows both
-        seconds["script"] += write(maker, args, args.images)
-        seconds["one"] += write(single, single_args, n_single)
+        seconds["script"] += write(maker, args.images)
+        seconds["one"] += write(single, n_single)
     per_image = {"script": seconds["script"] / 2 / args.images, "network": seconds["network"] / 2 / args.images,
                  "one": seconds["one"] / n_single}
     per_image = {what: value / args.rounds for what, value in per_image.items()}

@@ -6,12 +6,14 @@ that are compared to the bit would differ.
 
 import fcntl
 import multiprocessing
+import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
 
 import utils
+from disk.names import Paths
 
 utils.reproducible_products()
 
@@ -22,6 +24,47 @@ def one_launch():
     with open(Path(tempfile.gettempdir()) / "one_launch.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@pytest.fixture(scope="session")
+def pristine_nsd(tmp_path_factory):
+    """(Paths, {subject: image id of every trial}) of a tiny NSD (tiny_nsd), from which tests take copies."""
+    import tiny_nsd
+
+    return tiny_nsd.write_tiny_nsd(tmp_path_factory.mktemp("tiny_nsd"))
+
+
+@pytest.fixture
+def nsd(pristine_nsd, tmp_path):
+    """A tiny NSD of the test's own in tmp_path, to be changed: (Paths, {subject: image id of every trial})."""
+    pristine, shown = pristine_nsd
+    shutil.copytree(pristine.root, tmp_path, dirs_exist_ok=True)
+    return Paths(tmp_path, tmp_path / "MindEyeV2/mindeyev2"), {subj: ids.copy() for subj, ids in shown.items()}
+
+
+@pytest.fixture
+def paths(nsd):
+    """The Paths of `nsd`."""
+    return nsd[0]
+
+
+@pytest.fixture(scope="session")
+def small_nsd(tmp_path_factory):
+    """Paths of the demo's small world, written once, to be read only."""
+    import make_mini_nsd
+
+    root = tmp_path_factory.mktemp("small_nsd")
+    make_mini_nsd.main(["--root", str(root), "--size", "small"])
+    return Paths(root, root / "MindEyeV2/mindeyev2")
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """Folders of a tiny random Stable Diffusion and a tiny random CLIP (tiny_sd), to be read only."""
+    import tiny_sd
+
+    folder = tmp_path_factory.mktemp("models")
+    return tiny_sd.write_tiny_sd(folder / "sd"), tiny_sd.write_tiny_clip(folder / "clip")
 
 
 def pytest_unconfigure():

@@ -15,23 +15,23 @@ import pytest
 import scipy.io
 
 import check_data
-import make_mini_nsd
 import tiny_nsd
 import utils
 from disk.names import Paths
 from nsd import sources
+from nsd.checks import SAMPLE
 from nsd.regions import PRF_LABELS
-from nsd.trials import read_shard
+from nsd.trials import load_trials, read_shard
 
 MODELS = Path(__file__).resolve().parent.parent / "demo/models"
 FEATS = {"c": (20, 64), "g_2": (17, 96)}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(small_nsd, tmp_path_factory):
     """A small NSD with two features, in which nothing is wrong."""
     root = tmp_path_factory.mktemp("whole")
-    make_mini_nsd.main(["--root", str(root), "--size", "small"])
+    shutil.copytree(small_nsd.root, root, dirs_exist_ok=True)
     paths = Paths(root, root / "MindEyeV2/mindeyev2")
     for feat, shape in FEATS.items():
         write_feature(paths, feat, np.random.default_rng(0).standard_normal((240, *shape)).astype(np.float16))
@@ -294,11 +294,11 @@ def real(tmp_path_factory):
     paths.captions.parent.mkdir(parents=True)
     paths.captions.write_text(json.dumps({str(i + 7): ["a", "b"] for i in range(73000)}))
 
-    samples = {size: np.unique(np.linspace(0, size - 1, check_data.SAMPLE).astype(int)) for size in (n, 73000)}
+    samples = {size: np.unique(np.linspace(0, size - 1, SAMPLE).astype(int)) for size in (n, 73000)}
     sparse_hdf5(paths.betas("subj04"), "betas", (n, n_voxels), np.float32, samples[n])
     sparse_hdf5(paths.stimuli / "nsd_stimuli.hdf5", "imgBrick", (73000, 425, 425, 3), np.uint8, samples[73000])
     seen = np.unique(shown[:n])
-    looked_at = seen[np.unique(np.linspace(0, len(seen) - 1, check_data.SAMPLE).astype(int))]
+    looked_at = seen[np.unique(np.linspace(0, len(seen) - 1, SAMPLE).astype(int))]
     for feat, width in (("c", 59136), ("g_2", 38400)):
         sparse_hdf5(paths.feature(feat), "data", (73000, width), np.float16, looked_at)
     np.save(paths.data_path / "shared1000.npy", np.isin(np.arange(73000), shared))
@@ -312,12 +312,22 @@ def real(tmp_path_factory):
     behav = np.full((n, 17), -1.0)
     behav[:, 0], behav[:, 1], behav[:, 5] = shown[:n], 4, np.arange(n)
     behav[:, 2], behav[:, 16] = 1 + np.arange(n) // 750, np.isin(shown[:n], shared)
-    folder = paths.data_path / "wds/subj04"
-    tiny_nsd.write_tar(folder / "new_test/0.tar", behav[behav[:, 16] == 1])
-    tiny_nsd.write_tar(folder / "test/0.tar", behav[behav[:, 16] == 1][:1985])
-    for session in range(30):
-        tiny_nsd.write_tar(folder / f"train/{session}.tar", behav[(behav[:, 16] == 0) & (behav[:, 2] == session + 1)])
+    shards = {f"train/{k}": behav[(behav[:, 16] == 0) & (behav[:, 2] == k + 1)] for k in range(30)}
+    shards |= {"new_test/0": behav[behav[:, 16] == 1], "test/0": behav[behav[:, 16] == 1][:1985]}
+    keep_unpacked(paths, shards)
     return paths
+
+
+def keep_unpacked(paths, shards):
+    """Leave subject 4's shards {name: behav (trials, 17)} as load_trials does when it has unpacked them."""
+    folder = paths.data_path / "wds/subj04"
+    for name in shards:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.tar").write_bytes(b"unpacked already")
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr("nsd.trials.read_shard", lambda path: shards[str(path.relative_to(folder))[:-4]])
+        for split in ("train", "new_test", "test"):
+            load_trials(paths, "subj04", split)
 
 
 def test_files_of_the_real_sizes(real, capsys):
@@ -347,7 +357,7 @@ def test_published_numbers_are_known(real, capsys, tmp_path):
 
 
 def test_missing_features_of_nsd_need_room(real, capsys, monkeypatch):
-    monkeypatch.setattr(check_data.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1e9}))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1e9}))
     status, lines = examine(real, capsys, "--subj", "4", "--feats", "z")
     assert status == 1
     assert any(line.startswith("fail  disk") and "features to write 2.4 GB" in line for line in lines), lines

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
+import check_data
 import download
-import make_mini_nsd
+import img2feat
 import utils
 from disk.names import Paths
 from nsd import sources
@@ -29,10 +30,10 @@ HUB = f"datasets/{sources.HUB_DATA}"
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(small_nsd, tmp_path_factory):
     """A small NSD as the servers have it."""
     root = tmp_path_factory.mktemp("servers")
-    make_mini_nsd.main(["--root", str(root), "--size", "small"])
+    shutil.copytree(small_nsd.root, root, dirs_exist_ok=True)
     paths = Paths(root, root / "MindEyeV2/mindeyev2")
     for subj in ("subj01", "subj02"):
         write_volumes(paths, subj)
@@ -88,70 +89,64 @@ def site(world):
 
 
 @pytest.fixture
-def run(site, tmp_path):
-    """Run download.sh on an empty root; returns the finished process."""
+def ask(site, tmp_path, monkeypatch, capsys):
+    """Run download.py, or another script, on an empty root; returns what it prints, or its one line of an error."""
     root, cache = tmp_path / "root", tmp_path / "cache"
     for folder in ("nsddata", "nsddata_stimuli", "MindEyeV2"):
         (root / folder).mkdir(parents=True)
+
+    def script(*flags, wanted=0, main=download.main):
+        capsys.readouterr()
+        where = ("--nsd_url", script.url, "--coco_url", script.url) if main is download.main else ()
+        try:
+            status = utils.run_cli(main, ["--root", str(root), *where, *map(str, flags)])
+        except SystemExit as stop:
+            status = stop.code
+        output = capsys.readouterr()
+        assert status == wanted, output
+        return output.out if wanted != 2 else output.err.strip().splitlines()[-1]
+
     with serve(site) as url:
-        def script(*flags, wanted=0, name="download", **knobs):
-            knobs = {"ROOT": str(root), "HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", **knobs}
-            where = ("--nsd_url", url, "--coco_url", url) if name == "download" else ()
-            result = subprocess.run(["bash", REPO / f"scripts/{name}.sh", *where, *map(str, flags)], text=True,
-                                    env={**os.environ, **knobs}, capture_output=True, check=False)
-            assert result.returncode == wanted, result.stdout + result.stderr
-            assert "Traceback" not in result.stderr
-            return result
-        script.root, script.url, script.cache = root, url, cache
+        for name, value in {"ENDPOINT": url, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(cache),
+                            "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}"}.items():
+            monkeypatch.setattr(constants, name, value)
+        script.root, script.url = root, url
         yield script
 
 
-@pytest.fixture
-def ask(run, monkeypatch, capsys):
-    """Run download.py in this process, where each test would wait seconds for imports otherwise; returns its output."""
-    for name, value in {"ENDPOINT": run.url, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(run.cache),
-                        "HUGGINGFACE_CO_URL_TEMPLATE": run.url + "/{repo_id}/resolve/{revision}/{filename}"}.items():
-        monkeypatch.setattr(constants, name, value)
-
-    def script(*flags, wanted=0):
-        capsys.readouterr()
-        words = ["--root", str(run.root), "--nsd_url", run.url, "--coco_url", run.url, *map(str, flags)]
-        status, output = utils.run_cli(download.main, words), capsys.readouterr()
-        assert status == wanted, output
-        return output.out if wanted == 0 else output.err.strip().splitlines()[-1]
-
-    script.root, script.url = run.root, run.url
-    return script
+def test_the_shell_script_hands_on_its_flags_and_the_environment(ask, tmp_path):
+    """download.sh, with the knobs a user has: the hub's address and cache, and ROOT."""
+    knobs = {"ROOT": str(ask.root), "HF_ENDPOINT": ask.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    command = ["bash", REPO / "scripts/download.sh", "--nsd_url", ask.url, "--coco_url", ask.url, "--subj", "1", "2"]
+    done = subprocess.run([*command, "--dry_run"], text=True, env={**os.environ, **knobs}, capture_output=True,
+                          check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "to fetch" in done.stdout and f"{ask.root}/MindEyeV2/mindeyev2" in done.stdout
+    assert not list(ask.root.rglob("*.*")) and "evals" not in done.stdout
 
 
-def last_line(result):
-    return result.stderr.strip().splitlines()[-1]
-
-
-def test_an_empty_disk_becomes_a_world(run, world, site):
-    plan = run("--subj", 1, 2, "--dry_run").stdout
-    assert not list(run.root.rglob("*.*")) and "evals" not in plan
-    assert "to fetch" in plan and f"{run.root}/MindEyeV2/mindeyev2" in plan
-
-    run("--subj", 1, 2)
+def test_an_empty_disk_becomes_a_world(ask, world, site, monkeypatch):
+    ask("--subj", 1, 2)
     hub = {name: content for name, content in files_under(world.data_path).items()
            if not any(f"subj0{other}" in name for other in range(3, 9))}
-    assert same(files_under(run.root / "MindEyeV2/mindeyev2"), hub)
+    assert same(files_under(ask.root / "MindEyeV2/mindeyev2"), hub)
     fetched, wanted = (files_under(root / "nsddata") | files_under(root / "nsddata_stimuli")
-                       for root in (run.root, world.root))
+                       for root in (ask.root, world.root))
     captions = [json.loads(files.pop("stimuli/nsd/annotations/nsd_captions.json")) for files in (fetched, wanted)]
     assert same(fetched, wanted) and captions[0] == captions[1]
-    assert not list(run.root.rglob("*.part*")) and not list(run.root.rglob("*.zip"))
+    assert not list(ask.root.rglob("*.part*")) and not list(ask.root.rglob("*.zip"))
 
     # the doctor finds nothing lacking but what the features script will write
-    words = ("--subj", 1, 2, "--feats", "c")
-    assert "1 fail" in run(*words, name="check_data", wanted=1, HF_HUB_OFFLINE="1").stdout
-    run("--feats", "c", name="features", HF_HUB_OFFLINE="1")  # the weights come from the cache
-    assert "0 fail" in run(*words, name="check_data", HF_HUB_OFFLINE="1").stdout
+    words, asked = ("--subj", 1, 2, "--feats", "c"), len(site.asked)
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert "1 fail" in ask(*words, main=check_data.main, wanted=1)
+        ask("--feats", "c", "--num_workers", 0, main=img2feat.main)
+        assert "0 fail" in ask(*words, main=check_data.main)
+    assert len(site.asked) == asked  # the weights came from the cache
 
     site.asked.clear()
-    again = run("--subj", 1, 2)
-    assert "to fetch: 0 files, 0 B" in again.stdout
+    assert "to fetch: 0 files, 0 B" in ask("--subj", 1, 2)
     assert not [path for method, path, asked in site.asked if "/resolve/" in path and method == "GET"]
 
 
@@ -233,7 +228,7 @@ def test_without_network(ask, monkeypatch):
 
 
 def test_a_full_disk_is_seen_before(ask, site, monkeypatch, capsys):
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     flags = ["--root", str(ask.root), "--nsd_url", ask.url, "--what", "stimuli"]
     assert utils.run_cli(download.main, flags) == 2
     assert "1.0 kB free, wanted" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""transfer.py against a local server that drops, pauses, lies about sizes and changes its files."""
+"""nsd/transfer.py against a local server that drops, pauses, lies about sizes and changes its files."""
 
 import os
 import random
@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -105,8 +104,9 @@ def test_what_was_fetched_is_not_fetched_again(site, fetch, tmp_path, monkeypatc
 def test_a_killed_fetch_goes_on(site, tmp_path):
     """SIGKILL in the middle: the blocks that were whole are kept."""
     target, program = tmp_path / "file.bin", """
-import sys, transfer
+import sys
 from pathlib import Path
+from nsd import transfer
 transfer.BLOCK = 64_000
 with transfer.connect() as client:
     remote = transfer.probe(client, sys.argv[1], "")
@@ -116,7 +116,7 @@ with transfer.connect() as client:
     site.pause["/a/file.bin"] = 0.05
     with serve(site) as url:
         command = [sys.executable, "-c", program, f"{url}/a/file.bin", str(target)]
-        environment = {**os.environ, "PYTHONPATH": str(Path(transfer.__file__).parent)}
+        environment = {**os.environ, "PYTHONPATH": str(utils.REPOSITORY / "src")}
         process = subprocess.Popen(command, env=environment)
         while not (part.exists() and part.read_text().count("000") > 3):
             time.sleep(0.01)

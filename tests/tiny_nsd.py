@@ -1,10 +1,14 @@
-"""A few kilobytes in the formats of the Natural Scenes Dataset, for the tests: 24 images, 2 subjects, 3 sessions."""
+"""A few kilobytes in the formats of the Natural Scenes Dataset, for the tests: 24 images, 2 subjects, 3 sessions.
+
+conftest.py writes them once, and hands out copies: fixtures `nsd` and `paths`.
+"""
 
 import io
 import json
 
 import h5py
 import numpy as np
+import pandas as pd
 import scipy.io
 import webdataset
 
@@ -20,7 +24,7 @@ IMAGE_ID, SUBJECT, SESSION, TRIAL, IS_SHARED = 0, 1, 2, 5, 16
 
 
 def write_tiny_nsd(root, seed=0):
-    """Write everything data.py reads; returns (Paths, {subject: image id of every trial})."""
+    """Write everything that nsd/ reads; returns (Paths, {subject: image id of every trial})."""
     rng = np.random.default_rng(seed)
     paths = Paths(root, root / "MindEyeV2/mindeyev2")
     for folder in (paths.data_path, paths.experiments, paths.stimuli / "annotations"):
@@ -93,3 +97,17 @@ def write_stimuli(paths, rng):
     words = ["a", "b", "ab", "a b", "b a", "b b"]
     captions = {str(1000 - i): [str(text) for text in rng.choice(words, 2 + i % 3)] for i in rng.permutation(N_IMAGES)}
     (paths.stimuli / "annotations/nsd_captions.json").write_text(json.dumps(captions))
+
+
+def read_hdf5(path, key):
+    with h5py.File(path, "r") as file:
+        return file[key][()]
+
+
+def truncate(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def table(image_ids, first_row=0):
+    """A table of trials that show these images, one after the other."""
+    return pd.DataFrame({"image_id": image_ids, "row": np.arange(len(image_ids)) + first_row})

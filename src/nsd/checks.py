@@ -1,0 +1,289 @@
+"""Looks at the data: whether it is there and right, read by the functions with which the stages read it.
+
+A look returns what it found as words; it raises UserError for a defect and Doubt for what can be lived with.
+"""
+
+import os
+import re
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+import options
+import utils
+from nsd import sources
+from nsd.captions import load_captions
+from nsd.design import check_shared_images, check_trial_images, load_stimulus_table
+from nsd.regions import roi_masks
+from nsd.rows import open_betas, open_feature, open_stimuli
+from nsd.trials import load_trials
+
+SAMPLE = 16  # rows of a file that are looked at without --deep
+RUN_BYTES = 6e9  # pretraining and fine-tuning of one feature at --hidden_dim 1024 (benchmarks/stage_costs.py)
+MEMORY = 16e9  # bytes of main memory that training c at its defaults takes (benchmarks/bench_train.py)
+
+
+class World:
+    """The data under a root; what several looks need is read once."""
+
+    def __init__(self, paths):
+        self.paths, self._trials = paths, {}
+
+    @cached_property
+    def n_images(self):
+        """Images in NSD's table of the stimuli."""
+        return len(load_stimulus_table(self.paths))
+
+    @property
+    def is_nsd(self):
+        """Whether this is the full data set, of which published numbers hold."""
+        return self.n_images == sources.N_IMAGES
+
+    def trials(self, subj, split):
+        """Table of a subject's trials (load_trials)."""
+        if (subj, split) not in self._trials:
+            self._trials[subj, split] = load_trials(self.paths, subj, split)
+        return self._trials[subj, split]
+
+
+class Finding(NamedTuple):
+    """A line of the table."""
+
+    status: str  # ok, warn or fail
+    what: str
+    found: str
+    mend: str  # a command; "" where nothing is to be mended
+
+
+class Doubt(Exception):
+    """What a look finds that can be lived with."""
+
+
+class Unfinished(utils.UserError):
+    """A feature file that the command that began it will go on with."""
+
+
+def examine(what, mend, look):
+    """Look at one thing and return the Finding: a UserError is a defect, a Doubt a warning."""
+    try:
+        return Finding("ok", what, look(), "")
+    except Doubt as doubt:
+        return Finding("warn", what, str(doubt), mend)
+    except Unfinished as defect:
+        return Finding("fail", what, str(defect), mend.removesuffix(" --overwrite"))
+    except (utils.UserError, OSError) as defect:
+        return Finding("fail", what, str(defect), mend)
+
+
+def report(findings):
+    """Print the table, and the commands in the order in which to run them; returns the number of failures."""
+    width = max(len(finding.what) for finding in findings)
+    for status, what, found, mend in findings:
+        print(f"{status:<5} {what:<{width}}  {found}")
+        if mend:
+            print(f"{'':<5} {'':<{width}}  -> {mend}")
+    counts = {status: sum(finding.status == status for finding in findings) for status in ("ok", "warn", "fail")}
+    print(", ".join(f"{n} {status}" for status, n in counts.items()))
+    commands = dict.fromkeys(finding.mend for finding in findings if finding.status == "fail" and finding.mend)
+    if commands:
+        print("to mend what failed, in this order:", *commands, sep="\n    ")
+    return counts["fail"]
+
+
+# --- the looks ----------------------------------------------------------------------------------------------------
+
+
+def expect(file, what, found, wanted):
+    """Raise UserError unless found == wanted."""
+    if found != wanted:
+        raise utils.UserError(f"{file}: {found} {what}, wanted {wanted}")
+
+
+def look_at_table(world):
+    return f"{world.n_images} images"
+
+
+def look_at_shared(world):
+    """All lists of the shared images agree."""
+    shared = check_shared_images(world.paths)
+    if world.is_nsd:
+        expect(world.paths.data_path / "shared1000.npy", "shared images", len(shared), 1000)
+    return f"{len(shared)} shared images, the same in all three lists"
+
+
+def look_at_design(paths, subj):
+    """NSD's and MindEye2's lists of a subject's trials agree."""
+    return f"{check_trial_images(paths, subj)} trials, the same images in both lists"
+
+
+def sample_of(n, deep):
+    """List batches of row numbers to look at: all, or a few spread over the file."""
+    rows = np.arange(n) if deep else np.unique(np.linspace(0, n - 1, SAMPLE).astype(np.int64))
+    return np.array_split(rows, -(-len(rows) // 256))
+
+
+def look_at_rows(rows, deep, numbers=None):
+    """Raise UserError for a row (of `numbers`, or any) that is NaN or infinite, or all zeros: a hole in the file."""
+    numbers = np.arange(len(rows)) if numbers is None else numbers
+    for part in tqdm(sample_of(len(numbers), deep), desc=rows.path.name, unit="batch", leave=False, delay=3):
+        values = rows[numbers[part]].reshape(len(part), -1)
+        if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+            bad = numbers[part][~np.isfinite(values).all(1)][0]
+            raise utils.UserError(f"{rows.path}: row {bad} holds NaN or infinite values")
+        if not values.any(1).all():
+            raise utils.UserError(f"{rows.path}: row {numbers[part][~values.any(1)][0]} is all zeros, as in a hole")
+
+
+def looked(deep):
+    """Say how much was read."""
+    return "all rows read" if deep else f"{SAMPLE} rows read"
+
+
+def look_at_stimuli(world, deep):
+    stimuli = open_stimuli(world.paths)
+    expect(stimuli.path, "images", len(stimuli), world.n_images)
+    if world.is_nsd:
+        expect(stimuli.path, "pixels a side", stimuli.shape[1:3], (425, 425))
+    look_at_rows(stimuli, deep)
+    return f"{stimuli.shape} {stimuli.dtype}, {looked(deep)}"
+
+
+def look_at_captions(paths):
+    captions = load_captions(paths)
+    return f"{sum(map(len, captions))} captions of {len(captions)} images"
+
+
+def look_at_betas(world, subj, deep):
+    betas = open_betas(world.paths, subj)
+    if betas.dtype != np.float32:
+        raise utils.UserError(f"{betas.path}: {betas.dtype}, wanted float32 as MindEye2's are")
+    if world.is_nsd:
+        expect(betas.path, "trials x voxels", betas.shape, sources.PUBLISHED[subj][:2])
+    else:
+        expect(betas.path, "trials", len(betas), check_trial_images(world.paths, subj))
+    look_at_rows(betas, deep)
+    return f"{betas.shape} {betas.dtype}, {looked(deep)}"
+
+
+def look_at_trials(world, subj):
+    """Training and test trials together are all of the subject's, each once, of its images."""
+    folder = world.paths.data_path / "wds" / subj
+    train, test = (world.trials(subj, split) for split in ("train", "new_test"))
+    rows = np.sort(np.concatenate([train["row"], test["row"]]))
+    n = len(open_betas(world.paths, subj))
+    if not np.array_equal(rows, np.arange(n)):
+        lacking, beyond = np.setdiff1d(np.arange(n), rows), rows[rows >= n]
+        twice = rows[1:][np.diff(rows) == 0]
+        raise utils.UserError(f"{folder}: of the betas' trials 0..{n - 1}, {len(lacking)} are lacking "
+                              f"{lacking[:1].tolist()}, {len(twice)} are in two shards {twice[:1].tolist()}, "
+                              f"{len(beyond)} do not exist {beyond[:1].tolist()}, wanted each once")
+    sessions = train["session"].nunique()
+    if world.is_nsd:
+        expect(folder / "train", "sessions", sessions, options.SESSIONS[subj])
+        expect(folder / "new_test", "trials", len(test), sources.PUBLISHED[subj][2])
+    ids = np.concatenate([train["image_id"], test["image_id"]])
+    if ids.max() >= world.n_images:
+        raise utils.UserError(f"{folder}: image id {ids.max()}, wanted 0..{world.n_images - 1}")
+    repeats = enumerate(np.bincount(np.bincount(test["image_id"])))
+    repeats = ", ".join(f"{n} seen {k}x" for k, n in repeats if k and n)
+    return f"{len(train)} training trials of {sessions} sessions; {test['image_id'].nunique()} test images, {repeats}"
+
+
+def look_at_old_test(world, subj):
+    folder = world.paths.data_path / "wds" / subj / "test"
+    if not folder.exists():
+        raise Doubt(f"{folder}: not there; only --test_split test reads it")
+    old, new = (world.trials(subj, split) for split in ("test", "new_test"))
+    if not np.isin(old["row"], new["row"]).all():
+        raise utils.UserError(f"{folder}: trials that new_test does not have, wanted a part of them")
+    if world.is_nsd:
+        expect(folder, "trials", len(old), sources.PUBLISHED[subj][3])
+    return f"{old['image_id'].nunique()} images, {len(old)} trials"
+
+
+def look_at_masks(paths, subj):
+    masks = roi_masks(paths, subj)
+    empty = [name for name, mask in masks.items() if not mask.any()]
+    if empty:
+        raise utils.UserError(f"regions of {subj}: {', '.join(empty)} have no voxel")
+    found = ", ".join(f"{name} {mask.sum()}" for name, mask in masks.items())
+    if not (paths.rois(subj) / "nsdgeneral.nii.gz").exists():
+        raise Doubt(f"{found}; not checked against NSD's volumes, {paths.rois(subj)} has none")
+    return f"{found}; as in NSD's volumes" if (paths.data_path / "brain_region_masks.hdf5").exists() else \
+        f"{found}; from NSD's volumes"
+
+
+def look_at_feature(world, feat, subjects, deep):
+    """Every image that the subjects saw has its row."""
+    rows = open_feature(world.paths, feat)
+    expect(rows.path, "rows", len(rows), world.n_images)
+    seen = [world.trials(subj, split)["image_id"] for subj in subjects for split in ("train", "new_test")]
+    seen = np.unique(np.concatenate(seen))
+    try:
+        rows.require(seen)
+    except utils.UserError as error:  # it would be a loss to make the file again
+        raise Unfinished(str(error)) from None
+    look_at_rows(rows, deep, seen)
+    return f"{rows.shape} {rows.dtype}, {looked(deep)}"
+
+
+def look_at_weights(group, name):
+    """The files that from_pretrained reads, each safetensors file of its full length."""
+    from huggingface_hub import try_to_load_from_cache
+    from safetensors import SafetensorError, safe_open
+
+    is_folder = Path(name).is_dir()
+    needed = ["config.json", "model.safetensors"] if group != "sd" else [
+        "model_index.json", "tokenizer/tokenizer_config.json", "text_encoder/config.json",
+        "text_encoder/model.safetensors", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+    for wanted in needed:
+        older = re.sub(r"(pytorch_)?model\.safetensors$", "pytorch_model.bin", wanted)  # from before safetensors
+        found = [Path(name) / file if is_folder else try_to_load_from_cache(name, file) for file in (wanted, older)]
+        file = next((Path(file) for file in found if isinstance(file, str | Path) and Path(file).exists()), None)
+        if file is None:
+            raise utils.UserError(f"{name}: {wanted} not found{'' if is_folder else ' in the cache of the hub'}")
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except SafetensorError as error:
+                raise utils.UserError(f"{file}: not readable ({error})") from None
+    return f"{name}: {len(needed)} files"
+
+
+def look_at_disk(world, feats, stages):
+    """Room for the features that are not there and for the checkpoints of a full plan."""
+    width = {"c": 59136, "z": 16384}
+    features = sum(2 * sources.N_IMAGES * width.get(feat, 38400) for feat in feats
+                   if not world.paths.feature(feat).exists()) if "features" in stages and world.is_nsd else 0
+    runs = RUN_BYTES * len(feats) if "train" in stages and world.is_nsd else 0
+    free = shutil.disk_usage(world.paths.root).free
+    plan = f"{utils.in_bytes(free)} free; features to write {utils.in_bytes(features)}, checkpoints " \
+           f"{utils.in_bytes(runs)} at most"
+    if free < features:
+        raise utils.UserError(f"{world.paths.root}: {plan}")
+    if free < features + runs:
+        raise Doubt(plan)
+    return plan
+
+
+def look_at_memory():
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if found < MEMORY:
+        raise Doubt(f"{utils.in_bytes(found)} of main memory; training on NSD at its defaults takes about "
+                    f"{utils.in_bytes(MEMORY)}, a smaller --batch_size less")
+    return f"{utils.in_bytes(found)} of main memory"
+
+
+def look_at_gpu():
+    import torch
+
+    if not torch.cuda.is_available():
+        raise Doubt("none is visible: on a CPU, training on NSD takes weeks (the demo world does not)")
+    return "; ".join(f"{gpu.name}, {utils.in_bytes(gpu.total_memory)}" for gpu in
+                     map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))

@@ -1,0 +1,139 @@
+"""Training batches: every trial once, no image twice in a batch, the rows of its trials."""
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import tiny_nsd
+import utils
+from nsd.batches import EpochBatches
+from nsd.rows import open_betas, open_feature
+from nsd.trials import list_subjects, load_trials
+from tiny_nsd import read_hdf5, table
+
+
+def planner(tables, batch_size, seed=0):
+    return EpochBatches(tables, {}, {}, batch_size, seed)
+
+
+def random_tables(rng):
+    """One to four subjects with 1..6 repeats of their images; some images are seen by several subjects."""
+    tables = {}
+    for number in range(rng.integers(1, 5)):
+        image_ids = rng.choice(40, rng.integers(1, 30), replace=False) + rng.choice([0, 1000 * number])
+        tables[f"subj{number:02d}"] = table(rng.permutation(np.repeat(image_ids, rng.integers(1, 7, len(image_ids)))))
+    return tables
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_trial_once_and_no_image_twice_in_a_batch(seed):
+    rng = np.random.default_rng(seed)
+    tables = random_tables(rng)
+    batches = planner(tables, int(rng.integers(len(tables), 30)), seed)
+    plan = batches.plan()
+    for subj, trials in tables.items():
+        assert len(plan[subj]) == len(batches)
+        assert sorted(np.concatenate(plan[subj])) == list(range(len(trials)))
+    for index in range(len(batches)):
+        ids = np.concatenate([tables[subj]["image_id"].to_numpy()[plan[subj][index]] for subj in tables])
+        assert len(set(ids)) == len(ids)
+
+
+def test_equal_shares_of_the_subjects():
+    tables = {"subj01": table(np.repeat(np.arange(40), 3)), "subj02": table(np.repeat(np.arange(100, 140), 3)),
+              "subj03": table(np.repeat(np.arange(200, 217), 3))}
+    batches = planner(tables, 20)  # six trials of each subject, two left over
+    assert len(batches) == 20  # 120 / 6
+    sizes = {subj: [len(trials) for trials in chosen] for subj, chosen in batches.plan().items()}
+    assert set(sizes["subj01"]) == set(sizes["subj02"]) == {6}
+    assert set(sizes["subj03"]) == {2, 3}  # 51 trials, spread over all batches
+
+
+def test_largest_batch_is_the_share():
+    sizes = [len(trials) for trials in planner({"subj01": table(np.repeat(np.arange(50), 3))}, 42).plan()["subj01"]]
+    assert sorted(sizes) == [37, 37, 38, 38]
+
+
+def test_plan_depends_on_seed_and_epoch_alone():
+    tables = {"subj01": table(np.repeat(np.arange(30), 3)), "subj02": table(np.arange(60))}
+
+    def plan(seed, epoch):
+        batches = planner(tables, 12, seed)
+        batches.set_epoch(epoch)
+        return [[trials.tolist() for trials in chosen] for chosen in batches.plan().values()]
+
+    assert plan(0, 3) == plan(0, 3)
+    assert plan(0, 3) != plan(0, 4) and plan(0, 3) != plan(1, 3)
+    back = planner(tables, 12, 0)
+    for epoch in (3, 4, 3):  # resuming: earlier epochs leave no trace
+        back.set_epoch(epoch)
+        assert [[trials.tolist() for trials in chosen] for chosen in back.plan().values()] == plan(0, epoch)
+
+
+def test_repeats_of_an_image_meet_other_images_each_time():
+    """The company an image has in one batch must not follow it to the next."""
+    image_ids = np.repeat(np.arange(300), 3)
+    plan = planner({"subj01": table(image_ids)}, 30).plan()["subj01"]
+    company = [set(image_ids[trials]) for trials in plan]
+    overlap = [len(a & b) for i, a in enumerate(company) for b in company[:i]]
+    assert max(overlap) <= 12  # by chance about 3 of 30
+
+
+def test_items_hold_the_rows_of_their_trials(nsd):
+    paths, shown = nsd
+    subjects = list_subjects(paths)
+    feature = np.random.default_rng(1).standard_normal((tiny_nsd.N_IMAGES, 6)).astype(np.float16)
+    with h5py.File(paths.feature("c"), "w") as file:
+        file["data"] = feature
+        file["data"].attrs["shape"] = (2, 3)
+    tables = {subj: load_trials(paths, subj, "train") for subj in subjects}
+    rows = {subj: open_betas(paths, subj) for subj in subjects}
+    batches = EpochBatches(tables, rows, {"target": open_feature(paths, "c")}, 8, seed=5)
+    betas = {subj: read_hdf5(paths.betas(subj), "betas") for subj in subjects}
+
+    seen = {subj: [] for subj in subjects}
+    for batch in DataLoader(batches, batch_size=None, num_workers=1):
+        assert list(batch["voxels"]) == subjects
+        assert batch["image_ids"].dtype == torch.int64 and batch["targets"]["target"].dtype == torch.float32
+        np.testing.assert_array_equal(batch["targets"]["target"],
+                                      feature[batch["image_ids"]].reshape(-1, 2, 3).astype(np.float32))
+        ids = iter(batch["image_ids"].tolist())
+        for subj, voxels in batch["voxels"].items():
+            assert voxels.dtype == torch.float32
+            for trial in voxels.numpy():
+                row = np.flatnonzero((betas[subj] == trial).all(axis=1)).item()
+                assert shown[subj][row] == next(ids)  # voxels and ids belong together
+                seen[subj].append(row)
+    assert all(sorted(seen[subj]) == sorted(tables[subj]["row"]) for subj in subjects)
+
+
+def test_persistent_workers_see_a_new_epoch(nsd):
+    paths, _ = nsd
+    rows = {"subj01": open_betas(paths, "subj01")}
+    batches = EpochBatches({"subj01": load_trials(paths, "subj01", "train")}, rows, {}, 5, seed=0)
+    loader = DataLoader(batches, batch_size=None, num_workers=1, persistent_workers=True)
+    for epoch in (0, 1):
+        batches.set_epoch(epoch)
+        expected = [batches[i]["image_ids"].tolist() for i in range(len(batches))]
+        assert [batch["image_ids"].tolist() for batch in loader] == expected
+
+
+def test_a_row_of_nan_is_named(nsd):
+    paths, _ = nsd
+    trials = load_trials(paths, "subj02", "train")
+    bad = int(trials["row"].iloc[7])
+    with h5py.File(paths.betas("subj02"), "r+") as file:
+        file["betas"][bad, 3] = np.nan
+    batches = EpochBatches({"subj02": trials}, {"subj02": open_betas(paths, "subj02")}, {}, 6, seed=0)
+    with pytest.raises(utils.UserError, match=f"betas_all_subj02.*row {bad} "):
+        [batches[i] for i in range(len(batches))]
+
+
+def test_batches_that_can_not_be():
+    two = {"subj01": table(np.arange(5)), "subj02": table(np.arange(5))}
+    with pytest.raises(utils.UserError, match="--batch_size 1: fewer than the 2 subjects"):
+        planner(two, 1)
+    with pytest.raises(utils.UserError, match="subj02: no trials"):
+        planner({**two, "subj02": table(np.arange(0))}, 4)

@@ -1,0 +1,65 @@
+"""Regions of interest: MindEye2's masks, NSD's volumes, and whether they agree."""
+
+import h5py
+import nibabel
+import numpy as np
+import pytest
+
+import utils
+from nsd.regions import roi_masks
+
+
+def write_volumes(paths, subj, labels_inside, shape=(3, 4, 5), transposed=False, seed=0):
+    """NSD's two ROI volumes: voxels at random places inside, labels_inside in C order of (X, Y, Z)."""
+    inside = np.zeros(np.prod(shape), bool)
+    inside[np.random.default_rng(seed).choice(inside.size, len(labels_inside), replace=False)] = True
+    general, labels = np.where(inside, 1, -1).astype(np.int16), np.full(inside.size, -1, np.int16)
+    labels[inside] = labels_inside
+    paths.rois(subj).mkdir(parents=True, exist_ok=True)
+    for name, volume in (("nsdgeneral", general), ("prf-visualrois", labels)):
+        volume = volume.reshape(shape)
+        nibabel.save(nibabel.Nifti1Image(volume.T.copy() if transposed else volume, np.eye(4)),
+                     paths.rois(subj) / f"{name}.nii.gz")
+
+
+def test_roi_masks(paths):
+    masks = roi_masks(paths, "subj02")
+    np.testing.assert_array_equal(masks["V1"], [True, True, False, False, False])
+    assert masks["nsd_general"].dtype == bool and masks["nsd_general"].all()
+    with pytest.raises(utils.UserError, match="masks of subj03"):
+        roi_masks(paths, "subj03")
+    with h5py.File(paths.betas("subj02"), "w") as file:
+        file["betas"] = np.zeros((4, 6), np.float32)
+    with pytest.raises(utils.UserError, match="mask V1 of subj02"):
+        roi_masks(paths, "subj02")
+
+
+def test_roi_volumes_and_masks_agree(paths):
+    write_volumes(paths, "subj01", [1, 2, 3, 4, 5, 7, 0])  # the masks' V1 are the first two voxels
+    masks = roi_masks(paths, "subj01")
+    assert masks["V1"].tolist() == [True, True] + 5 * [False]
+
+
+def test_roi_masks_of_volumes_alone(paths):
+    (paths.data_path / "brain_region_masks.hdf5").unlink()
+    write_volumes(paths, "subj01", [7, 1, 0, 4, 5, 6, 2])
+    masks = roi_masks(paths, "subj01")
+    found = {name: np.flatnonzero(mask).tolist() for name, mask in masks.items()}
+    assert found == {"nsd_general": list(range(7)), "V1": [1, 6], "V2": [3], "V3": [4, 5], "V4": [0],
+                     "higher_vis": [2]}
+
+
+def test_volumes_in_another_order_of_axes_are_refused(paths):
+    """(Z, Y, X), as NSD's HDF5 volumes are, flattens to other voxels."""
+    write_volumes(paths, "subj01", [1, 2, 0, 0, 0, 0, 0], transposed=True)
+    with pytest.raises(utils.UserError, match="V1 of subj01 has 2 voxels"):
+        roi_masks(paths, "subj01")
+
+
+def test_volumes_of_another_subject_or_damaged_are_refused(paths):
+    write_volumes(paths, "subj01", [1, 2, 0, 0, 0])
+    with pytest.raises(utils.UserError, match="5 voxels, the betas of subj01 have 7"):
+        roi_masks(paths, "subj01")
+    (paths.rois("subj01") / "nsdgeneral.nii.gz").write_bytes(b"no volume")
+    with pytest.raises(utils.UserError, match="not a readable NIfTI"):
+        roi_masks(paths, "subj01")
