@@ -1,9 +1,14 @@
-"""Every command in the READMEs is real: its script runs as far as Python, and each Python script knows its flags.
+"""The pages tell the truth: commands and flags are real, links lead somewhere, keys and scripts are those of the code.
 
-scripts/demo.sh and scripts/test.sh are executed by CI; downloads, trainings and drawings by the tests of their scripts.
+Each bash script runs once per set of knobs that a page sets, with a program in place of Python that notes how it was
+called; the commands of the pages are then parsed in this process, with their own flags in the place where that call
+had them. scripts/demo.sh and scripts/test.sh are executed by CI; downloads, trainings and drawings by the tests of
+their scripts.
 """
 
+import functools
 import importlib
+import importlib.metadata
 import os
 import re
 import shlex
@@ -12,106 +17,242 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 REPO = Path(__file__).resolve().parent.parent
-READMES = [REPO / "README.md", *sorted(REPO.glob("[a-zA-Z]*/README.md"))]
-RUN_BY_CI = {"demo.sh", "test.sh", "setup.sh"}
+README, FLAGS = REPO / "README.md", REPO / "docs/flags.md"
+PAGES = [README, *sorted(REPO.glob("docs/*.md")), *sorted(REPO.glob("[a-zA-Z]*/README.md"))]
+RUN_ELSEWHERE = {"demo.sh", "test.sh", "setup.sh", "submit.sh"}  # by CI; submit.sh by test_slurm.py
 COMMAND = re.compile(r"^(?P<knobs>(?:[A-Z_]+=(?:\"[^\"]*\"|\S*) +)*)"
                      r"(?P<words>(?:bash )?(?:scripts/)?(?:slurm/)?\w+\.sh\b.*"
                      r"|(?:\.venv/bin/)?(?:python|hf|wandb) .*)$")
+FLAGS_HERE = "FLAGS_OF_THE_COMMAND"
 
 
-def spans(readme):
-    """Code of a README: between backticks, and indented blocks' lines up to their comment."""
-    text = re.sub(r"\\\n\s*", "", readme.read_text())  # a command over several lines
+def name_of(page):
+    return page.relative_to(REPO).as_posix()
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+
+
+def spans(page):
+    """Code of a page: between backticks, and indented blocks' lines up to their comment."""
+    text = re.sub(r"\\\n\s*", "", page.read_text())  # a command over several lines
     yield from re.findall(r"`([^`]+)`", text.replace("\n", " "))
     yield from (line.partition(" # ")[0].strip() for line in text.splitlines() if line.startswith("    "))
 
 
-def commands():
-    for readme in READMES:
-        for span in dict.fromkeys(spans(readme)):
-            if found := COMMAND.match(span.replace("...", " ").replace("…", " ").strip()):
-                yield pytest.param(found["knobs"], found["words"], id=f"{readme.parent.name}: {span}")
+def commands(page):
+    """(knobs, words) of every command of a page."""
+    for span in dict.fromkeys(spans(page)):
+        if found := COMMAND.match(span.replace("...", " ").replace("…", " ").strip()):
+            yield found["knobs"], found["words"]
 
 
-def parsers():
-    """{script: its parser} of every Python script with flags."""
-    sys.path[:0] = [str(REPO / "src"), str(REPO / "benchmarks"), str(REPO / "demo")]
-    scripts = [file for folder in ("src", "benchmarks", "demo") for file in (REPO / folder).glob("*.py")
-               if "def get_parser(" in file.read_text() and file.stem != "scoring" and file.stem != "training"]
-    return {file: importlib.import_module(file.stem).get_parser() for file in scripts}
+@functools.cache
+def parser_of(script):
+    """The parser of a Python script."""
+    sys.path[:0] = [str(script.parent)]
+    return importlib.import_module(script.stem).get_parser()
 
 
-@pytest.fixture(scope="module")
-def parser_of():
-    return parsers()
+def python_scripts():
+    return [file for folder in ("src", "benchmarks", "demo") for file in (REPO / folder).glob("*.py")
+            if "def get_parser(" in file.read_text()]
 
 
-@pytest.fixture
-def recorder(tmp_path):
-    """A program that stands in for Python, and the lines of words it was called with."""
-    log, program = tmp_path / "calls", tmp_path / "recorder"
-    program.write_text(f'#!/usr/bin/env bash\nprintf "%q " "$@" >>{log}; echo >>{log}\n')
-    program.chmod(0o755)
-    return program, lambda: [shlex.split(line) for line in log.read_text().splitlines()] if log.exists() else []
-
-
-def parse(parser_of, script, words):
-    """What argparse says to the words of a call."""
-    parser = parser_of[script]
+def parse(script, words):
+    """Raise AssertionError when a script does not take these words."""
+    assert script.exists(), script
     try:
-        parser.parse_args([word for word in words if word != "--dry_run"])
+        parser_of(script).parse_args([word for word in words if word != "--dry_run"])
     except SystemExit as stop:
         assert stop.code == 0 and "--help" in words, f"{script.name} {shlex.join(words)}"
 
 
-@pytest.mark.parametrize(("knobs", "words"), list(commands()))
-def test_a_command_of_a_readme_is_real(knobs, words, parser_of, recorder, tmp_path):
-    program, calls = recorder
-    environment = dict(knob.split("=", 1) for knob in shlex.split(knobs))
-    words = shlex.split(words)
-    if words[0] in ("wandb", "hf", ".venv/bin/wandb", ".venv/bin/hf"):
-        tool = Path(sys.executable).parent / Path(words[0]).name
-        part = words[1:3] if tool.name == "hf" else words[1:2]
-        known = subprocess.run([tool, *part, "--help"], capture_output=True, check=False)
-        assert known.returncode == 0, known.stderr
-        assert all((REPO / word).exists() for word in words if word.endswith(".yaml"))
-    elif Path(words[0]).name == "python":
-        parse(parser_of, REPO / words[1], words[2:])
-    else:
-        script = next(Path(word).name for word in words if word.endswith(".sh"))
-        folder = REPO / "scripts" / ("slurm" if script == "submit.sh" else "")
-        assert (folder / script).exists()
-        if script in RUN_BY_CI or script == "submit.sh":  # that is run by test_slurm.py
-            return
+@pytest.fixture(scope="module")
+def calls_of(tmp_path_factory):
+    """(bash script, knobs) -> the words of every call of Python that it makes, FLAGS_HERE being its own flags."""
+    folder = tmp_path_factory.mktemp("recorder")
+    log, program = folder / "calls", folder / "recorder"
+    program.write_text(f'#!/usr/bin/env bash\nprintf "%q " "$@" >>{log}; echo >>{log}\n')
+    program.chmod(0o755)
+
+    @functools.cache
+    def calls(script, knobs):
+        log.write_text("")
+        environment = dict(knob.split("=", 1) for knob in shlex.split(knobs))
         if "LAUNCH" in environment:
             config = re.search(r"scripts/accelerate/(\w+)\.yaml", environment["LAUNCH"])
-            assert config is None or config[1] == "X" or (REPO / config[0]).exists()
+            assert config is None or config[1] == "X" or (REPO / config[0]).exists(), config[0]
             environment["LAUNCH"] = str(program)
-        root = {"ROOT": str(tmp_path)}
-        flags = words[next(i for i, word in enumerate(words) if word.endswith(".sh")) + 1:]
-        result = subprocess.run(["bash", folder / script, *flags], cwd=tmp_path, capture_output=True, text=True,
-                                check=False, env={**os.environ, "PYTHON": str(program), **environment, **root})
-        assert result.returncode == 0 and calls(), result.stderr
-        for called, *rest in calls():
-            parse(parser_of, Path(called), rest)
+        environment = {**os.environ, "PYTHON": str(program), **environment, "ROOT": str(folder)}
+        result = subprocess.run(["bash", script, FLAGS_HERE], cwd=folder, capture_output=True, text=True, check=False,
+                                env=environment)
+        assert result.returncode == 0, result.stderr
+        return [shlex.split(line) for line in log.read_text().splitlines()]
+
+    return calls
 
 
-def test_every_flag_that_is_mentioned_exists(parser_of):
-    known = {flag for parser in parser_of.values() for flag in parser._option_string_actions}
+def check_command(knobs, words, calls_of):
+    """Raise AssertionError or SystemExit unless a command of a page is real."""
+    words = shlex.split(words)
+    tool = Path(words[0]).name
+    if tool in ("wandb", "hf"):
+        check_tool(tool, words)
+    elif tool == "python":
+        parse(REPO / words[1], words[2:])
+    else:
+        at = next(i for i, word in enumerate(words) if word.endswith(".sh"))
+        script = REPO / "scripts" / ("slurm" if words[at].endswith("submit.sh") else "") / Path(words[at]).name
+        assert script.exists(), script
+        if script.name not in RUN_ELSEWHERE:
+            made = calls_of(script, knobs)
+            assert made, f"{script.name} does nothing"
+            for called, *rest in made:
+                place = rest.index(FLAGS_HERE)
+                parse(Path(called), rest[:place] + words[at + 1:] + rest[place + 1:])
+
+
+def check_tool(tool, words):
+    """Raise AssertionError unless a tool of the environment has this command."""
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name=tool)
+    part = words[1:3] if tool == "hf" else words[1:2]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", [tool, *part, "--help"])
+        entry.load()()
+    assert not stop.value.code, f"{tool} {shlex.join(part)}"
+    assert all((REPO / word).exists() for word in words if word.endswith(".yaml"))
+
+
+@every_page
+def test_commands_are_real(page, calls_of):
+    wrong = []
+    for knobs, words in commands(page):
+        try:
+            check_command(knobs, words, calls_of)
+        except AssertionError as error:
+            wrong.append(f"{knobs}{words}: {str(error).splitlines()[0]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_wrong_command_is_found(calls_of):
+    for knobs, words in (("", "bash scripts/recon.sh --no_such_flag"), ("", "bash scripts/nothing.sh"),
+                         ("STAGES=gnet ", "bash scripts/train.sh --prior_scale 3"), ("", "python src/recon.py --ids"),
+                         ("", "python src/nothing.py"), ("", "wandb no_such_command"),
+                         ('LAUNCH="accelerate launch --config_file scripts/accelerate/no.yaml" ', "train.sh")):
+        with pytest.raises(AssertionError):
+            check_command(knobs, words, calls_of)
+
+
+def test_every_flag_that_is_mentioned_exists():
+    known = {flag for script in python_scripts() for flag in parser_of(script)._option_string_actions}
     known |= {"--config_file", "--help"}  # accelerate's; everybody's
-    for readme in READMES:
-        mentioned = {flag for span in spans(readme) if not span.startswith(("hf ", ".venv/bin/hf "))
+    for page in PAGES:
+        mentioned = {flag for span in spans(page) if not span.startswith(("hf ", ".venv/bin/hf "))
                      for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
-        assert mentioned <= known, f"{readme}: {sorted(mentioned - known)}"
+        assert mentioned <= known, f"{page}: {sorted(mentioned - known)}"
 
 
-def test_configurations_of_the_launcher_are_those_of_the_readme():
-    text = (REPO / "README.md").read_text()
+@every_page
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors_of(file), target
+
+
+def anchors_of(page):
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_configurations_of_the_launcher_are_those_of_the_page():
+    text = FLAGS.read_text()
     for config in (REPO / "scripts/accelerate").glob("*.yaml"):
         assert f"`{config.stem}`" in text, config
 
 
-def test_the_readme_stays_short():
-    assert len((REPO / "README.md").read_text().splitlines()) <= 300
+def test_the_readme_explains_src():
+    text = README.read_text()
+    for file in (REPO / "src").iterdir():
+        if file.suffix == ".py" or any(file.glob("*.py")):
+            assert f"`{file.name}{'' if file.suffix else '/'}`" in text, file.name
+
+
+def test_the_readme_is_short_and_begins_with_the_two_commands():
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 150
+    for script in ("demo", "test"):
+        assert any(line.startswith(f"    bash scripts/{script}.sh") for line in lines[:15])
+
+
+def test_metrics_are_those_of_the_page():
+    """The keys that trainings log are listed in docs/flags.md, and those that are listed are logged."""
+    rows = [line.split(" | ") for line in FLAGS.read_text().splitlines() if line.startswith(("| `train/", "| `val/"))]
+    listed = {key: of for row in rows for key in re.findall(r"`((?:train|val)/\w+)`", row[0]) for of in [row[1]]}
+    logged = {"c": logged_by_c(), "z": logged_by_z(), "GNet": logged_by_gnet()}
+    source = "".join((REPO / "src/training" / name).read_text() for name in ("loop.py", "ridge.py"))
+    everywhere = set(re.findall(r'"(train/(?:lr|samples_per_s|data_wait_pct))"', source))
+    assert len(everywhere) == 3
+    for feat, keys in logged.items():
+        keys |= everywhere
+        wanted = {key for key, of in listed.items() if feat in re.split(r", | \(", of)}
+        assert keys == wanted, f"{feat}: {keys ^ wanted}"
+    of_ridge = {key for key, of in listed.items() if "ridge" in of and key.startswith("val/")}
+    assert set(re.findall(r'"(val/\w+)":', source)) == of_ridge
+
+
+def logged(objective, network, batch):
+    """The keys that a training logs of its steps and of its validation."""
+    from training.loop import add, average
+
+    keys = set()
+    for part in ("train", "val"):
+        sums = {}
+        network.train(part == "train")
+        loss, logs = objective(network, batch, 0.9)
+        add(sums, {"loss": loss.detach(), **logs}, 1)
+        keys |= set(average(sums, part, objective))
+    return keys
+
+
+class Outputs(torch.nn.Module):
+    """A network that gives what it was told to give."""
+
+    def __init__(self, *outputs):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, *inputs):
+        return self.outputs
+
+
+def logged_by_c():
+    from training.objectives import BrainObjective
+
+    network = Outputs(torch.rand(3, 4, 5), torch.rand(3, 4, 5), torch.rand(3))
+    return logged(BrainObjective(), network, {"voxels": {"subj01": torch.rand(3, 6)}, "target": torch.rand(3, 4, 5)})
+
+
+def logged_by_z():
+    from training.objectives import LatentObjective
+
+    batch = {"voxels": {"subj01": torch.rand(3, 6)}, "target": torch.rand(3, 4, 8, 8), "tokens": torch.rand(3, 5, 6)}
+    return logged(LatentObjective(), Outputs(torch.rand(3, 4, 8, 8), torch.rand(3, 4, 6)), batch)
+
+
+def logged_by_gnet():
+    from models import GNet, gnet_input
+    from training.objectives import EncodingObjective
+
+    v1 = {"subj01": {"V1": torch.arange(6) < 3}}
+    objective = EncodingObjective(gnet_input, v1, {"subj01": torch.ones(6)})
+    batch = {"voxels": {"subj01": torch.rand(3, 6)}, "target": torch.rand(3, 8, 8, 3)}
+    return logged(objective, GNet({"subj01": 6}, trunk_width=4, pass_through=4), batch)
