@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline on the demo world, on a CPU, without any download but the Python packages: bash scripts/demo.sh
-# Everything it makes lies under demo/. Run again, it reuses what exists; `git clean -fdX demo` starts over.
+# Everything it makes is under demo/. Run again, it reuses what exists; `git clean -fdX demo` starts over.
 repo=$(cd "$(dirname "$0")/.." && pwd)
 bash "$repo/scripts/setup.sh"
 unset FEATS STAGES LAUNCH WANDB_LOG DRY_RUN
@@ -9,17 +9,17 @@ export SUBJ=1
 source "$repo/scripts/common.sh"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-# Sizes and schedules for a small world; what is not named here has the paper's default.
+# Sizes and schedules for a small world; everything else is the paper's default.
 SD=$ROOT/models/sd CLIP=$ROOT/models/clip
 hidden=(--hidden_dim 384)
 network=("${hidden[@]}" --n_blocks 2 --prior_depth 2 --batch_size 70 --num_workers 0)
-# Guidance as benchmarks/README.md recommends (300000 belongs to 512 pixels: the gradient of 64 is larger).
+# Guidance as benchmarks/README.md recommends (300000 suits 512 pixels; at 64 the gradient is larger).
 scale=300 strength=0.4
 images=("${hidden[@]}" --sd_model "$SD" --clip_model "$CLIP" --num_inference_steps 25 --cfg_scale 5 --strength 0.7
     --guidance_strength "$strength" --guidance_grad x0)
 scripts=$REPO/scripts
 
-# Run one stage and keep its seconds; a stage that found its results made keeps the time of making them.
+# Run one stage and record its seconds; a stage that finds its results made keeps the time it took to make them.
 mkdir -p "$ROOT/seconds"
 stage() {
     local file=$ROOT/seconds/$1 start=$SECONDS
@@ -41,7 +41,7 @@ stage finetune_g train "$g_feats" finetune --num_epochs 6 --max_lr 1e-3
 stage pretrain_z train z pretrain --num_epochs 3 --max_lr 1.5e-3 --decoder_channels 32 64 128
 stage finetune_z train z finetune --num_epochs 8 --max_lr 1e-3 --decoder_channels 32 64 128
 
-# One step of the prior: the mean of what the voxels allow, which so small a UNet draws better than a sample of it.
+# One step of the prior predicts the mean, which so small a UNet draws better than a sample.
 stage score bash "$scripts/score.sh" "${hidden[@]}" --prior_steps 1
 stage score_shuffled bash "$scripts/score.sh" "${hidden[@]}" --prior_steps 1 --control shuffle
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Predict FEATS of SUBJ's test images from fMRI: bash scripts/score.sh [flags of score_c.py]
-#   STAGES=gnet bash scripts/score.sh [flags of score_gnet.py]      (the other way: responses to images, by GNet)
+#   STAGES=gnet bash scripts/score.sh [flags of score_gnet.py]      (the reverse: responses to images, predicted by GNet)
 source "$(dirname "$0")/common.sh"
 
 if [[ ${STAGES[*]} == gnet ]]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv and install requirements into it, once per requirements file: bash scripts/setup.sh [requirements.txt]
+# Make .venv and install a requirements file into it, unless it is installed already: bash scripts/setup.sh [requirements.txt]
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
 requirements=$repo/${1:-requirements.txt}

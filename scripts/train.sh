@@ -2,7 +2,7 @@
 # Train the encoders of FEATS: pretrain on every subject but SUBJ, then fine-tune on SUBJ. Flags go to every training.
 #   SUBJ=2 bash scripts/train.sh                      STAGES=finetune FEATS="c g_2" bash scripts/train.sh --num_epochs 10
 #   WANDB_LOG=1 bash scripts/train.sh                 STAGES=ridge bash scripts/train.sh    (the linear baseline)
-#   STAGES=gnet bash scripts/train.sh                 (the brain encoding model of SUBJ; --multi_subject: of everybody)
+#   STAGES=gnet bash scripts/train.sh                 (the brain encoding model of SUBJ; of all subjects with --multi_subject)
 source "$(dirname "$0")/common.sh"
 
 for stage in "${STAGES[@]}"; do

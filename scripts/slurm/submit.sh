@@ -8,7 +8,7 @@ cd "$REPO" # (strict mode: common.sh)
 export SUBJ
 feats="${FEATS[*]}" launch=""
 [[ ${LAUNCH[*]} == "$PYTHON" ]] || launch=${LAUNCH[*]}
-# the scores need those flags that name a run
+# scoring needs the flags that name a run
 named=()
 words=("$@")
 for i in "${!words[@]}"; do
