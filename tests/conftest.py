@@ -67,6 +67,31 @@ def tiny_models(tmp_path_factory):
     return tiny_sd.write_tiny_sd(folder / "sd"), tiny_sd.write_tiny_clip(folder / "clip")
 
 
+@pytest.fixture
+def extract(paths, tiny_models):
+    """Run img2feat.py on `paths` with the tiny models: extract(*flags, feats=..., sd=..., clip=...)."""
+    import img2feat
+    import tiny_features
+
+    def run(*flags, feats=tiny_features.FEATS, sd=tiny_models[0], clip=tiny_models[1]):
+        img2feat.main(tiny_features.words(paths, (sd, clip), feats, *flags))
+    return run
+
+
+@pytest.fixture(scope="session")
+def world_to_break(tmp_path_factory, tiny_models):
+    import whole_world
+
+    return whole_world.World(tmp_path_factory.mktemp("whole"), tiny_models)
+
+
+@pytest.fixture
+def whole_world(world_to_break):
+    """A world that went through all scripts (whole_world.World); a test may do to it what it likes."""
+    yield world_to_break
+    world_to_break.restore()
+
+
 def pytest_unconfigure():
     """The traceback of a failed test keeps its DataLoader's workers alive, who take SIGTERM as a training does, and
     Python would wait for them for good."""
