@@ -407,7 +407,7 @@ def make_design(world, rng):
 
 
 def behaviour(s, image_ids, shared, session_trials, rng):
-    """The 17 columns of NSD's behaviour per trial (FIELD 1.1), (trials, 17) float64, -1 = absent."""
+    """The 17 columns of NSD's behaviour per trial (docs/data.md), (trials, 17) float64, -1 = absent."""
     n = len(image_ids)
     row = np.arange(n)
     session, trial = row // session_trials, row % session_trials

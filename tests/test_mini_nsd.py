@@ -1,9 +1,10 @@
-"""mini-NSD: formats as in FIELD section 1, ids that agree across files, determinism, and noise ceilings as wanted."""
+"""mini-NSD: NSD's formats, ids that agree across files, determinism, and noise ceilings as wanted."""
 
 import csv
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 
 import h5py
@@ -19,11 +20,9 @@ WORLD = WORLDS["small"]
 DATA, EXPERIMENT, STIMULI = "MindEyeV2/mindeyev2", "nsddata/experiments/nsd", "nsddata_stimuli/stimuli/nsd"
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    make_mini_nsd.main(["--root", str(folder), "--size", "small"])
-    return folder
+@pytest.fixture
+def root(small_nsd):
+    return small_nsd.root
 
 
 def read_hdf5(path, key):
@@ -175,16 +174,14 @@ def test_pictures_captions_and_attributes_belong_together(root):
     assert len(captions) == len(attributes) == WORLD.n_images
 
 
-def test_the_same_seed_gives_the_same_bytes(root, tmp_path):
-    make_mini_nsd.main(["--root", str(tmp_path / "same"), "--size", "small"])
-    assert digests(tmp_path / "same") == digests(root)
-    make_mini_nsd.main(["--root", str(tmp_path / "other"), "--size", "small", "--seed", "1"])
-    assert digests(tmp_path / "other")[f"{STIMULI}/nsd_stimuli.hdf5"] != digests(root)[f"{STIMULI}/nsd_stimuli.hdf5"]
+def test_another_seed_gives_another_world(root, tmp_path):
+    make_mini_nsd.main(["--root", str(tmp_path), "--size", "small", "--seed", "1"])
+    assert digests(tmp_path)[f"{STIMULI}/nsd_stimuli.hdf5"] != digests(root)[f"{STIMULI}/nsd_stimuli.hdf5"]
 
 
-def test_a_world_that_is_there_is_kept(root, tmp_path, capsys):
+def test_a_world_that_is_there_is_kept_and_the_same_seed_gives_the_same_bytes(root, tmp_path, capsys):
     arguments = ["--root", str(tmp_path), "--size", "small"]
-    make_mini_nsd.main(arguments)
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     attributes = tmp_path / "demo_attributes.json"
     attributes.write_text("touched")
     make_mini_nsd.main(arguments)
