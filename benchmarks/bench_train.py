@@ -3,7 +3,7 @@
     python benchmarks/bench_train.py                        # c and g_2, 7 subjects, 73,000-row targets, on this machine
     python benchmarks/bench_train.py --feats c --steps 30
 
-Makes files in NSD's formats (docs/data.md; sparse: gigabytes that take no space), then trains through the real code. Prints for
+Makes files in NSD's formats (sparse: gigabytes that take no space), then trains through the real code. Prints for
 each feature: samples/s; the share of the time the loop waited for data; the speed relative to the same loop fed from
 tensors in memory, the two taking turns in one process; the peak of anonymous memory (heap, not the page cache) beyond
 network, gradients and optimizer, of which activations are told apart by a step on one batch in memory; the seconds from

@@ -50,7 +50,7 @@ def paths(nsd):
 
 @pytest.fixture(scope="session")
 def small_nsd(tmp_path_factory):
-    """Paths of the demo's small world, written once, to be read only: a stage keeps notes beside the data, so copy it."""
+    """Paths of the demo's small world, written once, to be read only; stages keep notes beside the data: copy it."""
     import make_mini_nsd
 
     root = tmp_path_factory.mktemp("small_nsd")
