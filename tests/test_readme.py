@@ -204,8 +204,8 @@ def test_pages_that_the_code_points_to_exist():
     for file in (REPO / "src").rglob("*.py"):
         for page, section in re.findall(r"(docs/\w+\.md)(?:,\s+\"?([A-Z]\w+(?: \w+)*)(?=[\").]))?", file.read_text()):
             assert (REPO / page).exists(), f"{file}: {page}"
-            heading = section.lower().replace(" ", "-")
-            assert not section or any(anchor.startswith(heading) for anchor in anchors_of(REPO / page)), f"{file}: {section}"
+            anchor = section.lower().replace(" ", "-")
+            assert not section or anchor in anchors_of(REPO / page), f"{file}: {page}, {section}"
 
 
 def anchors_of(page):
