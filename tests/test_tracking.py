@@ -1,4 +1,4 @@
-"""W&B: what the README promises is logged, offline runs can be read back, and nothing of W&B stops a training."""
+"""W&B: what docs/flags.md promises is logged, offline runs can be read back, and nothing of W&B stops a training."""
 
 import json
 import os
@@ -54,23 +54,23 @@ def log_entries(content, block=32768, header=7):
             entry = b""
 
 
-def readme_keys(feature):
-    """Metric keys in the README's table for c and g, or for z."""
-    text = (REPO / "README.md").read_text()
+def keys_of_the_page(feature):
+    """Metric keys in the table of docs/flags.md for c and g, or for z."""
+    text = (REPO / "docs/flags.md").read_text()
     (table,) = re.findall(r"\| metric \|.*?\n\n", text, re.S)
     rows = [line.split("|")[1:3] for line in table.strip().splitlines()[2:]]
     return {key for keys, of in rows if feature in of.replace(",", " ").split() for key in re.findall(r"`(.+?)`", keys)}
 
 
 @pytest.mark.parametrize(("script", "feature"), [(train_c, "c"), (train_z, "z")])
-def test_every_metric_of_the_readme_is_in_an_offline_run(paths, monkeypatch, script, feature):
+def test_every_metric_of_the_page_is_in_an_offline_run(paths, monkeypatch, script, feature):
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert train(paths, "--num_epochs", 2, "--wandb_log", "--tag", "w", script=script) == 0
     run = SCRATCH + "_w" if feature == "c" else "scratch_subj01_3sess_ext1_z_8_w"
     rows = offline_rows(paths.run(run))
     assert [row["_step"] for row in rows] == [1, 2]
     keys = {key for key in rows[0] if not key.startswith("_")}
-    assert keys == readme_keys(feature)
+    assert keys == keys_of_the_page(feature)
     written = [json.loads(line) for line in (paths.run(run) / "metrics.jsonl").read_text().splitlines()]
     assert [row["train/loss"] for row in rows] == [row["train/loss"] for row in written]
 
@@ -82,7 +82,7 @@ def test_gnets_metrics_are_those_of_the_readme(paths, monkeypatch):
     assert utils.run_cli(train_gnet.main, [str(flag) for flag in flags]) == 0
     (row,) = offline_rows(paths.run("gnet_subj01"))
     keys = {key for key in row if not key.startswith("_") and not key.endswith("_nsd_general")}
-    assert keys == readme_keys("GNet")
+    assert keys == keys_of_the_page("GNet")
 
 
 def test_not_logged_in_is_one_line_before_any_work(paths):
@@ -125,7 +125,7 @@ def test_losing_wandb_does_not_stop_a_training(paths):
 def test_a_sweeps_trial_trains(paths):
     """The command of sweep.yaml as W&B's agent would fill it in, for a smaller network."""
     sweep = yaml.safe_load((REPO / "scripts/sweep.yaml").read_text())
-    assert sweep["method"] in ("grid", "random", "bayes") and sweep["metric"]["name"] in readme_keys("c")
+    assert sweep["method"] in ("grid", "random", "bayes") and sweep["metric"]["name"] in keys_of_the_page("c")
     known = vars(train_c.get_parser().parse_args([]))
     assert set(sweep["parameters"]) <= set(known)
     chosen = {name: options["value"] if "value" in options else options.get("values", [options.get("min")])[0]
