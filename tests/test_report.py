@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,12 +25,11 @@ BROWSER = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--n
            "--virtual-time-budget=4000"]
 
 
-@pytest.fixture
-def page(tmp_path):
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
     """A report of three images, a compared set and a control; returns its folder."""
-    import h5py
-
-    paths = Paths(tmp_path, tmp_path)
+    folder = tmp_path_factory.mktemp("report")
+    paths = Paths(folder, folder)
     paths.stimuli.mkdir(parents=True)
     with h5py.File(paths.stimuli / "nsd_stimuli.hdf5", "w") as file:
         file["imgBrick"] = np.zeros((50, 4, 4, 3), np.uint8)
@@ -44,10 +44,9 @@ def page(tmp_path):
     stack = rng.integers(0, 256, (3, 300, 300, 3), np.uint8)
     sets = {label: PictureSet(label, IDS, lambda i, k: stack[i]) for label in ("seen", *measured)}
     differences = {"other </script><b>": {"pixcorr": {"value": 0.25, "ci_low": 0.05, "ci_high": 0.45, "n": 3}}}
-    recon_config = {"run": "finetune", "subj": "subj01", "hidden_dim": 8, "num_sessions": 3,
-                                             "tag": "", "feats": ["g_2"], "z": "none", "head": None, "control": None,
-                                             "test_split": "new_test", "repeats": "mean",
-                                             "score_hashes": {"c": "abc123", "ids": "1"}}
+    recon_config = {"run": "finetune", "subj": "subj01", "hidden_dim": 8, "num_sessions": 3, "tag": "",
+                    "feats": ["g_2"], "z": "none", "head": None, "control": None, "test_split": "new_test",
+                    "repeats": "mean", "score_hashes": {"c": "abc123", "ids": "1"}}
     name = run_name("finetune", "subj01", "c", 8, 3)
     save_json(paths.scores("subj01", name, "c") / "config.json", {"checkpoint_sha256": "feedbeef"})
     run = paths.run(run_name("finetune", "subj01", "c", 8, 3))
@@ -57,9 +56,9 @@ def page(tmp_path):
     config = {"protocol": "mindeye2", "images": "x", "n_samples": 1, "git_commit": "0123456789abcdef",
               "options": {"method": "m"}, "brain_correlation": "predicted by gnet_subj01, fitted to the same subject"}
     images = ImageSet(Path("a <set>"), np.array(IDS), [], recon_config)
-    report.write(tmp_path / "report", Findings(images, sets, measured, differences, {"control: noise": "draw it"}),
+    report.write(folder / "report", Findings(images, sets, measured, differences, {"control: noise": "draw it"}),
                  config, paths)
-    return tmp_path / "report"
+    return folder / "report"
 
 
 def test_the_page_says_what_was_found_and_what_was_not(page):
