@@ -1,4 +1,4 @@
-"""The pages tell the truth: commands and flags are real, links lead somewhere, keys and scripts are those of the code.
+"""The pages tell the truth: commands and flags are real, links lead somewhere, scripts are explained.
 
 Each bash script runs once per set of knobs that a page sets, with a program in place of Python that notes how it was
 called; the commands of the pages are then parsed in this process, with their own flags in the place where that call
@@ -18,10 +18,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 REPO = Path(__file__).resolve().parent.parent
-README, FLAGS = REPO / "README.md", REPO / "docs/flags.md"
+README, FLAGS = REPO / "README.md", REPO / "docs/flags.md"  # test_tracking.py compares the metrics of the latter
 PAGES = [README, *sorted(REPO.glob("docs/*.md")), *sorted(REPO.glob("[a-zA-Z]*/README.md"))]
 RUN_ELSEWHERE = {"demo.sh", "test.sh", "setup.sh", "submit.sh"}  # by CI; submit.sh by test_slurm.py
 COMMAND = re.compile(r"^(?P<knobs>(?:[A-Z_]+=(?:\"[^\"]*\"|\S*) +)*)"
@@ -232,68 +231,3 @@ def test_the_readme_is_short_and_begins_with_the_two_commands():
     assert len(lines) <= 150
     for script in ("demo", "test"):
         assert any(line.startswith(f"    bash scripts/{script}.sh") for line in lines[:15])
-
-
-def test_metrics_are_those_of_the_page():
-    """The keys that trainings log are listed in docs/flags.md, and those that are listed are logged."""
-    rows = [line.split(" | ") for line in FLAGS.read_text().splitlines() if line.startswith(("| `train/", "| `val/"))]
-    listed = {key: of for row in rows for key in re.findall(r"`((?:train|val)/\w+)`", row[0]) for of in [row[1]]}
-    logged = {"c": logged_by_c(), "z": logged_by_z(), "GNet": logged_by_gnet()}
-    source = "".join((REPO / "src/training" / name).read_text() for name in ("loop.py", "ridge.py"))
-    everywhere = set(re.findall(r'"(train/(?:lr|samples_per_s|data_wait_pct))"', source))
-    assert len(everywhere) == 3
-    for feat, keys in logged.items():
-        keys |= everywhere
-        wanted = {key for key, of in listed.items() if feat in re.split(r", | \(", of)}
-        assert keys == wanted, f"{feat}: {keys ^ wanted}"
-    of_ridge = {key for key, of in listed.items() if "ridge" in of and key.startswith("val/")}
-    assert set(re.findall(r'"(val/\w+)":', source)) == of_ridge
-
-
-def logged(objective, network, batch):
-    """The keys that a training logs of its steps and of its validation."""
-    from training.loop import add, average
-
-    keys = set()
-    for part in ("train", "val"):
-        sums = {}
-        network.train(part == "train")
-        loss, logs = objective(network, batch, 0.9)
-        add(sums, {"loss": loss.detach(), **logs}, 1)
-        keys |= set(average(sums, part, objective))
-    return keys
-
-
-class Outputs(torch.nn.Module):
-    """A network that gives what it was told to give."""
-
-    def __init__(self, *outputs):
-        super().__init__()
-        self.outputs = outputs
-
-    def forward(self, *inputs):
-        return self.outputs
-
-
-def logged_by_c():
-    from training.objectives import BrainObjective
-
-    network = Outputs(torch.rand(3, 4, 5), torch.rand(3, 4, 5), torch.rand(3))
-    return logged(BrainObjective(), network, {"voxels": {"subj01": torch.rand(3, 6)}, "target": torch.rand(3, 4, 5)})
-
-
-def logged_by_z():
-    from training.objectives import LatentObjective
-
-    batch = {"voxels": {"subj01": torch.rand(3, 6)}, "target": torch.rand(3, 4, 8, 8), "tokens": torch.rand(3, 5, 6)}
-    return logged(LatentObjective(), Outputs(torch.rand(3, 4, 8, 8), torch.rand(3, 4, 6)), batch)
-
-
-def logged_by_gnet():
-    from models import GNet, gnet_input
-    from training.objectives import EncodingObjective
-
-    v1 = {"subj01": {"V1": torch.arange(6) < 3}}
-    objective = EncodingObjective(gnet_input, v1, {"subj01": torch.ones(6)})
-    batch = {"voxels": {"subj01": torch.rand(3, 6)}, "target": torch.rand(3, 8, 8, 3)}
-    return logged(objective, GNet({"subj01": 6}, trunk_width=4, pass_through=4), batch)

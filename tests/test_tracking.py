@@ -57,7 +57,7 @@ def log_entries(content, block=32768, header=7):
 def keys_of_the_page(feature):
     """Metric keys in the table of docs/flags.md for c and g, or for z."""
     text = (REPO / "docs/flags.md").read_text()
-    (table,) = re.findall(r"\| metric \|.*?\n\n", text, re.S)
+    (table,) = re.findall(r"\| metric \|.*?(?=\n\n|$(?!\n))", text, re.S)
     rows = [line.split("|")[1:3] for line in table.strip().splitlines()[2:]]
     return {key for keys, of in rows if feature in of.replace(",", " ").split() for key in re.findall(r"`(.+?)`", keys)}
 
@@ -75,7 +75,7 @@ def test_every_metric_of_the_page_is_in_an_offline_run(paths, monkeypatch, scrip
     assert [row["train/loss"] for row in rows] == [row["train/loss"] for row in written]
 
 
-def test_gnets_metrics_are_those_of_the_readme(paths, monkeypatch):
+def test_gnets_metrics_are_those_of_the_page(paths, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     flags = ["--root", paths.root, "--num_epochs", 1, "--num_sessions", 3, "--batch_size", 4, "--trunk_width", 4,
              "--pass_through", 4, "--num_workers", 0, "--val_fraction", 0.3, "--device", "cpu", "--wandb_log"]
@@ -97,6 +97,7 @@ def test_not_logged_in_is_one_line_before_any_work(paths):
 
 KILLING_THE_SERVICE = """
 import os, subprocess, sys, train_c, utils
+from training.tracking import Tracker
 log = Tracker.log
 
 def kill_the_service_first(self, metrics, step):
