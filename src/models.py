@@ -12,12 +12,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
-from diffusers.models.autoencoders.vae import Decoder
-from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPVisionModel
 
 import utils
 
@@ -25,7 +21,7 @@ import utils
 
 
 class ClipFeatures(nn.Module):
-    """Features of an image inside CLIP's vision transformer: g_k of FIELD section 1.2.
+    """Features of an image inside CLIP's vision transformer: g_k (docs/method.md, Features).
 
     Layer k counts the linear layers of the transformer's MLPs, two per block, so k = 2, 4, ... is the output of the
     second one (`mlp.fc2`) of block k/2, before it is added to the residual stream. Only the blocks that are needed
@@ -56,6 +52,8 @@ class ClipFeatures(nn.Module):
     @classmethod
     def from_pretrained(cls, name, layers=(2, 4, 6, 8, 10, 12)):
         """Load the vision model from a folder or the Hugging Face hub; a name that does not load raises UserError."""
+        from transformers import CLIPVisionModel
+
         try:
             model = CLIPVisionModel.from_pretrained(name)
         except (OSError, ValueError) as error:
@@ -266,6 +264,8 @@ class DiffusionPrior(nn.Module):
 
     def __init__(self, tokens, width, depth=6, dim_head=52, timesteps=100, cond_drop_prob=0.2):
         super().__init__()
+        from diffusers import DDIMScheduler
+
         self.net = PriorNetwork(tokens, width, depth, dim_head)
         self.cond_drop_prob = cond_drop_prob
         # differs from MindEye2: targets are standardised, so that the noise (variance one) and the loss see what tells
@@ -280,7 +280,8 @@ class DiffusionPrior(nn.Module):
     def loss(self, brain, target, draws):
         """Return each sample's mean squared error of x0, standardised, (B,), and the prediction in the target's units.
 
-        brain, target: (B, T, D); draws: time (B,) in [0, 1), noise (B, T, D), drop (B, 2), as losses.draw_prior makes.
+        brain, target: (B, T, D); draws: time (B,) in [0, 1), noise (B, T, D), drop (B, 2), as objectives.draw_prior
+        makes them.
         In training mode brain tokens and noisy tokens are each replaced by learned ones with cond_drop_prob.
         """
         time, noise, drop = draws
@@ -300,6 +301,8 @@ class DiffusionPrior(nn.Module):
 
         generator: None, one, or a list of one per sample, which makes a sample independent of its batch.
         """
+        from diffusers.utils.torch_utils import randn_tensor
+
         most = self.schedule.config.num_train_timesteps
         if steps > most:
             raise utils.UserError(f"--prior_steps {steps}: wanted at most the {most} that the prior was trained with")
@@ -317,6 +320,81 @@ class DiffusionPrior(nn.Module):
 
 
 # --- from voxels to latents (z) -----------------------------------------------------------------------------------
+
+
+class MapResidual(nn.Module):
+    """Group norm, SiLU and a 3 x 3 convolution, twice, added to the input (through a 1 x 1 where the widths differ)."""
+
+    def __init__(self, channels_in, channels_out):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, channels_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(32, channels_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv_shortcut = None if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x):
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        if self.conv_shortcut is not None:
+            # the attention leaves maps channels-last in memory, whose gradients DistributedDataParallel would copy
+            x = self.conv_shortcut(x.contiguous() if self.training else x)
+        return x + hidden
+
+
+class MapAttention(nn.Module):
+    """Self-attention of one head over the places of a map."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x):
+        """(B, C, h, w) -> (B, C, h, w)."""
+        places = self.group_norm(x.flatten(2)).transpose(1, 2)  # (B, h w, C)
+        q, k, v = (layer(places).unsqueeze(1) for layer in (self.to_q, self.to_k, self.to_v))  # (B, 1, h w, C)
+        out = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        return out.transpose(1, 2).unflatten(2, x.shape[2:]) + x
+
+
+class MapDecoder(nn.Module):
+    """The decoder of Stable Diffusion's VAE, smaller: a map (B, channels_in, h, w) -> (B, channels_out, 4 h, 4 w).
+
+    Layer for layer, and by the names of its weights, diffusers' `Decoder` with three levels of two blocks; that one can
+    not be imported without all of diffusers and transformers.
+    """
+
+    def __init__(self, channels_in, channels_out, widths):
+        """widths: of the three levels, the last (largest) first, multiples of 32."""
+        super().__init__()
+        deepest = widths[-1]
+        self.conv_in = nn.Conv2d(channels_in, deepest, 3, padding=1)
+        first, attention, second = MapResidual(deepest, deepest), MapAttention(deepest), MapResidual(deepest, deepest)
+        self.up_blocks = nn.ModuleList()
+        self.mid_block = nn.ModuleDict({"attentions": nn.ModuleList([attention]),
+                                        "resnets": nn.ModuleList([first, second])})
+        before = deepest
+        for level, width in enumerate(reversed(widths)):
+            block = nn.ModuleDict({"resnets": nn.ModuleList([MapResidual(before, width), MapResidual(width, width)])})
+            if level < len(widths) - 1:
+                block["upsamplers"] = nn.ModuleList([nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})])
+            self.up_blocks.append(block)
+            before = width
+        self.conv_norm_out = nn.GroupNorm(32, before, eps=1e-6)
+        self.conv_out = nn.Conv2d(before, channels_out, 3, padding=1)
+
+    def forward(self, x):
+        first, second = self.mid_block["resnets"]
+        x = second(self.mid_block["attentions"][0](first(self.conv_in(x))))
+        for block in self.up_blocks:
+            for resnet in block["resnets"]:
+                x = resnet(x)
+            if "upsamplers" in block:
+                x = x.contiguous() if len(x) >= 64 else x  # channels-last, PyTorch enlarges no large batch
+                x = block["upsamplers"][0]["conv"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class LatentDecoder(nn.Module):
@@ -343,10 +421,7 @@ class LatentDecoder(nn.Module):
         self.blocks = nn.ModuleList(mixer_block(hidden_dim, dropout) for _ in range(n_blocks))
         self.to_map = nn.Linear(hidden_dim, self.CHANNELS * (height // 4) * (side // 4))
         self.norm = nn.GroupNorm(1, self.CHANNELS)
-        self.upsample = Decoder(
-            in_channels=self.CHANNELS, out_channels=latent_channels, up_block_types=["UpDecoderBlock2D"] * 3,
-            block_out_channels=list(channels), layers_per_block=1,
-        )
+        self.upsample = MapDecoder(self.CHANNELS, latent_channels, channels)
         self.to_tokens = nn.Sequential(
             nn.Conv2d(self.CHANNELS, width, 1), nn.GroupNorm(1, width), nn.GELU(), nn.Conv2d(width, width, 1)
         )
@@ -593,7 +668,7 @@ class LatentModel(nn.Module):
 
 
 class RidgeModel(nn.Module):
-    """The linear baseline: one ridge regression per target value (training.fit_ridge), of one subject."""
+    """The linear baseline: one ridge regression per target value (training/ridge.py), of one subject."""
 
     def __init__(self, n_voxels, target_shape):
         super().__init__()

@@ -156,6 +156,12 @@ def head(text):
     return text if text in ("own", "adapt") else subject(text)
 
 
+def add_layers(parser):
+    """The flag that says which layers of g a script works on."""
+    parser.add_argument("--feat", type=vision_layer, nargs="+", default=VISION_LAYERS, metavar="g_K",
+                        help="layers, one after another")
+
+
 def add_compute(parser):
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--seed", type=seed, default=42, metavar="N")

@@ -13,7 +13,6 @@ import sys
 
 import options
 import utils
-from training import scoring
 
 
 def get_parser():
@@ -21,7 +20,11 @@ def get_parser():
 
 
 def main(argv=None):
-    scoring.score(get_parser().parse_args(argv), "c")
+    args = get_parser().parse_args(argv)
+    from training.scoring import Request, score
+
+    score(Request.from_args(args), "c")
+
 
 
 if __name__ == "__main__":

@@ -13,20 +13,21 @@ import sys
 
 import options
 import utils
-from training import scoring
 
 
 def get_parser():
     parser = options.scoring_parser(__doc__)
-    parser.add_argument("--feat", type=options.vision_layer, nargs="+", default=options.VISION_LAYERS, metavar="g_K",
-                        help="layers, one after another")
+    options.add_layers(parser)
     return parser
 
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
+    from training.scoring import Request, score
+
     for feat in args.feat:
-        scoring.score(args, feat)
+        score(Request.from_args(args), feat)
+
 
 
 if __name__ == "__main__":

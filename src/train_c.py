@@ -16,11 +16,6 @@ import sys
 
 import options
 import utils
-from models import BrainModel
-from training.loop import fit
-from training.objectives import BrainObjective
-from training.ridge import fit_ridge
-from training.runs import open_run
 
 
 def get_parser():
@@ -29,15 +24,18 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    run = open_run(args, "c")
-    if run is None:
-        return
+    from training.mindeye2 import train_tokens
+    from training.objectives import BrainObjective
+    from training.ridge import train_ridge
+    from training.settings import Plan
+
+    plan = Plan.from_args(args)  # whose trials; --val_fraction of their images validate
     if args.model == "ridge":
-        return fit_ridge(run)
-    tokens, width = run.shapes["target"]
-    model = BrainModel(run.n_voxels, args.hidden_dim, tokens, width, args.n_blocks, args.dropout, args.prior_depth)
-    model.standardise(*run.target_statistics)
-    fit(run, model, BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct))
+        return train_ridge(plan, "c")
+    sizes = {"hidden_dim": args.hidden_dim, "n_blocks": args.n_blocks, "dropout": args.dropout,
+             "prior_depth": args.prior_depth}
+    train_tokens(plan, "c", sizes, BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct))
+
 
 
 if __name__ == "__main__":

@@ -15,33 +15,30 @@ import sys
 
 import options
 import utils
-from models import BrainModel
-from training.loop import fit
-from training.objectives import BrainObjective
-from training.ridge import fit_ridge
-from training.runs import open_run
 
 
 def get_parser():
     parser = options.training_parser(__doc__)
-    parser.add_argument("--feat", type=options.vision_layer, nargs="+", default=options.VISION_LAYERS, metavar="g_K",
-                        help="layers, one after another")
+    options.add_layers(parser)
     return parser
 
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
+    from training.mindeye2 import train_tokens
+    from training.objectives import BrainObjective
+    from training.ridge import train_ridge
+    from training.settings import Plan
+
+    plan = Plan.from_args(args)  # whose trials; --val_fraction of their images validate
     for feat in args.feat:
-        run = open_run(args, feat)
-        if run is None:
-            continue
         if args.model == "ridge":
-            fit_ridge(run)
+            train_ridge(plan, feat)
             continue
-        tokens, width = run.shapes["target"]
-        model = BrainModel(run.n_voxels, args.hidden_dim, tokens, width, args.n_blocks, args.dropout, args.prior_depth)
-        model.standardise(*run.target_statistics)
-        fit(run, model, BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct))
+        sizes = {"hidden_dim": args.hidden_dim, "n_blocks": args.n_blocks, "dropout": args.dropout,
+                 "prior_depth": args.prior_depth}
+        train_tokens(plan, feat, sizes, BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct))
+
 
 
 if __name__ == "__main__":

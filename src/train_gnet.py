@@ -17,16 +17,6 @@ import sys
 
 import options
 import utils
-from disk.names import Paths, run_name
-from models import GNet, gnet_input, load_prefilter
-from nsd.regions import roi_masks
-from nsd.repeats import AveragedRows, noise_ceiling
-from nsd.rows import open_betas, open_stimuli
-from nsd.trials import list_subjects, split_trials
-from training.loop import fit
-from training.objectives import EncodingObjective
-from training.runs import check_flags, claim, make_run
-from training.tracking import check_tracking
 
 
 def get_parser():
@@ -53,39 +43,25 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    run = open_run(args)
+    from models import GNet, gnet_input, load_prefilter
+    from nsd.regions import roi_masks
+    from nsd.repeats import noise_ceiling
+    from training.loop import fit
+    from training.objectives import EncodingObjective
+    from training.runs import open_encoding_run
+    from training.settings import Plan
+
+    plan = Plan.gnet_from_args(args)  # whose responses; --val_fraction of their images validate
+    run = open_encoding_run(plan)
     if run is None:
         return
     model = GNet(run.n_voxels, args.trunk_width, args.pass_through, frozen_prefilter=args.prefilter is not None)
     if args.prefilter:
         load_prefilter(model, args.prefilter)
-    rois = {subj: roi_masks(Paths.from_args(args), subj) for subj in run.n_voxels}
+    rois = {subj: roi_masks(plan.paths, subj) for subj in run.n_voxels}
     ceilings = {subj: noise_ceiling(run.train.betas[subj], run.val.betas[subj].n_repeats) for subj in run.n_voxels}
     ceilings = {subj: ceiling for subj, ceiling in ceilings.items() if ceiling is not None}
-    fit(run, model, EncodingObjective(gnet_input, rois, ceilings, args.l1))
-
-
-def open_run(args):
-    """The Run of this training, or None when its folder holds it, finished."""
-    check_tracking(args.wandb_log)
-    check_flags(args)
-    paths = Paths.from_args(args)
-    stage = "pretrain" if args.multi_subject else "scratch"
-    name = run_name(stage, args.subj, "gnet", None, tag=args.tag)
-    claimed = claim(args, paths, "gnet", name, "gnet")
-    if claimed is None:
-        return None
-    config, team = claimed
-    subjects = list_subjects(paths) if args.multi_subject else [args.subj]
-    tables, responses = {"train": {}, "val": {}}, {"train": {}, "val": {}}
-    for subj in subjects:
-        sessions = None if args.multi_subject else args.num_sessions
-        parts = split_trials(paths, subj, sessions, args.val_fraction, args.seed)
-        for part, trials in zip(("train", "val"), parts, strict=True):
-            rows = AveragedRows(open_betas(paths, subj), trials)
-            tables[part][subj], responses[part][subj] = rows.table, rows
-    return make_run(args, paths.run(name), "gnet", config, team, tables, responses,
-                             {"target": open_stimuli(paths)})
+    fit(run, model, EncodingObjective(gnet_input, rois, ceilings, args.l1), plan.loop)
 
 
 if __name__ == "__main__":

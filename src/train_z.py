@@ -15,11 +15,6 @@ import sys
 
 import options
 import utils
-from models import LatentModel
-from training.loop import fit
-from training.objectives import LatentObjective
-from training.ridge import fit_ridge
-from training.runs import open_run
 
 
 def get_parser():
@@ -34,15 +29,24 @@ def main(argv=None):
     args = get_parser().parse_args(argv)
     if any(width < 32 or width % 32 for width in args.decoder_channels):
         raise utils.UserError(f"--decoder_channels {args.decoder_channels}: wanted multiples of 32")
-    run = open_run(args, "z", **({} if args.model == "ridge" else {"tokens": "g_12"}))
+    from models import LatentModel
+    from training.loop import fit
+    from training.objectives import LatentObjective
+    from training.ridge import train_ridge
+    from training.runs import open_run
+    from training.settings import Plan
+
+    plan = Plan.from_args(args)  # whose trials; --val_fraction of their images validate
+    if args.model == "ridge":
+        return train_ridge(plan, "z")
+    run = open_run(plan, "z", tokens="g_12")
     if run is None:
         return
-    if args.model == "ridge":
-        return fit_ridge(run)
     model = LatentModel(run.n_voxels, args.hidden_dim, run.shapes["target"], *run.shapes["tokens"], args.n_blocks,
                         args.dropout, args.decoder_channels)
     model.standardise(*run.target_statistics)
-    fit(run, model, LatentObjective(args.clip_scale, args.mixup_pct))
+    fit(run, model, LatentObjective(args.clip_scale, args.mixup_pct), plan.loop)
+
 
 
 if __name__ == "__main__":

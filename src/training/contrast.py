@@ -107,7 +107,8 @@ def mix_rows(rows, perm, betas, select):
 
 
 def contrast_loss(preds, target, progress, mixup_pct, mix=None):
-    """The contrast of a training phase: MixCo-NCE where trials were mixed, else SoftCLIP (DESIGN section 6).
+    """The contrast of a training phase: MixCo-NCE where trials were mixed, else SoftCLIP (docs/method.md,
+    Training).
 
     preds, target (B, ...); mix: (perm, betas, select) of `mixco`, or None. Returns the loss and detached logs:
     loss_clip, fwd_pct_correct (query brain, gallery the batch's images) and bwd_pct_correct (the reverse).

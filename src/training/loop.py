@@ -1,9 +1,12 @@
-"""The one training loop: epochs, steps, validation, saving, resuming."""
+"""The one training loop: epochs, steps, validation, saving, resuming.
+
+Letters: B batch (all subjects together), b one subject's part of it, V voxels."""
 
 import signal
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,16 +21,29 @@ from models import load_trunk, restore
 from training.tracking import Tracker
 
 HOW_ADAMW_RUNS = {"params", "fused", "foreach", "capturable", "differentiable"}  # not what it computes
-PROGRESS = ("epoch", "step", "sums", "best")  # of a checkpoint: epochs done, steps of the next one and their logs
 STEPS_BETWEEN_VOTES = 20  # how often several processes ask each other whether to stop
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------
 
 
-def fit(run, model, objective):
+@dataclass
+class Position:
+    """How far a training is."""
+
+    epoch: int = 0  # epochs done
+    step: int = 0  # steps done of the next one
+    sums: dict = field(default_factory=dict)  # their logs, added up
+    best: float = float("inf")  # the lowest validation value of the objective's judge
+
+
+POSITION = tuple(Position.__dataclass_fields__)  # its keys in a checkpoint
+
+
+def fit(run, model, objective, loop):
     """Train `model` on `run`, one epoch after the other; leave last.pth, best.pth, metrics.jsonl, config.json behind.
 
+    run: training.runs.Run; loop: training.settings.Loop.
     objective(model, batch, progress, generator, team) -> (scalar loss, {name: scalar tensor}); `batch` holds "voxels"
     {subject: (b, V)} and "target" (B, ...) on the device and "image_ids" (B,), progress = epoch / epochs in [0, 1).
     objective.judge names the validation value whose minimum is best.pth; an objective that has `kept` has tensors of
@@ -36,142 +52,93 @@ def fit(run, model, objective):
     Every step draws from (seed, epoch, step) alone, so a run that is resumed, after an epoch or in the middle of one,
     repeats an uninterrupted one. SIGTERM and Ctrl-C end it after the current step, saved; raises utils.Interrupted.
     """
-    args, team = run.args, run.team
-    if run.pretrained is not None:
-        source = load_checkpoint(run.pretrained)
-        check_pretrained(run, source)
-        copied = load_trunk(model, source["model"])
-    last, state = run.folder / "last.pth", None
-    if args.resume and not args.overwrite and last.exists():
-        state = load_checkpoint(last, keys=(*RUN_KEYS, "optimizer", "schedule", *PROGRESS))
-        if state["n_voxels"] != run.n_voxels:
-            raise utils.UserError(f"{last}: was trained on {state['n_voxels']} (voxels), found {run.n_voxels}; put the "
-                                  "same betas there, or --overwrite to train it again")
-        restore(state, last, model)
-    run.introduce()  # nothing is written before all that was given is found good
-    if run.pretrained is not None:
-        run.say(f"{len(copied)} tensors copied from {run.pretrained.parent.name} "
-                f"({', '.join(sorted({key.split('.')[0] for key in copied}))}); the voxel encoder starts anew")
+    team, at = run.team, Position()
+    state = load_start(run, model, loop)
     model.to(team.device)
-    optimizer = torch.optim.AdamW(weight_decay_groups(model), lr=args.max_lr, fused=team.device.type == "cuda")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.max_lr, total_steps=max(4, args.num_epochs * len(run.train)),  # fewer it can not do
-        pct_start=min(0.5, 2 / args.num_epochs))
-    net = team.prepare(model, optimizer, args.batch_size, args.compile)
-    epoch, step, sums, best = 0, 0, {}, float("inf")  # epochs done, steps of the next one done and their logs
+    optimizer, schedule = make_optimizer(model, loop, len(run.train))
+    net = team.prepare(model, optimizer, loop.batch_size, loop.compile)
     if state is not None:
-        team.load_optimizer_state(state["optimizer"])
-        schedule.load_state_dict(state["schedule"]["clock"])
-        for group, saved in zip(optimizer.param_groups, state["schedule"]["groups"], strict=True):
-            group.update(saved)
-        epoch, step, sums, best = (state[key] for key in PROGRESS)
-        run.say(f"resumed after epoch {epoch}" + f", step {step}" * (step > 0))
-        del state
-    tracker = start_records(run, epoch)
-
-    def save(file, **more):
-        if team.is_main:
-            save_checkpoint(run.folder / file, {
-                "model": model.state_dict(), "model_args": model.model_args, "epoch": epoch, "best": best,
-                "config": run.config, "subjects": list(run.n_voxels), "n_voxels": run.n_voxels, **more})
-
-    def save_last():
-        groups = [{key: group[key] for key in group.keys() - HOW_ADAMW_RUNS} for group in optimizer.param_groups]
-        save("last.pth", optimizer=team.optimizer_state(), schedule={"clock": schedule.state_dict(), "groups": groups},
-             step=step, sums=sums)
-
-    loader = make_loader(run.train, args.num_workers, team)
-    with utils.StopSignals() as stop, progress_bar(run, epoch, step) as bar:
-        while epoch < args.num_epochs:
-            sums, step, timing = train_epoch(run, net, objective, schedule, loader, epoch, step, sums, stop, bar)
-            if step == len(run.train):
-                logs = average(sums, "train", objective) | timing | {"train/lr": schedule.get_last_lr()[0]}
-                if not np.isfinite(logs["train/loss"]):
-                    raise utils.UserError(f"the loss became NaN in epoch {epoch + 1}; the last checkpoint is intact: "
-                                          "lower --max_lr and use --resume, or look for NaN in the targets")
-                logs |= validate(run, net, objective, epoch / args.num_epochs)
-                epoch, step, sums = epoch + 1, 0, {}
-                tracker.log(logs, step=epoch)
-                bar.set_postfix(loss=f"{logs['train/loss']:.3f}", val=f"{logs['val/loss']:.3f}")
-                run.say(f"epoch {epoch} of {args.num_epochs}: loss {logs['train/loss']:.4f}, "
-                        f"validation {logs['val/loss']:.4f}", show=False)
-                if logs[f"val/{objective.judge}"] < best:
-                    best = logs[f"val/{objective.judge}"]
-                    save("best.pth", **getattr(objective, "kept", {}))
+        at = go_on(state, team, optimizer, schedule)
+        run.say(f"resumed after epoch {at.epoch}" + f", step {at.step}" * (at.step > 0))
+        del state  # it holds the moments once more
+    tracker = start_records(run, loop, at.epoch)
+    loader = make_loader(run.train, loop.num_workers, team)
+    with utils.StopSignals() as stop, progress_bar(run, loop, at) as bar:
+        while at.epoch < loop.num_epochs:
+            timing = train_epoch(run, net, objective, loop, at, schedule, loader, stop, bar)
+            if at.step == len(run.train):
+                finish_epoch(run, model, net, objective, loop, at, tracker, bar,
+                             timing | {"train/lr": schedule.get_last_lr()[0]})
             stopping = team.any(stop.received is not None)
-            if stopping and not np.isfinite(float(sums.get("loss", 0))):
-                raise utils.UserError(f"the loss became NaN in epoch {epoch + 1}; the last checkpoint is intact")
-            if stopping or (step == 0 and (epoch % args.ckpt_every == 0 or epoch == args.num_epochs)):
-                save_last()
+            if stopping and not np.isfinite(float(at.sums.get("loss", 0))):
+                raise utils.UserError(f"the loss became NaN in epoch {at.epoch + 1}; the last checkpoint is intact")
+            if stopping or (at.step == 0 and (at.epoch % loop.ckpt_every == 0 or at.epoch == loop.num_epochs)):
+                save_last(run, model, optimizer, schedule, at)
             if stopping:
                 tracker.finish()
                 team.any(False)  # nobody leaves while the main process writes: launchers end all when one ends
-                raise utils.Interrupted(f"{last} holds epoch {epoch}, step {step}; run it again with --resume to go on",
-                                        stop.received or signal.SIGTERM)
+                raise utils.Interrupted(f"{run.folder / 'last.pth'} holds epoch {at.epoch}, step {at.step}; run it "
+                                        "again with --resume to go on", stop.received or signal.SIGTERM)
     tracker.finish()
 
 
-def check_pretrained(run, source):
-    """Refuse to fine-tune from a run of another feature, or from one that has seen the subject already."""
-    found = source["config"]["feat"]
-    if found != run.feat:
-        raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: is of {found}, wanted {run.feat}; "
-                              f"give the run that pretrained {run.feat}, or `auto`")
-    wanted = source["config"]["num_epochs"]
-    if source["epoch"] < wanted:
-        raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: {source['epoch']} of {wanted} epochs "
-                              "are done; finish it first (the same command with --resume)")
-    seen = [subj for subj in run.n_voxels if subj in source["n_voxels"]]
-    if seen:
-        raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: has seen {seen[0]}, wanted a run "
-                              f"without it; pretrain with --subj {seen[0]} --multi_subject, or give `auto`")
-
-
-def train_epoch(run, net, objective, schedule, loader, epoch, step, sums, stop, bar):
-    """The steps `step`.. of an epoch, or until a signal.
-
-    sums: of the logs of the steps before, weighted by trials. Returns the sums, the number of steps done and the rates
-    of these steps.
-    """
-    team, args = run.team, run.args
+def train_epoch(run, net, objective, loop, at, schedule, loader, stop, bar):
+    """The rest of an epoch from `at`, or until a signal; moves `at`. Returns the rates of these steps."""
+    team = run.team
     torch.nn.Module.train(net)  # not net.train(): DeepSpeed's leaves its own `training` as it was
-    run.train.set_epoch(epoch)
-    loader.sampler.first = step
+    run.train.set_epoch(at.epoch)
+    loader.sampler.first = at.step
     generator = torch.Generator(team.device)
     waited, n_trials, started = 0.0, 0, time.perf_counter()
     before = started
     with math_attention(team.device):
         for item in loader:
             waited += time.perf_counter() - before
-            generator.manual_seed(utils.derive_seed(args.seed, epoch, step))
-            utils.seed_everything(utils.derive_seed(args.seed, epoch, step, team.rank))
+            generator.manual_seed(utils.derive_seed(loop.seed, at.epoch, at.step))
+            utils.seed_everything(utils.derive_seed(loop.seed, at.epoch, at.step, team.rank))
             batch = join_batch(item, team)
             with team.autocast():
-                loss, logs = objective(net, batch, epoch / args.num_epochs, generator, team)
+                loss, logs = objective(net, batch, at.epoch / loop.num_epochs, generator, team)
             team.step(loss, schedule.optimizer.param_groups)
             schedule.step()
-            add(sums, {"loss": loss.detach(), **logs}, len(batch["target"]))
+            add(at.sums, {"loss": loss.detach(), **logs}, len(batch["target"]))
             n_trials += len(batch["target"])
-            step += 1
+            at.step += 1
             bar.update()
-            if team.size == 1 or step % STEPS_BETWEEN_VOTES == 0:
-                if step < len(run.train) and team.any(stop.received is not None):
+            if team.size == 1 or at.step % STEPS_BETWEEN_VOTES == 0:
+                if at.step < len(run.train) and team.any(stop.received is not None):
                     break
             before = time.perf_counter()
     seconds = time.perf_counter() - started
-    timing = {"train/samples_per_s": n_trials / seconds, "train/data_wait_pct": 100 * waited / seconds}
-    return sums, step, timing
+    return {"train/samples_per_s": n_trials / seconds, "train/data_wait_pct": 100 * waited / seconds}
+
+
+def finish_epoch(run, model, net, objective, loop, at, tracker, bar, further_logs):
+    """Validate, log, keep the best; moves `at` to the next epoch. Raises UserError when the loss is not finite."""
+    logs = average(at.sums, "train", objective) | further_logs
+    if not np.isfinite(logs["train/loss"]):
+        raise utils.UserError(f"the loss became NaN in epoch {at.epoch + 1}; the last checkpoint is intact: lower "
+                              "--max_lr and use --resume, or look for NaN in the targets")
+    logs |= validate(run, net, objective, at.epoch / loop.num_epochs, loop.seed)
+    at.epoch, at.step, at.sums = at.epoch + 1, 0, {}
+    tracker.log(logs, step=at.epoch)
+    bar.set_postfix(loss=f"{logs['train/loss']:.3f}", val=f"{logs['val/loss']:.3f}")
+    run.say(f"epoch {at.epoch} of {loop.num_epochs}: loss {logs['train/loss']:.4f}, "
+            f"validation {logs['val/loss']:.4f}", show=False)
+    if logs[f"val/{objective.judge}"] < at.best:
+        at.best = logs[f"val/{objective.judge}"]
+        save(run, "best.pth", model, at, **getattr(objective, "kept", {}))
 
 
 @torch.no_grad()
-def validate(run, net, objective, progress):
+def validate(run, net, objective, progress, seed):
     """The objective's logs over the validation trials, val/..., with the same random numbers in every epoch."""
     team = run.team
     torch.nn.Module.train(net, False)
     sums, generator = {}, torch.Generator(team.device)
     with math_attention(team.device):
         for step, item in enumerate(make_loader(run.val, 0, team)):
-            generator.manual_seed(utils.derive_seed(run.args.seed, step))
+            generator.manual_seed(utils.derive_seed(seed, step))
             batch = join_batch(item, team)
             with team.autocast():
                 loss, logs = objective(net, batch, progress, generator, team)
@@ -190,6 +157,97 @@ def average(sums, prefix, objective):
     means = {key: value / sums["trials"] for key, value in sums.items() if key != "trials"}
     means = getattr(objective, "summarise", dict)(means)
     return {f"{prefix}/{key}": float(value) for key, value in means.items()}
+
+
+# --- starting, saving, going on -----------------------------------------------------------------------------------
+
+
+def load_start(run, model, loop):
+    """Put into `model` what training starts from: the pretrained trunk, or this run's last.pth with --resume.
+
+    Returns the checkpoint that is resumed, or None. Introduces the run: nothing is written before all that was given
+    is found good.
+    """
+    if run.pretrained is not None:
+        source = load_checkpoint(run.pretrained)
+        check_pretrained(run, source)
+        copied = load_trunk(model, source["model"])
+    last, state = run.folder / "last.pth", None
+    if loop.resume and not loop.overwrite and last.exists():
+        state = load_checkpoint(last, keys=(*RUN_KEYS, "optimizer", "schedule", *POSITION))
+        if state["n_voxels"] != run.n_voxels:
+            raise utils.UserError(f"{last}: was trained on {state['n_voxels']} (voxels), found {run.n_voxels}; put the "
+                                  "same betas there, or --overwrite to train it again")
+        restore(state, last, model)
+    run.introduce()
+    if run.pretrained is not None:
+        run.say(f"{len(copied)} tensors copied from {run.pretrained.parent.name} "
+                f"({', '.join(sorted({key.split('.')[0] for key in copied}))}); the voxel encoder starts anew")
+    return state
+
+
+def check_pretrained(run, source):
+    """Refuse to fine-tune from a run of another feature, or from one that has seen the subject already."""
+    found = source["config"]["feat"]
+    if found != run.feat:
+        raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: is of {found}, wanted {run.feat}; "
+                              f"give the run that pretrained {run.feat}, or `auto`")
+    wanted = source["config"]["num_epochs"]
+    if source["epoch"] < wanted:
+        raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: {source['epoch']} of {wanted} epochs "
+                              "are done; finish it first (the same command with --resume)")
+    seen = [subj for subj in run.n_voxels if subj in source["n_voxels"]]
+    if seen:
+        raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: has seen {seen[0]}, wanted a run "
+                              f"without it; pretrain with --subj {seen[0]} --multi_subject, or give `auto`")
+
+
+def go_on(state, team, optimizer, schedule):
+    """Set optimizer and schedule to those of a run's last.pth; returns its Position."""
+    team.load_optimizer_state(state["optimizer"])
+    schedule.load_state_dict(state["schedule"]["clock"])
+    for group, saved in zip(optimizer.param_groups, state["schedule"]["groups"], strict=True):
+        group.update(saved)
+    return Position(**{key: state[key] for key in POSITION})
+
+
+def save_last(run, model, optimizer, schedule, at):
+    """Write last.pth, from which `go_on` goes on. Every process must call it."""
+    groups = [{key: group[key] for key in group.keys() - HOW_ADAMW_RUNS} for group in optimizer.param_groups]
+    save(run, "last.pth", model, at, optimizer=run.team.optimizer_state(),
+         schedule={"clock": schedule.state_dict(), "groups": groups}, step=at.step, sums=at.sums)
+
+
+def save(run, file, model, at, **more):
+    """Write a checkpoint of the run, if this is the main process."""
+    if run.team.is_main:
+        save_checkpoint(run.folder / file, {
+            "model": model.state_dict(), "model_args": model.model_args, "epoch": at.epoch, "best": at.best,
+            "config": run.config, "subjects": list(run.n_voxels), "n_voxels": run.n_voxels, **more})
+
+
+def start_records(run, loop, epoch=None):
+    """Write config.json and open the tracker, which keeps the rows of metrics.jsonl up to `epoch` (None: no row).
+
+    Other processes than the main one keep no records.
+    """
+    if not run.team.is_main:
+        return NoTracker()
+    save_json(run.folder / "config.json", run.config | {"git_commit": utils.git_commit()})
+    return Tracker(run.folder, run.name, run.config, loop.wandb_log, loop.wandb_project, epoch)
+
+
+class NoTracker:
+    """A Tracker that keeps nothing."""
+
+    def log(self, metrics, step):
+        pass
+
+    def finish(self):
+        pass
+
+
+# --- batches, optimizer, progress ---------------------------------------------------------------------------------
 
 
 class FromStep(torch.utils.data.Sampler):
@@ -227,25 +285,20 @@ def join_batch(item, team):
     return {"voxels": voxels, "image_ids": item["image_ids"], **targets}
 
 
-def start_records(run, epoch):
-    """Write config.json and open the tracker; other processes than the main one keep no records."""
-    if not run.team.is_main:
-        return NoTracker()
-    save_json(run.folder / "config.json", run.config | {"git_commit": utils.git_commit()})
-    return Tracker(run.folder, run.name, run.config, run.args.wandb_log, run.args.wandb_project, epoch)
+def make_optimizer(model, loop, steps_per_epoch):
+    """AdamW and its one-cycle schedule, which peaks after two epochs, or in the middle of a shorter training."""
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    optimizer = torch.optim.AdamW(weight_decay_groups(model), lr=loop.max_lr, fused=on_gpu)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, loop.max_lr, total_steps=max(4, loop.num_epochs * steps_per_epoch),  # fewer it can not do
+        pct_start=min(0.5, 2 / loop.num_epochs))
+    return optimizer, schedule
 
 
-class NoTracker:
-    def log(self, metrics, step):
-        pass
-
-    def finish(self):
-        pass
-
-
-def progress_bar(run, epoch, step):
+def progress_bar(run, loop, at):
+    """A bar of all steps of the training, of the main process."""
     n_steps = len(run.train)
-    return tqdm(desc=run.name, initial=epoch * n_steps + step, total=run.args.num_epochs * n_steps, unit="step",
+    return tqdm(desc=run.name, initial=at.epoch * n_steps + at.step, total=loop.num_epochs * n_steps, unit="step",
                 disable=not run.team.is_main, mininterval=0.5 if sys.stderr.isatty() else 30)
 
 

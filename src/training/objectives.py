@@ -4,7 +4,6 @@ Shapes: B batch (all subjects together), b one subject's part of it, V voxels, T
 
 import torch
 import torch.nn.functional as F
-from pytorch_msssim import ssim
 
 from training.contrast import contrast_loss, mix_rows, mixco
 from training.team import ALONE
@@ -23,7 +22,7 @@ def draw_prior(target, generator=None):
 
 
 class BrainObjective:
-    """What c and g minimise: clip_scale * contrast + prior_scale * prior (DESIGN section 6).
+    """What c and g minimise: clip_scale * contrast + prior_scale * prior (docs/method.md, Training).
 
     Trials are mixed for the first mixup_pct of the training. `judge` names the validation value that picks best.pth: it
     must mean the same in every epoch, so no temperature that changes.
@@ -92,6 +91,8 @@ class LatentObjective:
 
 def latent_ssim(latents, target):
     """Mean SSIM of latents (B, C, h, w) taken as images, the range of values being six of the target's deviations."""
+    from pytorch_msssim import ssim
+
     window = min(7, *(size - 1 + size % 2 for size in target.shape[-2:]))  # odd, and not wider than the latent
     with torch.autocast(target.device.type, enabled=False):  # it subtracts squares that are nearly equal
         return ssim(latents.float(), target.float(), data_range=float(6 * target.std()), win_size=window)
@@ -101,7 +102,7 @@ class EncodingObjective:
     """What a brain encoding model (GNet) minimises: squared errors of responses, and the size of its readout weights.
 
     Per voxel the squared error is weighted by clamp(r^2, .1, 1), r being this batch's correlation: voxels that can be
-    predicted count more (DESIGN section 8). Images are shifted by up to `shift` pixels and get a little noise; they are
+    predicted count more. Images are shifted by up to `shift` pixels and get a little noise; they are
     not mirrored, since the visual field is not. Validation correlates over all of its images.
     """
 

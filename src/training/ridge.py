@@ -1,4 +1,6 @@
-"""The linear baseline, on the same run as a network."""
+"""The linear baseline: one ridge regression per value of a feature.
+
+Letters: N images, V voxels, F values of a feature."""
 
 import numpy as np
 import torch
@@ -10,21 +12,22 @@ from models import RidgeModel
 from nsd.repeats import average_repeats
 from training.contrast import pct_correct, similarities
 from training.loop import start_records
-from training.runs import check_finite
+from training.runs import check_finite, open_run
 
 RIDGE_ALPHAS = np.logspace(-1, 7, 17)  # each target picks its own; betas are z-scored, so these suit any subject
 RIDGE_COLUMNS = 2048  # targets solved at once: bounds the memory
 
 
-# --- the linear baseline ------------------------------------------------------------------------------------------
-
-
-def fit_ridge(run):
-    """Fit one ridge regression per value of the target, and leave last.pth, metrics.jsonl and config.json behind.
+def train_ridge(plan, feat):
+    """Fit one ridge regression per value of a feature; leave last.pth, metrics.jsonl and config.json behind.
 
     Repeat-averaged responses (N, V) -> targets (N, F), each with the penalty that its leave-one-out error prefers
-    (scikit-learn's RidgeCV). Validation images are left out, and scored: explained variance and retrieval.
+    (scikit-learn's RidgeCV). Validation images are left out, and scored: explained variance and retrieval. Nothing is
+    done where the folder holds this run already.
     """
+    run = open_run(plan, feat)
+    if run is None:
+        return
     from sklearn.linear_model import RidgeCV
 
     if run.team.size > 1:
@@ -41,7 +44,7 @@ def fit_ridge(run):
         solved = RidgeCV(RIDGE_ALPHAS, alpha_per_target=True).fit(train.betas, rows[:, columns].astype(np.float32))
         model.linear.weight.data[columns] = torch.as_tensor(solved.coef_)
         model.linear.bias.data[columns] = torch.as_tensor(solved.intercept_)
-    tracker = start_records(run, None)
+    tracker = start_records(run, plan.loop)
     truth = torch.from_numpy(target[val.image_ids].astype(np.float32))
     predicted = model.predict({subj: torch.from_numpy(val.betas)})["nsdgeneral"]
     similarity = similarities(predicted, truth)
@@ -51,5 +54,5 @@ def fit_ridge(run):
                  "val/bwd_pct_correct": float(pct_correct(similarity.T))}, step=1)
     tracker.finish()
     save_checkpoint(run.folder / "last.pth", {
-        "model": model.state_dict(), "model_args": model.model_args, "epoch": run.args.num_epochs,
+        "model": model.state_dict(), "model_args": model.model_args, "epoch": plan.loop.num_epochs,
         "config": run.config, "subjects": [subj], "n_voxels": run.n_voxels})

@@ -4,8 +4,8 @@ A score script opens a source (`open_source`), predicts with it and saves (`save
 gets a voxel encoder of its own, fitted to its training trials with everything else frozen (`adapt`).
 """
 
-import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,145 +23,187 @@ from nsd.rows import open_feature
 from training.loop import fit
 from training.objectives import OBJECTIVES
 from training.runs import gather_run
+from training.settings import Loop, Plan
 from training.team import Team
 
 
-@dataclass
+@dataclass(frozen=True)
+class Request:
+    """Which scores are wanted: the flags of options.scoring_parser, and where everything lies."""
+
+    paths: Paths
+    subj: str
+    run: str  # STAGE[:SUBJ], or ground_truth
+    hidden_dim: int  # it, num_sessions and tag name the run
+    num_sessions: int
+    tag: str
+    checkpoint: str  # last or best
+    head: str | None  # own, adapt or a subject; None: as disk.names.head_of says
+    adapt_epochs: int
+    test_split: str
+    repeats: str
+    control: str | None
+    prior_steps: int
+    batch_size: int  # images
+    seed: int
+    device: str
+    overwrite: bool
+
+    @classmethod
+    def from_args(cls, args):
+        """From parsed flags; raises UserError for a value out of range."""
+        for name in ("batch_size", "prior_steps", "adapt_epochs"):
+            if getattr(args, name) < 1:
+                raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
+        given = {field.name: getattr(args, field.name) for field in fields(cls) if field.name != "paths"}
+        return cls(Paths.from_args(args), **given)
+
+    def folder(self, feat):
+        """Where the scores of a feature go."""
+        return self.paths.scores(self.subj, scores_name(self.flags, feat), feat)
+
+    @property
+    def flags(self):
+        """As disk.names takes them."""
+        return vars(self)
+
+
+@dataclass(frozen=True)
 class Source:
     """What predicts one feature, and where the predictions go."""
 
-    args: argparse.Namespace
-    paths: Paths
+    request: Request
     run: str
-    folder: object  # of the scores
+    folder: Path  # of the scores
     config: dict  # beside the scores: where they come from
     model: torch.nn.Module
     subj: str  # whose voxel encoder is used
     test: TestSet
-    held_out: tuple  # which of --subj's training images validated the run: arguments of split_trials
+    held_out: tuple  # which of the subject's training images validated the run: arguments of split_trials
 
 
-def open_source(args, feat, **settings):
-    """Load the run that --run names, with the voxel encoder of --head, and the test set.
+def open_source(request, feat, **settings):
+    """Load the run that the request means, with its voxel encoder, and the test set.
 
     settings: further facts of these scores for their config.json. Returns None when the folder holds exactly these
     scores already. Raises UserError for a missing or foreign run, and for voxel counts that do not agree.
     """
-    for name in ("batch_size", "prior_steps", "adapt_epochs"):
-        if getattr(args, name) < 1:
-            raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
-    paths, flags = Paths.from_args(args), vars(args)
-    run, head = run_of(flags, feat), head_of(flags)
-    checkpoint = paths.run(run) / f"{args.checkpoint}.pth"
+    paths, subj = request.paths, request.subj
+    run, head = run_of(request.flags, feat), head_of(request.flags)
+    checkpoint = paths.run(run) / f"{request.checkpoint}.pth"
     state = load_checkpoint(checkpoint, f"--run/--hidden_dim/--num_sessions/--tag: the run {run}")
     if state["config"]["feat"] != feat:
         raise utils.UserError(f"{checkpoint}: was trained for {state['config']['feat']}, wanted {feat}; train {feat}")
-    if head == "own" and args.subj not in state["n_voxels"]:
+    if head == "own" and subj not in state["n_voxels"]:
         raise utils.UserError(f"{checkpoint}: has voxel encoders of {', '.join(state['n_voxels'])}, wanted "
-                              f"{args.subj}; fine-tune on {args.subj}, or use --head adapt")
-    folder = paths.scores(args.subj, scores_name(flags, feat), feat)
-    config = {"run": run, "feat": feat, "subj": args.subj, "head": head, "num_sessions": args.num_sessions,
+                              f"{subj}; fine-tune on {subj}, or use --head adapt")
+    folder = request.folder(feat)
+    config = {"run": run, "feat": feat, "subj": subj, "head": head, "num_sessions": request.num_sessions,
               "checkpoint": checkpoint.name, "checkpoint_sha256": file_hash(checkpoint),
-              "test_split": args.test_split, "repeats": args.repeats, "control": args.control,
-              "prior_steps": args.prior_steps, "seed": args.seed, **settings}
+              "test_split": request.test_split, "repeats": request.repeats, "control": request.control,
+              "prior_steps": request.prior_steps, "seed": request.seed, **settings}
     if head == "adapt":
-        config["adapt_epochs"] = args.adapt_epochs
-    if (folder / "config.json").exists() and not args.overwrite and load_json(folder / "config.json") == config:
+        config["adapt_epochs"] = request.adapt_epochs
+    if (folder / "config.json").exists() and not request.overwrite and load_json(folder / "config.json") == config:
         print(f"{folder}: scored before with this checkpoint, kept")
         return None
 
-    trained_seed = args.seed if head == "adapt" else state["config"]["seed"]
-    held_out = (args.num_sessions, state["config"]["val_fraction"], trained_seed)
-    test = load_test_set(paths, args.subj, args.control, args.seed, held_out, args.test_split, args.repeats)
+    trained_seed = request.seed if head == "adapt" else state["config"]["seed"]
+    held_out = (request.num_sessions, state["config"]["val_fraction"], trained_seed)
+    test = load_test_set(paths, subj, request.control, request.seed, held_out, request.test_split, request.repeats)
     if head == "adapt":
-        model = adapt(args, paths, feat, run, state, config["checkpoint_sha256"])
-        subj = args.subj
+        model, whose = adapt(request, feat, run, state, config["checkpoint_sha256"]), subj
     else:
-        model = restore(state, checkpoint)
-        subj = args.subj if head == "own" else head
-        if subj not in state["n_voxels"]:
-            raise utils.UserError(f"--head {subj}: {checkpoint} has voxel encoders of {', '.join(state['n_voxels'])}; "
-                                  "give one of them, or adapt")
-        if state["n_voxels"][subj] != test.betas.shape[1]:
-            raise utils.UserError(f"{checkpoint}: its voxel encoder of {subj} takes {state['n_voxels'][subj]} "
-                                  f"voxels, the betas of {args.subj} have {test.betas.shape[1]}; use --head adapt, or "
-                                  f"fine-tune on {args.subj}")
-    model.eval().to(utils.pick_device(args.device))
-    return Source(args, paths, run, folder, config, model, subj, test, held_out)
+        model, whose = restore(state, checkpoint), subj if head == "own" else head
+        check_head(whose, subj, test.betas.shape[1], state["n_voxels"], checkpoint)
+    model.eval().to(utils.pick_device(request.device))
+    return Source(request, run, folder, config, model, whose, test, held_out)
 
 
-def adapt(args, paths, feat, run, state, checkpoint_hash):
-    """The run's network with a new voxel encoder for --subj, fitted to its training trials; kept beside the checkpoint.
+def check_head(whose, subj, n_voxels, known, checkpoint):
+    """Raise UserError unless a checkpoint's voxel encoder of `whose` reads the n_voxels of `subj`.
 
-    The run's own objective and settings, --adapt_epochs long; fitted again only when checkpoint or flags changed.
+    known: {subject: voxels} of the checkpoint.
     """
-    kind = state["model_args"]["kind"]
+    if whose not in known:
+        raise utils.UserError(f"--head {whose}: {checkpoint} has voxel encoders of {', '.join(known)}; "
+                              "give one of them, or adapt")
+    if known[whose] != n_voxels:
+        raise utils.UserError(f"{checkpoint}: its voxel encoder of {whose} takes {known[whose]} "
+                              f"voxels, the betas of {subj} have {n_voxels}; use --head adapt, or "
+                              f"fine-tune on {subj}")
+
+
+def adapt(request, feat, run, state, checkpoint_hash):
+    """The run's network with a new voxel encoder, fitted to the subject's training trials; kept beside the checkpoint.
+
+    The run's own objective and settings, adapt_epochs long; fitted again only when checkpoint or flags changed.
+    """
+    kind, trained = state["model_args"]["kind"], state["config"]
     if kind == "ridge":
         raise utils.UserError("--head adapt: a ridge has no shared network; fit one: --model ridge")
-    name = f"{run}/head_{args.subj}_{args.num_sessions}sess"
-    config = {"run": name, "feat": feat, "num_epochs": args.adapt_epochs, "num_sessions": args.num_sessions,
-              "seed": args.seed, "checkpoint_sha256": checkpoint_hash}
-    flags = {**state["config"], **vars(args), "num_epochs": args.adapt_epochs, "ckpt_every": 1, "resume": True,
-             "compile": False, "num_workers": 0, "wandb_log": False, "wandb_project": None,
-             "batch_size": state["config"]["batch_size"]}
-    last = paths.run(name) / "last.pth"
-    flags["overwrite"] = last.exists() and load_checkpoint(last)["config"] != config
-    if flags["overwrite"]:
+    name = f"{run}/head_{request.subj}_{request.num_sessions}sess"
+    config = {"run": name, "feat": feat, "num_epochs": request.adapt_epochs, "num_sessions": request.num_sessions,
+              "seed": request.seed, "checkpoint_sha256": checkpoint_hash}
+    last = request.paths.run(name) / "last.pth"
+    changed = last.exists() and load_checkpoint(last)["config"] != config
+    if changed:
         last.unlink()
-    train_args = argparse.Namespace(**flags)
-    team = Team.assemble(args.device)
-    further = {"tokens": "g_12"} if kind == "latent" else {}
-    fitted = gather_run(train_args, paths, feat, name, config, team, [args.subj], args.num_sessions, None,
-                                 further)
+    loop = Loop(request.adapt_epochs, trained["max_lr"], trained["batch_size"], request.seed, request.device,
+                resume=True, overwrite=changed)
+    plan = Plan(request.paths, "adapt", request.subj, request.num_sessions, trained["val_fraction"],
+                request.hidden_dim, request.tag, None, loop, config)
+    targets = {"target": feat} | ({"tokens": "g_12"} if kind == "latent" else {})
+    fitted = gather_run(plan, config, Team.assemble(request.device), [request.subj], targets)
     model = build_model({**state["model_args"], "n_voxels": fitted.n_voxels})
     load_trunk(model, state["model"])
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(key.startswith("voxelenc."))
     scales = ("clip_scale", "mixup_pct") + (("prior_scale",) if kind == "brain" else ())
-    fit(fitted, model, OBJECTIVES[kind](**{key: state["config"][key] for key in scales}))
+    fit(fitted, model, OBJECTIVES[kind](**{key: trained[key] for key in scales}), loop)
     return model
 
 
 def predict(source, betas, image_ids, what):
     """Scores {file name: (N, ...) float32} for responses betas (N, V) to the images image_ids (N,)."""
-    args, device = source.args, next(source.model.parameters()).device
+    request, device = source.request, next(source.model.parameters()).device
     parts = []
-    for start in tqdm(range(0, len(betas), args.batch_size), desc=f"{what} {source.run}", unit="batch"):
-        rows = slice(start, start + args.batch_size)
+    for start in tqdm(range(0, len(betas), request.batch_size), desc=f"{what} {source.run}", unit="batch"):
+        rows = slice(start, start + request.batch_size)
         # noise from (seed, image id), so that the batch size does not matter
-        seeds = [utils.derive_seed(args.seed, image_id) for image_id in image_ids[rows]]
+        seeds = [utils.derive_seed(request.seed, image_id) for image_id in image_ids[rows]]
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         voxels = torch.from_numpy(np.ascontiguousarray(betas[rows])).to(device)
-        scores = source.model.predict({source.subj: voxels}, args.prior_steps, generators)
+        scores = source.model.predict({source.subj: voxels}, request.prior_steps, generators)
         parts.append({name: rows.cpu().numpy() for name, rows in scores.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def save(source, scores):
+    """Write scores {file name: (N, ...)} of the test images to the source's folder."""
     save_scores(source.folder, source.test.image_ids, scores, source.config)
     repeats, n_images = np.unique(source.test.n_repeats, return_counts=True)
     counts = ", ".join(f"{n} of {k} trial{'s' if k > 1 else ''}" for k, n in zip(repeats, n_images, strict=True))
     print(f"{source.folder}: {len(source.test.image_ids)} images ({counts})")
 
 
-def save_ground_truth(args, feat):
+def save_ground_truth(request, feat):
     """The true features of the test images as scores, (N, ...): what a perfect decoder would predict."""
-    if args.control:
-        raise utils.UserError(f"--control {args.control}: a null control of the brain's responses; with --ground_truth "
-                              "there are none, leave one of them out")
-    paths, flags = Paths.from_args(args), vars(args)
-    held_out = (args.num_sessions, options.VAL_FRACTION, args.seed)
-    image_ids = load_test_set(paths, args.subj, held_out=held_out, split=args.test_split).image_ids
-    folder = paths.scores(args.subj, scores_name(flags, feat), feat)
-    config = {"run": args.run, "feat": feat, "subj": args.subj, "test_split": args.test_split}
-    save_scores(folder, image_ids, {"nsdgeneral": open_feature(paths, feat)[image_ids]}, config)
+    if request.control:
+        raise utils.UserError(f"--control {request.control}: a null control of the brain's responses; with "
+                              "--ground_truth there are none, leave one of them out")
+    held_out = (request.num_sessions, options.VAL_FRACTION, request.seed)
+    image_ids = load_test_set(request.paths, request.subj, held_out=held_out, split=request.test_split).image_ids
+    folder = request.folder(feat)
+    config = {"run": request.run, "feat": feat, "subj": request.subj, "test_split": request.test_split}
+    save_scores(folder, image_ids, {"nsdgeneral": open_feature(request.paths, feat)[image_ids]}, config)
     print(f"{folder}: {len(image_ids)} images, true {feat}")
 
 
-def score(args, feat):
+def score(request, feat):
     """Predict `feat` of the test images and save it: all there is to do for c and g."""
-    if args.run == "ground_truth":
-        return save_ground_truth(args, feat)
-    source = open_source(args, feat)
+    if request.run == "ground_truth":
+        return save_ground_truth(request, feat)
+    source = open_source(request, feat)
     if source is not None:
         save(source, predict(source, source.test.betas, source.test.image_ids, "score"))

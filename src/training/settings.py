@@ -1,0 +1,132 @@
+"""What a train script was asked for, checked: how the loop runs, and whose trials it runs on."""
+
+import os
+from dataclasses import dataclass, fields
+
+import utils
+from disk.names import Paths, run_name
+
+# what may differ between a run and its continuation: how it is run, not what it computes
+NOT_SCIENCE = {"root", "data_path", "device", "precision", "compile", "resume", "overwrite", "num_workers",
+               "ckpt_every", "wandb_log", "wandb_project", "dry_run", "feat", "tag"}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How the training loop runs: the flags of options.add_loop, add_compute, add_precision and add_tracking."""
+
+    num_epochs: int
+    max_lr: float  # peak of the one-cycle schedule
+    batch_size: int  # trials, over all subjects and processes
+    seed: int
+    device: str = "auto"
+    precision: str = "auto"
+    num_workers: int = 0  # data loader processes
+    ckpt_every: int = 1  # epochs
+    compile: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    wandb_log: bool = False
+    wandb_project: str | None = None
+
+    @classmethod
+    def from_args(cls, args):
+        """From parsed flags. A job that SLURM queued again goes on with what it began, --overwrite or not."""
+        given = {field.name: getattr(args, field.name) for field in fields(cls)}
+        requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        return cls(**given | {"overwrite": args.overwrite and not requeued})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Whose trials a run learns from, what it is called and where it starts: what `open_run` and its like open."""
+
+    paths: Paths
+    stage: str  # pretrain, finetune, scratch or ridge
+    subj: str  # pretrain: the subject that is left out
+    num_sessions: int | None  # the first so many of each subject; None = all
+    val_fraction: float  # of the training images: they validate
+    hidden_dim: int | None  # width of the network, part of the run's name
+    tag: str
+    multisubject_ckpt: str | None  # finetune: the pretrained run, or "auto"
+    loop: Loop
+    config: dict  # all that decides the result but the feature: settings_of
+
+    @classmethod
+    def from_args(cls, args):
+        """From the flags of options.training_parser.
+
+        Raises UserError for a value out of range, and for flags that mean two stages.
+        """
+        check_flags(vars(args))
+        if args.multi_subject and args.multisubject_ckpt:
+            raise utils.UserError("--multi_subject and --multisubject_ckpt: pretraining and fine-tuning are two runs; "
+                                  "give one of the two")
+        if args.model == "ridge" and (args.multi_subject or args.multisubject_ckpt):
+            raise utils.UserError("--model ridge: has no pretraining; leave out --multi_subject and "
+                                  "--multisubject_ckpt")
+        stage = "pretrain" if args.multi_subject else "finetune" if args.multisubject_ckpt else "scratch"
+        stage = "ridge" if args.model == "ridge" else stage
+        return cls._of(args, stage, settings_of(vars(args), stage), args.hidden_dim, args.multisubject_ckpt)
+
+    @classmethod
+    def gnet_from_args(cls, args):
+        """From the flags of train_gnet.py; raises UserError for a value out of range."""
+        check_flags(vars(args))
+        return cls._of(args, "pretrain" if args.multi_subject else "scratch", settings_of(vars(args), "gnet"))
+
+    @classmethod
+    def _of(cls, args, stage, config, hidden_dim=None, multisubject_ckpt=None):
+        # --num_sessions counts those of --subj; pretraining uses every session of the other subjects
+        num_sessions = None if args.multi_subject else args.num_sessions
+        return cls(Paths.from_args(args), stage, args.subj, num_sessions, args.val_fraction, hidden_dim, args.tag,
+                   multisubject_ckpt, Loop.from_args(args), config)
+
+    def run_name(self, feat):
+        """Name of the run of a feature."""
+        return run_name(self.stage, self.subj, feat, self.hidden_dim, self.num_sessions, self.tag)
+
+    def pretrained_file(self, feat):
+        """Checkpoint to fine-tune from, None where nothing is; UserError when it is missing.
+
+        `auto` is the pretraining of the same subject, feature and width: of the same tag where there is one, else of
+        none.
+        """
+        if self.stage != "finetune":
+            return None
+        name = self.multisubject_ckpt
+        if name == "auto":
+            names = [run_name("pretrain", self.subj, feat, self.hidden_dim, tag=tag) for tag in (self.tag, "")]
+            name = next((name for name in names if (self.paths.run(name) / "last.pth").exists()), names[-1])
+        return utils.require(self.paths.run(name) / "last.pth", "--multisubject_ckpt: the pretrained run",
+                             "pretrain first (bash scripts/train.sh runs both stages)")
+
+
+def check_flags(flags):
+    """Raise UserError for a value out of range, of those flags {name: value} that the script has."""
+    for name in ("num_epochs", "ckpt_every", "batch_size", "hidden_dim", "n_blocks", "prior_depth", "trunk_width"):
+        if name in flags and flags[name] < 1:
+            raise utils.UserError(f"--{name} {flags[name]}: wanted at least 1")
+    for name in ("dropout", "mixup_pct", "val_fraction"):
+        if name in flags and (not 0 <= flags[name] <= 1 or (name == "dropout" and flags[name] == 1)):
+            raise utils.UserError(f"--{name} {flags[name]:g}: wanted a fraction from 0 to 1")
+    if not 0 < flags["max_lr"] < float("inf"):
+        raise utils.UserError(f"--max_lr {flags['max_lr']:g}: wanted a number over 0")
+    for name in ("num_workers", "pass_through", "l1", "clip_scale", "prior_scale"):
+        if name in flags and not 0 <= flags[name] < float("inf"):
+            raise utils.UserError(f"--{name} {flags[name]:g}: wanted a number, 0 or more")
+
+
+def settings_of(flags, stage):
+    """What decides the result of a run: the flags without how it is run, and without those that its stage ignores.
+
+    flags: {name: value} of the whole command line; stage: of a Plan, or gnet. A run with other settings is another run.
+    """
+    config = {key: value for key, value in flags.items() if key not in NOT_SCIENCE}
+    if stage == "pretrain":
+        del config["num_sessions"]
+    if stage == "gnet" and flags["multi_subject"]:  # the same network, whoever's command trains it
+        del config["subj"], config["num_sessions"]
+    if stage == "ridge":
+        config = {key: config[key] for key in ("subj", "num_sessions", "seed", "model", "val_fraction")}
+    return config | {"stage": stage}
