@@ -1,5 +1,11 @@
 #!/usr/bin/env bash
-# Set up and run all tests, side by side on up to four cores: bash scripts/test.sh [flags of pytest, such as -k recon]
+# Set up, check the style and run all tests, side by side on up to four cores: bash scripts/test.sh [flags of pytest]
+#   bash scripts/test.sh -k recon          the tests of this name
+#   bash scripts/test.sh -n 0 --pdb        one after another, a debugger at the first failure
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,/^if/ s/^# \{0,1\}//p' "$0"
+    exit 0
+fi
 source "$(dirname "$0")/common.sh"
 cd "$REPO"
 bash scripts/setup.sh requirements-dev.txt
@@ -7,5 +13,6 @@ export PATH=$REPO/.venv/bin:$PATH PYTHON=$REPO/.venv/bin/python HF_HUB_OFFLINE=1
 run ruff check .
 run shellcheck -x -P SCRIPTDIR scripts/*.sh scripts/slurm/submit.sh
 run shellcheck -x scripts/slurm/train.slurm
-export OMP_NUM_THREADS=1 # the tests share the cores
-run "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"
+# The workers share the cores: a thread each, which sleeps when it waits.
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
+run "$PYTHON" -m pytest -n logical --maxprocesses 4 --dist worksteal "$@"
