@@ -25,14 +25,15 @@ from nsd.rows import open_stimuli
 from sampling.guidance import gradient_on, guidance_pull
 from tiny_brain import RUN, V, write_brain, write_run
 from tiny_nsd import SHARED
-from tiny_sd import write_tiny_clip, write_tiny_sd
+from tiny_sd import hasten
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return write_tiny_sd(tmp_path_factory.mktemp("sd")), write_tiny_clip(tmp_path_factory.mktemp("clip"))
+@pytest.fixture
+def models(tiny_models, monkeypatch):
+    hasten(monkeypatch, at_once=len(SHARED))
+    return tiny_models
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def small_term(alpha=0.3, enough=float("inf"), n=6, batch=2):
     return BrainLoss(encoder, voxels, places, weights, targets, kappa=1, alpha=alpha, enough=enough)
 
 
-def test_the_loss_is_the_designs_formula_region_by_region():
+def test_the_loss_is_the_formula_region_by_region():
     term = small_term()
     image = torch.rand(2, 3, 16, 16).double()
     with torch.no_grad():

@@ -1,12 +1,27 @@
 """Random-weights models of a few kilobytes in the real folder formats, for the tests of sampling."""
 
+import functools
 import json
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
 
+from sampling.pipeline import load_pipeline
+
 TOKENS, WIDTH, LATENT = 7, 16, 8  # text tokens, their width, latent side (the image is 16 x 16)
+load_once = functools.cache(load_pipeline)
+
+
+def hasten(monkeypatch, at_once):
+    """For tests that call recon.py's main: networks are read from disk once, and a CPU draws `at_once` pictures, as
+    many as the test has, where of these tiny ones it would take 64."""
+    monkeypatch.setattr("sampling.pipeline.load_pipeline", load_once)
+    draw_at_once(monkeypatch, at_once)
+
+
+def draw_at_once(monkeypatch, pictures):
+    monkeypatch.setattr("sampling.pipeline.CPU_BATCH", pictures * LATENT**2)
 
 
 def write_tiny_sd(folder):
