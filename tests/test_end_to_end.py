@@ -59,6 +59,13 @@ def calls(name, root, *flags, **knobs):
     return status
 
 
+def train(root, *flags, feats, **knobs):
+    """Train all features through train.sh, in this process; z by itself, whose decoder has a flag of its own."""
+    others = " ".join(feat for feat in feats.split() if feat != "z")
+    assert calls("train", root, *SMALL, *flags, FEATS=others, **knobs) == 0
+    assert calls("train", root, *SMALL, *flags, "--decoder_channels", 32, 32, 32, FEATS="z", **knobs) == 0
+
+
 @pytest.fixture(scope="session")
 def root(small_nsd, tmp_path_factory):
     """A small world taken through features, both training stages and scores; tests add to it."""
@@ -68,7 +75,7 @@ def root(small_nsd, tmp_path_factory):
         script("features", root, "--sd_model", SD, "--clip_model", CLIP, "--feats", *FEATS.split(),
                "g_12")  # z's contrast
         script("train", root, *NAMED, *SMALL, STAGES="pretrain", FEATS="c")
-        assert calls("train", root, *NAMED, *SMALL) == 0
+        train(root, *NAMED, feats=FEATS)
         script("score", root, *NAMED, FEATS="c")
         assert calls("score", root, *NAMED) == 0
 
@@ -120,10 +127,9 @@ def test_the_data_are_looked_at_and_fetched(root):
 
 def test_another_subject_few_sessions_and_the_other_ways_to_a_score(root):
     flags = ["--hidden_dim", 32, "--num_sessions", 1]
-    knobs = {"FEATS": "c z", "SUBJ": "3"}
-    assert calls("train", root, *flags, *SMALL, **knobs, STAGES="pretrain finetune ridge") == 0
+    train(root, *flags, feats="c z", SUBJ="3", STAGES="pretrain finetune ridge")
     for run in ("finetune", "pretrain", "ridge"):
-        assert calls("score", root, *flags, "--adapt_epochs", 1, "--run", run, **knobs) == 0
+        assert calls("score", root, *flags, "--adapt_epochs", 1, "--run", run, FEATS="c z", SUBJ="3") == 0
     folder = root / "scores_all/subj03"
     names = ["pretrained_subj03_1sess_ext1_{}_32{}", "multisubject_subj03_ext1_{}_32{}_adapt1sess",
              "ridge_subj03_1sess_ext1_{}"]

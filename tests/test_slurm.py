@@ -5,14 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 
-from tiny_runs import SRC, checkpoint, flags_of, write_world
-
-REPO = SRC.parent
-SHIFT = ["--num_epochs", 4000, "--ckpt_every", 4000]  # more than the test waits for
+REPO = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -36,43 +34,58 @@ def slurm(tmp_path):
     return environment, log
 
 
-def test_a_job_out_of_time_saves_and_is_queued_again(tmp_path, slurm):
+@pytest.fixture
+def training(tmp_path):
+    """A stand-in for Python that trains as a run does: epoch by epoch, from what is saved; SIGTERM ends it, saved, with
+    128 + 15 (what test_training.py says of the real one). What it is called with is written down."""
+    program = tmp_path / "training"
+    program.write_text(f"""#!/usr/bin/env bash
+cd "{tmp_path}"
+echo "$*" >>words
+trap 'sleep 0.3; echo $epoch >saved; exit 143' TERM
+epoch=$(cat saved || echo 0)
+while true; do epoch=$((epoch + 1)); echo $epoch >>epochs; sleep 0.05; done
+""")
+    program.chmod(0o755)
+    return program
+
+
+def test_a_job_out_of_time_saves_and_is_queued_again(tmp_path, slurm, training):
     environment, log = slurm
-    paths = write_world(tmp_path / "world")
     copy = tmp_path / "slurm_script"  # SLURM runs a copy from its spool folder
     copy.write_bytes((REPO / "scripts/slurm/train.slurm").read_bytes())
     environment |= {"STAGES": "pretrain", "FEATS": "z c", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1",
-                    "ROOT": str(paths.root)}
-    run = "multisubject_subj01_ext1_c_8_mlp"
-    metrics = paths.run(run) / "metrics.jsonl"
-    command = ["bash", str(copy), *flags_of(paths, *SHIFT)]
-    job = subprocess.Popen(command, env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE)
-    while job.poll() is None and not (metrics.exists() and metrics.read_text()):
-        time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
-    output = job.communicate(timeout=60)
-    assert job.returncode == 0, output
-    assert "scontrol" in log.read_text() and "requeue 5_1" in log.read_text()
-    first = checkpoint(paths, run)
-    assert 0 < first["epoch"] < 4000
+                    "ROOT": str(tmp_path), "PYTHON": str(training)}
+    epochs = tmp_path / "epochs"
+    command = ["bash", str(copy), "--hidden_dim", "8"]
 
-    job = subprocess.Popen(command, env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE)  # from the queue again
-    while job.poll() is None and len(metrics.read_text().splitlines()) <= first["epoch"]:
-        time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
-    output, _ = job.communicate(timeout=60)
-    assert f"resumed after epoch {first['epoch']}" in output
-    assert checkpoint(paths, run)["epoch"] > first["epoch"]
+    def run_out_of_time(already):
+        """Run the job until it has trained an epoch more than `already`; returns the epoch it saved."""
+        job = subprocess.Popen(command, env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+        while job.poll() is None and not (epochs.exists() and len(epochs.read_text().split()) > already):
+            time.sleep(0.02)
+        job.send_signal(signal.SIGTERM)
+        output = job.communicate(timeout=60)
+        assert job.returncode == 0, output
+        return int((tmp_path / "saved").read_text())
+
+    first = run_out_of_time(0)
+    assert "scontrol" in log.read_text() and "requeue 5_1" in log.read_text()
+    trained = epochs.read_text().split()
+    assert trained == [str(epoch + 1) for epoch in range(first)]
+    assert run_out_of_time(first) > first  # from the queue again, and on from there
+    again, from_queue = (tmp_path / "words").read_text().splitlines()
+    assert again == from_queue and "train_c.py --multi_subject" in again and "--resume" in again
+    assert again.endswith("--hidden_dim 8")
 
 
 def test_a_job_that_fails_is_not_queued_again(tmp_path, slurm):
     environment, log = slurm
     environment |= {"STAGES": "pretrain", "FEATS": "c", "ROOT": str(tmp_path)}
-    job = subprocess.run(["bash", str(REPO / "scripts/slurm/train.slurm")], env=environment, cwd=tmp_path,
-                         capture_output=True, text=True, check=False)
-    assert job.returncode == 2 and "no betas" in job.stderr
+    job = subprocess.run(["bash", str(REPO / "scripts/slurm/train.slurm"), "--no_such_flag"], env=environment,
+                         cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert job.returncode == 2 and "--no_such_flag" in job.stderr
     assert not log.exists()
 
 
