@@ -168,7 +168,7 @@ def another_design(world):
 def full_disk(*names):
     """Files of these names (glob) find no room: the real error of the real device that is always full."""
     def damage(world):
-        temporary_of = files._temporary_of
+        temporary_of = files.temporary_of
 
         def without_room(path):
             temporary = temporary_of(path)
@@ -177,7 +177,7 @@ def full_disk(*names):
                 temporary.symlink_to("/dev/full")
             return temporary
 
-        world.patch.setattr("disk.files._temporary_of", without_room)
+        world.patch.setattr("disk.files.temporary_of", without_room)
     return damage
 
 

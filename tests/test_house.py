@@ -59,8 +59,11 @@ def test_imports_go_downwards(module):
             assert FLOOR_OF[room] < own, f"{module} imports {name}, which is not below it"
 
 
-def test_every_folder_is_a_room():
+def test_every_folder_is_a_room_that_says_what_it_is():
+    """Without an __init__.py, a package of that name among the installed ones would be imported in its place."""
     assert {room_of(module) for module in FILES} - set(SCRIPTS) == set(FLOOR_OF)
+    for folder in {file.parent for file in FILES.values()} - {SRC}:
+        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), folder
 
 
 def test_no_modules_import_each_other():
@@ -70,10 +73,9 @@ def test_no_modules_import_each_other():
 
 @pytest.mark.parametrize("module", [*SCRIPTS, *LIGHT])
 def test_only_the_standard_library_is_needed_at_the_top(module):
-    if module in FILES:  # a room need not have an __init__.py
-        heavy = [name for name in imports_of(module, at_top=True)
-                 if room_of(name) not in sys.stdlib_module_names and name not in LIGHT]
-        assert not heavy, f"{module} imports {', '.join(heavy)} at its top"
+    heavy = [name for name in imports_of(module, at_top=True)
+             if room_of(name) not in sys.stdlib_module_names and name not in LIGHT]
+    assert not heavy, f"{module} imports {', '.join(heavy)} at its top"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

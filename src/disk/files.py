@@ -21,7 +21,7 @@ def atomic_path(path):
     Raises UserError when the disk refuses: `path` is then what it was.
     """
     path = Path(path)
-    temporary = _temporary_of(path)
+    temporary = temporary_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -33,8 +33,8 @@ def atomic_path(path):
         raise UserError(f"{path}: could not be written: {refusal(error)}") from error
 
 
-def _temporary_of(path):
-    """Where a file is written until it is whole: beside it, named after this host and process."""
+def temporary_of(path):
+    """Return where a file is written until it is whole: beside it, named after this host and process."""
     return path.with_name(f".{path.name}.{this_host()}.{os.getpid()}.tmp")
 
 
