@@ -35,6 +35,7 @@ from nsd import sources
 from training.loop import join_batch, make_loader, math_attention, weight_decay_groups
 from training.objectives import BrainObjective
 from training.runs import open_run
+from training.settings import Plan
 
 WIDTHS = {"c": (77, 768), "g_2": (50, 768)}
 N_IMAGES, TRIALS = 73000, 750  # trials per session
@@ -122,19 +123,19 @@ def measure(args, paths, feat, imports):
         nonlocal mark
         seconds_of[name], mark = time.perf_counter() - mark, time.perf_counter()
 
-    train_args = script.get_parser().parse_args(flags)
+    plan = Plan.from_args(script.get_parser().parse_args(flags))
     anonymous_before = anonymous()
     for file in paths.data_path.glob("wds/*/*/.behaviour.npz"):
         file.unlink()
-    run = open_run(train_args, feat)
+    run = open_run(plan, feat)
     lap("shards, first start")
-    run = open_run(train_args, feat)
+    run = open_run(plan, feat)
     lap("shards, later")
-    model = BrainModel(run.n_voxels, train_args.hidden_dim, *run.shapes["target"])
+    model = BrainModel(run.n_voxels, plan.hidden_dim, *run.shapes["target"])
     model.standardise(run.target_statistics[0], 1.0)  # the files' zeros do not vary
     team, objective = run.team, BrainObjective()
     optimizer = torch.optim.AdamW(weight_decay_groups(model), 3e-4, fused=team.device.type == "cuda")
-    net = team.prepare(model, optimizer, train_args.batch_size)
+    net = team.prepare(model, optimizer, plan.loop.batch_size)
     lap("network")
     loader = make_loader(run.train, args.num_workers, team)
     steps = iter(loader)

@@ -42,6 +42,8 @@ from nsd.repeats import load_test_set, noise_ceiling, responses_to
 from sampling.folders import read_images, read_png
 from training.loop import fit
 from training.objectives import EncodingObjective
+from training.runs import open_encoding_run
+from training.settings import Plan
 from z_effect import read_table
 
 ROIS = ("V1", "V2", "V3", "V4", "all")
@@ -141,14 +143,15 @@ def train_judge(args, paths):
     flags = ["--root", args.root, "--subj", args.subj, "--tag", "judge", "--num_epochs", args.judge_epochs,
              "--batch_size", 32, "--max_lr", 2e-3, "--seed", args.seed, "--num_workers", 0, "--resume"]
     train_args = train_gnet.get_parser().parse_args([str(flag) for flag in flags])
-    run = train_gnet.open_run(train_args)
+    plan = Plan.gnet_from_args(train_args)
+    run = open_encoding_run(plan)
     file = paths.run(run_name("scratch", args.subj, "gnet", None, tag="judge")) / "best.pth"
     if run is not None:
         utils.seed_everything(args.seed + 1)  # other starting weights, too
         rois = {args.subj: roi_masks(paths, args.subj)}
         ceilings = {args.subj: noise_ceiling(run.train.betas[args.subj], run.val.betas[args.subj].n_repeats)}
         objective = EncodingObjective(partial(gnet_input, side=JUDGE_SIDE), rois, ceilings, shift=1)
-        fit(run, Judge(run.n_voxels), objective)
+        fit(run, Judge(run.n_voxels), objective, plan.loop)
     state = load_checkpoint(file)
     judge = Judge(state["n_voxels"])
     judge.load_state_dict(state["model"])
