@@ -14,6 +14,7 @@ import pytest
 
 import utils
 from disk.names import Paths
+from shared import built_once
 
 utils.reproducible_products()
 
@@ -53,8 +54,10 @@ def small_nsd(tmp_path_factory):
     """Paths of the demo's small world, written once, to be read only; stages keep notes beside the data: copy it."""
     import make_mini_nsd
 
-    root = tmp_path_factory.mktemp("small_nsd")
-    make_mini_nsd.main(["--root", str(root), "--size", "small"])
+    def build(folder):
+        make_mini_nsd.main(["--root", str(folder), "--size", "small"])
+
+    root = built_once(tmp_path_factory, "small_nsd", build)
     return Paths(root, root / "MindEyeV2/mindeyev2")
 
 
