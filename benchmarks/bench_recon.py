@@ -4,7 +4,7 @@
     python benchmarks/bench_recon.py --sd_model random --precision bf16 --batch_size 4       # SD 1.4's sizes, on a GPU
 
 In one process, on the same networks, c, z, g and noise:
-  a  sampler.GuidedPipeline, in batches
+  a  sampling.pipeline.GuidedPipeline, in batches
   b  the reference: one image at a time, a second pass through the UNet for guidance, every intermediate latent decoded,
      the whole CLIP transformer run, the empty caption encoded for each image. Its pictures are those of a (in float64:
      in float32 a guided path magnifies the last digits, in which a batch differs from a single image).

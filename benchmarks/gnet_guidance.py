@@ -247,19 +247,18 @@ def time_of(args, paths, guide, name):
     import tempfile
     with tempfile.TemporaryDirectory() as folder:
         gnet = {} if name == "clip" else {"gnet_roi": "all", "gnet_kappa": 1}
-        networks = recon.load_networks
-        started = []
+        load, started = recon.load_sampler, []
 
-        def load_networks(*rest):  # what is loaded and checked once is not the time of a picture
-            loaded = networks(*rest)
+        def load_sampler(*rest):  # what is loaded and checked once is not the time of a picture
+            loaded = load(*rest)
             started.append(time.perf_counter())
             return loaded
 
-        recon.load_networks = load_networks
+        recon.load_sampler = load_sampler
         try:
             draw_setting(args, paths, guide, name, folder, ["--limit", "16"], **gnet)
         finally:
-            recon.load_networks = networks
+            recon.load_sampler = load
         return time.perf_counter() - started[0]
 
 

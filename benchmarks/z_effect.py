@@ -28,8 +28,8 @@ from evaluation.picture_sets import as_float
 from judge import read_attributes
 from sampling.folders import read_images, read_png
 
-SETTINGS = ("hidden_dim", "num_sessions", "tag", "run", "head", "control", "precision", "sd_model",
-            "clip_model", "num_inference_steps", "cfg_scale",
+SETTINGS = ("hidden_dim", "num_sessions", "tag", "run", "head", "test_split", "repeats", "control", "precision",
+            "sd_model", "clip_model", "num_inference_steps", "cfg_scale",
             "guidance_scale", "guidance_strength", "guidance_rule", "guidance_grad", "guidance_x0", "seed")
 
 
@@ -52,8 +52,8 @@ def main(argv=None):
     flags += [word for name in SETTINGS if config.get(name) is not None for word in (f"--{name}", str(config[name]))]
     recon.main([*flags, "--method", method])
     paths = Paths.from_args(args)
-    guidance = (config.get(name, 0) for name in ("guidance_scale", "guidance_strength"))
-    without_z = paths.images(config["subj"], method, *guidance)
+    unguided = {"guidance_scale": 0, "guidance_strength": 0}  # what its config.json then leaves out
+    without_z = paths.images_of({**unguided, **config, "method": method, "use_gnet": False})
     evaluate.main(["--root", args.root, "--images", str(without_z), "--eval_clip", args.clip])
 
     attributes = paths.root / "demo_attributes.json"

@@ -10,6 +10,7 @@ import torch
 from sampling.decoders import load_guidance_decoder
 from sampling.pipeline import load_pipeline
 from tiny_nsd import N_IMAGES, write_tiny_nsd
+from tiny_sd import LATENT
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -19,38 +20,41 @@ import bench_recon
 import distil_decoder
 import gnet_guidance
 
-SHORT = ["--images", "2", "--reference_images", "2", "--rounds", "1", "--num_inference_steps", "8",
+SHORT = ["--images", "2", "--reference_images", "1", "--rounds", "1", "--num_inference_steps", "4",
          "--guidance_strength", "0.5", "--batch_size", "2", "--device", "cpu"]
 
 
-def test_fast_and_slow_sampler_draw_the_same():
+def test_bench_recon_prints_its_ratios_and_both_samplers_draw_the_same(capsys, monkeypatch):
     """The demo's models: one image at a time, a second pass for guidance and a whole CLIP against the batch."""
-    bench = bench_recon.Bench(bench_recon.get_parser().parse_args(SHORT), torch.device("cpu"), torch.float32)
-    bench.to_double()
-    ours, reference = bench.ours(2), bench.reference(2)
-    assert bench.guided == 3 and ours.std() > 0.05
-    torch.testing.assert_close(ours, reference, atol=1e-5, rtol=0)
-
-
-def test_bench_recon_prints_its_ratios(capsys):
+    ours, reference = (recorded(monkeypatch, bench_recon.Bench, name) for name in ("ours", "reference"))
     bench_recon.main(SHORT)
     printed = capsys.readouterr().out
     assert "a/c = " in printed and "a/b = " in printed and "decoder with gradient" in printed
+    assert "3 steps of which 2 guided" in printed
+    assert len(ours[-1]) == 2 and ours[-1].std() > 0.05
+    torch.testing.assert_close(ours[-1], reference[-1], atol=1e-5, rtol=0)
 
 
-def test_a_distilled_decoder_is_one_for_guidance(tmp_path, capsys):
-    """A few steps of distilling, on random latents of the demo's size: it loads and decodes to the image's size."""
+def recorded(monkeypatch, kind, method):
+    """A list that grows by what each call of kind.method returns."""
+    results, real = [], getattr(kind, method)
+    monkeypatch.setattr(kind, method, lambda *args: results.append(real(*args)) or results[-1])
+    return results
+
+
+def test_a_distilled_decoder_is_one_for_guidance(tiny_models, tmp_path, capsys):
+    """A few steps of distilling, on random latents: it loads and decodes to the image's size."""
     paths, _ = write_tiny_nsd(tmp_path)
     with h5py.File(paths.feature("z"), "w") as file:
-        file["data"] = np.random.default_rng(0).standard_normal((N_IMAGES + 100, 4 * 16 * 16)).astype(np.float16)
-        file["data"].attrs["shape"] = (4, 16, 16)
+        file["data"] = np.random.default_rng(0).standard_normal((N_IMAGES + 100, 4 * LATENT**2)).astype(np.float16)
+        file["data"].attrs["shape"] = (4, LATENT, LATENT)
     folder = tmp_path / "taesd"
-    distil_decoder.main(["--root", str(tmp_path), "--sd_model", str(bench_recon.DEMO / "sd"), "--out", str(folder),
+    distil_decoder.main(["--root", str(tmp_path), "--sd_model", str(tiny_models[0]), "--out", str(folder),
                          "--steps", "3", "--batch_size", "2", "--width", "8", "--device", "cpu"])
     assert "dB PSNR on 100 other latents" in capsys.readouterr().out
-    pipe = load_pipeline(bench_recon.DEMO / "sd", torch.device("cpu"))
-    image = load_guidance_decoder(str(folder), pipe)(torch.randn(2, 4, 16, 16))
-    assert image.shape == (2, 3, 64, 64) and 0 <= image.min() and image.max() <= 1
+    pipe = load_pipeline(tiny_models[0], torch.device("cpu"))
+    image = load_guidance_decoder(str(folder), pipe)(torch.randn(2, 4, LATENT, LATENT))
+    assert image.shape == (2, 3, 2 * LATENT, 2 * LATENT) and 0 <= image.min() and image.max() <= 1
 
 
 def test_the_judge_reads_through_gaussian_fields():
