@@ -1,6 +1,8 @@
 """The pull of a measured response: how far a picture's predicted response agrees with it, and the loss that guides.
 
-Letters: N images, B batch, V voxels of the subject, n of a region. Responses are z-scored betas."""
+Letters: N images, B batch, V voxels of the subject, n of a region. Responses are z-scored betas. docs/method.md,
+"GNet and guidance by the brain", has the equations.
+"""
 
 import numpy as np
 import torch
