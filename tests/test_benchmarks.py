@@ -9,7 +9,7 @@ import torch
 
 from sampling.decoders import load_guidance_decoder
 from sampling.pipeline import load_pipeline
-from tiny_nsd import N_IMAGES, write_tiny_nsd
+from tiny_nsd import N_IMAGES
 from tiny_sd import LATENT
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -42,14 +42,13 @@ def recorded(monkeypatch, kind, method):
     return results
 
 
-def test_a_distilled_decoder_is_one_for_guidance(tiny_models, tmp_path, capsys):
+def test_a_distilled_decoder_is_one_for_guidance(paths, tiny_models, tmp_path, capsys):
     """A few steps of distilling, on random latents: it loads and decodes to the image's size."""
-    paths, _ = write_tiny_nsd(tmp_path)
     with h5py.File(paths.feature("z"), "w") as file:
         file["data"] = np.random.default_rng(0).standard_normal((N_IMAGES + 100, 4 * LATENT**2)).astype(np.float16)
         file["data"].attrs["shape"] = (4, LATENT, LATENT)
     folder = tmp_path / "taesd"
-    distil_decoder.main(["--root", str(tmp_path), "--sd_model", str(tiny_models[0]), "--out", str(folder),
+    distil_decoder.main(["--root", str(paths.root), "--sd_model", str(tiny_models[0]), "--out", str(folder),
                          "--steps", "3", "--batch_size", "2", "--width", "8", "--device", "cpu"])
     assert "dB PSNR on 100 other latents" in capsys.readouterr().out
     pipe = load_pipeline(tiny_models[0], torch.device("cpu"))
@@ -89,10 +88,17 @@ def test_bench_gnet_prints_its_ratios(capsys):
     assert "voxels in chunks of   1024:" in printed and "a guided step: with GNet / CLIP alone = " in printed
 
 
-def test_bench_features_prints_its_ratios(capfd):
+def test_bench_features_prints_its_ratios(monkeypatch, capsys):
+    """It calls itself for each feature; here in this process, where diffusers is there already."""
+    def call(words, check):
+        assert words[:2] == [sys.executable, bench_features.__file__] and check
+        bench_features.main(words[2:])
+
+    monkeypatch.setattr("bench_features.subprocess.run", call)
     bench_features.main(["--images", "6", "--single_images", "2", "--rounds", "1", "--batch_size", "3", "--num_workers",
                          "0", "--device", "cpu"])
-    header, *table = [line for line in capfd.readouterr().out.splitlines() if line.startswith(("  ", "c ", "z ", "g "))]
+    header, *table = [line for line in capsys.readouterr().out.splitlines()
+                      if line.startswith(("  ", "c ", "z ", "g "))]
     assert header.split() == ["images/s", "/", "network", "/", "one", "memory"]
     assert [line.split()[0] for line in table] == ["c", "z", "g"]
     assert all(float(value) > 0 for line in table for value in line.split()[1:4])
