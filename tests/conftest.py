@@ -4,14 +4,12 @@ MKL reads the setting once. Without this, whether a process has it would depend 
 that are compared to the bit would differ.
 """
 
-import fcntl
 import multiprocessing
 import shutil
-import tempfile
-from pathlib import Path
 
 import pytest
 
+import shared
 import utils
 from disk.names import Paths
 from shared import built_once
@@ -21,9 +19,8 @@ utils.reproducible_products()
 
 @pytest.fixture
 def one_launch():
-    """Launched groups of processes meet on one port: of the tests that launch, one runs at a time (pytest -n)."""
-    with open(Path(tempfile.gettempdir()) / "one_launch.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """The test launches processes: while it does, no other test may."""
+    with shared.one_launch_at_a_time():
         yield
 
 
@@ -66,8 +63,12 @@ def tiny_models(tmp_path_factory):
     """Folders of a tiny random Stable Diffusion and a tiny random CLIP (tiny_sd), to be read only."""
     import tiny_sd
 
-    folder = tmp_path_factory.mktemp("models")
-    return tiny_sd.write_tiny_sd(folder / "sd"), tiny_sd.write_tiny_clip(folder / "clip")
+    def build(folder):
+        tiny_sd.write_tiny_sd(folder / "sd")
+        tiny_sd.write_tiny_clip(folder / "clip")
+
+    folder = built_once(tmp_path_factory, "tiny_models", build)
+    return folder / "sd", folder / "clip"
 
 
 @pytest.fixture
@@ -85,7 +86,8 @@ def extract(paths, tiny_models):
 def world_to_break(tmp_path_factory, tiny_models):
     import whole_world
 
-    return whole_world.World(tmp_path_factory.mktemp("whole"), tiny_models)
+    original = built_once(tmp_path_factory, "whole_world", lambda folder: whole_world.build(folder, tiny_models))
+    return whole_world.World(original, tmp_path_factory.mktemp("world") / "root", tiny_models)
 
 
 @pytest.fixture

@@ -1,8 +1,11 @@
-"""What several tests read and one builds: once, also where pytest-xdist's workers share the tests."""
+"""What the tests share, also where pytest-xdist divides them: worlds that are built once, the launcher's port."""
 
 import fcntl
 import os
 import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 
 def built_once(tmp_path_factory, name, build):
@@ -22,3 +25,11 @@ def built_once(tmp_path_factory, name, build):
             build(folder)
             done.touch()
     return folder
+
+
+@contextmanager
+def one_launch_at_a_time():
+    """Launched groups of processes meet on one port: of the tests that launch, one runs at a time."""
+    with open(Path(tempfile.gettempdir()) / "one_launch.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

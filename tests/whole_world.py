@@ -1,6 +1,6 @@
 """One small world taken through training, scores, pictures and evaluation, for tests that break it.
 
-It is built once in a process. What a test damages is put back after it, so that no test pays for a copy of the rest.
+It is built once, and each process has a copy. What a test damages is put back after it, file by file.
 """
 
 import os
@@ -68,36 +68,43 @@ BEGUN = {
 }
 
 
-class World:
-    """A world in folder/root, with what it was when it was whole in folder/original."""
+def build(root, models):
+    """Take a small world through the whole pipeline."""
+    paths = write_brain(root)
+    rng = np.random.default_rng(1)
+    for feat, shape in SHAPES.items():
+        with h5py.File(paths.feature(feat), "w") as file:
+            file["data"] = rng.standard_normal((N_IMAGES, np.prod(shape))).astype(np.float16)
+            file["data"].attrs["shape"] = shape
+    for script in (train_c, train_g, train_z):
+        assert run(script, root, models, "--tag", "", "--multi_subject") == 0
+        assert run(script, root, models, "--tag", "", "--multisubject_ckpt", "auto") == 0
+    for folder in (root / "train_logs").glob("multisubject*_z_*"):  # large, and read no more
+        shutil.rmtree(folder)
+    for script in (score_c, score_g, score_z, score_gnet, recon, evaluate):
+        assert run(script, root, models) == 0
 
-    def __init__(self, folder, models):
-        self.root, self.original, self.models = folder / "root", folder / "original", models
-        self.root.mkdir()
-        paths = write_brain(self.root)
-        rng = np.random.default_rng(1)
-        for feat, shape in SHAPES.items():
-            with h5py.File(paths.feature(feat), "w") as file:
-                file["data"] = rng.standard_normal((N_IMAGES, np.prod(shape))).astype(np.float16)
-                file["data"].attrs["shape"] = shape
-        for script in (train_c, train_g, train_z):
-            assert self.run(script, "--tag", "", "--multi_subject") == 0
-            assert self.run(script, "--tag", "", "--multisubject_ckpt", "auto") == 0
-        for run in (self.root / "train_logs").glob("multisubject*_z_*"):  # large, and read no more
-            shutil.rmtree(run)
-        for script in (score_c, score_g, score_z, score_gnet, recon, evaluate):
-            assert self.run(script) == 0
-        shutil.copytree(self.root, self.original)
+
+def run(script, root, models, *flags):
+    """Exit status of a script on a world, whether it parsed its flags or not."""
+    words = [str(word).replace("ROOT", str(root)) for word in ("--root", root, *FLAGS[script], *flags)]
+    words = [str(models[("SD", "CLIP").index(word)]) if word in ("SD", "CLIP") else word for word in words]
+    try:
+        return utils.run_cli(script.main, words)
+    except SystemExit as stop:
+        return stop.code
+
+
+class World:
+    """A copy of the whole world at `original`, for scripts to run in and tests to break."""
+
+    def __init__(self, original, root, models):
+        self.original, self.root, self.models = original, root, models
+        shutil.copytree(original, root)
         self.whole, self.put_back = self.stamps(), set()
 
     def run(self, script, *flags):
-        """Exit status of a script on this world, whether it parsed its flags or not."""
-        words = [str(word).replace("ROOT", str(self.root)) for word in ("--root", self.root, *FLAGS[script], *flags)]
-        words = [str(self.models[("SD", "CLIP").index(word)]) if word in ("SD", "CLIP") else word for word in words]
-        try:
-            return utils.run_cli(script.main, words)
-        except SystemExit as stop:
-            return stop.code
+        return run(script, self.root, self.models, *flags)
 
     def stamps(self):
         """{path: which file it is and when it last changed (no program can set that back); of a folder None}."""
@@ -121,13 +128,15 @@ class World:
     def differences(self, before, after):
         """Paths of what is there in one look but not in the other, or has another content.
 
-        The cache of the shards is left out: any reader renews it.
+        The cache of the shards is left out: any reader renews it. That a file names this world's own folder where it
+        named the original's is no difference.
         """
         def content(path, look):
             stamps, contents = look
             if stamps.get(path) is None:
                 return "a folder" if path in stamps else "nothing"
-            return contents[path] if path in contents else content_of(self.original / path)
+            found = contents[path] if path in contents else content_of(self.original / path)
+            return found.replace(os.fsencode(self.root), os.fsencode(self.original))
 
         known = {path for path in before[0].keys() & after[0].keys()
                  if before[0][path] == after[0][path] and path not in before[1]}
