@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import utils
-from tiny_runs import SCRATCH, SRC, checkpoint, flags_of, train, write_world
+from shared import built_once, one_launch_at_a_time
+from tiny_runs import SCRATCH, SMALL, SRC, checkpoint, copy_world, paths_of, stopped_at, train, write_world
 from training.team import ALONE, Team
 
-REPO = SRC.parent
+TESTS = Path(__file__).parent
 SCIENCE = ["--dropout", 0, "--num_epochs", 4, "--max_lr", 3e-3, "--resume"]
 TOLERANCE = 2e-5  # relative, of an epoch's losses: sums in another order
 
@@ -91,81 +92,93 @@ def gloo_threads():
 # --- real launches ------------------------------------------------------------------------------------------------
 
 
-def launch(paths, config, stop_at=None):
-    """Train under a configuration of scripts/accelerate; stop_at: the step at which every process gets SIGTERM."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SRC}:{Path(__file__).parent}"}
-    environment["DS_ACCELERATOR"] = "cpu"
-    processes = {"ddp": 2, "zero2": 1}[config]
-    program = [SRC / "train_c.py"] if stop_at is None else [Path(__file__).parent / "tiny_runs.py", stop_at]
-    accelerate = Path(sys.executable).parent / "accelerate"
-    command = [accelerate, "launch", "--config_file", REPO / f"scripts/accelerate/{config}.yaml", "--num_processes",
-               processes, *program, *flags_of(paths, *SCIENCE)]
-    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
-    assert (result.returncode == 0) == (stop_at is None), result.stdout + result.stderr
-    assert {"ddp": "; 2 processes, cpu", "zero2": "; DeepSpeed, 1 process, cpu"}[config] in result.stdout
-
-
 def losses_of(paths):
-    rows = [json.loads(line) for line in (paths.run(SCRATCH) / "metrics.jsonl").read_text().splitlines()]
+    return losses_in(paths.run(SCRATCH) / "metrics.jsonl")
+
+
+def losses_in(file):
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
     keys = ("train/loss", "train/loss_clip", "train/loss_prior", "val/loss", "val/loss_prior")
     return torch.tensor([[row[key] for key in keys] for row in rows])
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A world, the losses of a run of one process, and that run's checkpoint after six of its 16 steps."""
-    paths = write_world(tmp_path_factory.mktemp("alone"))
-    assert train(paths, *SCIENCE) == 0
-    whole = losses_of(paths)
-    shutil.rmtree(paths.run(SCRATCH))
-    output = subprocess.run([sys.executable, str(Path(__file__).parent / "tiny_runs.py"), "6",
-                             *flags_of(paths, *SCIENCE)], env={**os.environ, "PYTHONPATH": str(SRC)},
-                            capture_output=True, text=True, check=False)
-    assert output.returncode == 143, output.stderr
-    return paths, whole
+    """A world with a run of one process that was stopped after six of its 16 steps, and the losses of a whole one."""
+    def build(folder):
+        paths = write_world(folder)
+        assert train(paths, *SCIENCE) == 0
+        (paths.run(SCRATCH) / "metrics.jsonl").rename(folder / "whole.jsonl")
+        shutil.rmtree(paths.run(SCRATCH))
+        with stopped_at(6):
+            assert train(paths, *SCIENCE) == 143
+        stopped = checkpoint(paths)
+        assert (stopped["epoch"], stopped["step"]) == (1, 2)
+
+    folder = built_once(tmp_path_factory, "alone", build)
+    return paths_of(folder), losses_in(folder / "whole.jsonl")
 
 
-@pytest.fixture
-def paths(alone, tmp_path, one_launch):
-    """The world of `alone`, with its stopped run."""
-    shutil.copytree(alone[0].root, tmp_path / "copy")
-    return type(alone[0])(tmp_path / "copy", tmp_path / "copy/MindEyeV2/mindeyev2")
+def launched(config, stopped, tmp_path_factory, steps):
+    """Train under a configuration of scripts/accelerate, first from nothing, then from the run that was stopped.
+
+    steps: in which of its own steps each of the two is stopped by SIGTERM, 0 = nowhere. Returns Paths of both worlds.
+    """
+    def build(folder):
+        with one_launch_at_a_time():
+            launch(config, [copy_world(stopped, folder / name) for name in ("anew", "went_on")], steps)
+
+    folder = built_once(tmp_path_factory, config, build)
+    return paths_of(folder / "anew"), paths_of(folder / "went_on")
 
 
-def test_two_processes_compute_what_one_computes(paths, alone):
-    shutil.rmtree(paths.run(SCRATCH))
-    launch(paths, "ddp")
+def launch(config, worlds, steps):
+    shutil.rmtree(worlds[0].run(SCRATCH))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SRC}:{TESTS}", "DS_ACCELERATOR": "cpu"}
+    program = [TESTS / "tiny_runs.py", *(f"{world.root}:{step}" for world, step in zip(worlds, steps, strict=True))]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+               SRC.parent / f"scripts/accelerate/{config}.yaml", "--num_processes", {"ddp": 2, "zero2": 1}[config],
+               *program, *SMALL, *SCIENCE]
+    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count({"ddp": "; 2 processes, cpu", "zero2": "; DeepSpeed, 1 process, cpu"}[config]) == 2
+
+
+@pytest.fixture(scope="module")
+def ddp(alone, tmp_path_factory):
+    """Two gloo processes; they agree to stop at the end of an epoch, or after 20 steps."""
+    return launched("ddp", alone[0], tmp_path_factory, steps=(6, 0))
+
+
+@pytest.fixture(scope="module")
+def zero2(alone, tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("DeepSpeed compiles its CPU communication with g++")
+    return launched("zero2", alone[0], tmp_path_factory, steps=(0, 5))
+
+
+def assert_as_alone(paths, alone):
     assert losses_of(paths).shape == (4, 5)
     torch.testing.assert_close(losses_of(paths), alone[1], rtol=TOLERANCE, atol=1e-6)
 
 
-def test_ddp_goes_on_from_one_process(paths, alone):
-    stopped = checkpoint(paths)
-    assert (stopped["epoch"], stopped["step"]) == (1, 2)
-    launch(paths, "ddp")
-    torch.testing.assert_close(losses_of(paths), alone[1], rtol=TOLERANCE, atol=1e-6)
+def test_two_processes_compute_what_one_computes_and_one_goes_on_from_them(ddp, alone):
+    assert checkpoint(ddp[0])["epoch"] == 2
+    assert train(ddp[0], *SCIENCE) == 0
+    assert_as_alone(ddp[0], alone)
 
 
-def test_one_process_goes_on_from_ddp(paths, alone):
-    shutil.rmtree(paths.run(SCRATCH))
-    launch(paths, "ddp", stop_at=6)
-    assert checkpoint(paths)["epoch"] == 2  # several processes agree to stop at the end of the epoch, or after 20 steps
-    assert train(paths, *SCIENCE) == 0
-    torch.testing.assert_close(losses_of(paths), alone[1], rtol=TOLERANCE, atol=1e-6)
+def test_two_processes_go_on_from_one(ddp, alone):
+    assert_as_alone(ddp[1], alone)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU communication with g++")
-def test_zero2_goes_on_from_one_process_and_the_reverse(paths, alone):
-    launch(paths, "zero2", stop_at=5)  # from (1, 2) to (2, 3)
-    stopped = checkpoint(paths)
+def test_zero2_computes_what_one_process_computes(zero2, alone):
+    assert_as_alone(zero2[0], alone)
+
+
+def test_zero2_goes_on_from_one_process_and_the_reverse(zero2, alone):
+    stopped = checkpoint(zero2[1])  # from (1, 2) to (2, 3)
     assert (stopped["epoch"], stopped["step"]) == (2, 3)
     assert stopped["optimizer"]["step"] == 11 and len(stopped["optimizer"]["exp_avg"]) > 10
-    assert train(paths, *SCIENCE) == 0
-    torch.testing.assert_close(losses_of(paths), alone[1], rtol=TOLERANCE, atol=1e-6)
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU communication with g++")
-def test_zero2_computes_what_one_process_computes(paths, alone):
-    shutil.rmtree(paths.run(SCRATCH))
-    launch(paths, "zero2")
-    torch.testing.assert_close(losses_of(paths), alone[1], rtol=TOLERANCE, atol=1e-6)
+    assert train(zero2[1], *SCIENCE) == 0
+    assert_as_alone(zero2[1], alone)

@@ -17,7 +17,7 @@ from nsd.repeats import AveragedRows, noise_ceiling
 from nsd.rows import open_betas, open_stimuli
 from nsd.trials import load_trials
 from tiny_nsd import N_VOXELS, write_tiny_nsd
-from tiny_runs import stop_at
+from tiny_runs import stopped_at
 from training.objectives import EncodingObjective
 from training.team import Team
 
@@ -28,6 +28,13 @@ FLAGS = ["--batch_size", "4", "--num_epochs", "2", "--num_sessions", "3", "--val
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return write_tiny_nsd(tmp_path_factory.mktemp("world"))[0]
+
+
+@pytest.fixture(scope="module")
+def trained(world):
+    """The world, with a run of subject 1."""
+    assert train(world) == 0
+    return world
 
 
 def train(paths, *flags):
@@ -129,12 +136,11 @@ def test_a_damaged_response_is_named_by_its_trial(tmp_path):
         AveragedRows(open_betas(paths, "subj01"), trials)[np.arange(10)]
 
 
-def test_a_requeued_job_does_not_start_over(world, monkeypatch):
-    assert train(world, "--tag", "queued") == 0
-    before = (world.run("gnet_subj01_queued") / "last.pth").stat().st_mtime_ns
+def test_a_requeued_job_does_not_start_over(trained, monkeypatch):
+    before = (trained.run("gnet_subj01") / "last.pth").stat().st_mtime_ns
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert train(world, "--tag", "queued", "--overwrite") == 0
-    assert (world.run("gnet_subj01_queued") / "last.pth").stat().st_mtime_ns == before
+    assert train(trained, "--overwrite") == 0
+    assert (trained.run("gnet_subj01") / "last.pth").stat().st_mtime_ns == before
 
 
 def test_processes_add_up_to_the_gradient_of_one():
@@ -225,9 +231,9 @@ def test_jitter_shifts_and_does_not_mirror():
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_training_keeps_a_run_with_r_of_every_roi(world, joint):
-    flags = ["--multi_subject"] if joint else []
-    assert train(world, *flags) == 0
+def test_training_keeps_a_run_with_r_of_every_roi(trained, joint):
+    world, flags = trained, ["--multi_subject"] if joint else []
+    assert train(world, *flags) == 0  # of subject 1: finished before, kept
     folder = world.run("gnet_multisubject" if joint else "gnet_subj01")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2
@@ -238,21 +244,15 @@ def test_training_keeps_a_run_with_r_of_every_roi(world, joint):
     assert 1 - median == pytest.approx(best["best"], abs=1e-6)
     assert best["n_voxels"] == (N_VOXELS if joint else {"subj01": N_VOXELS["subj01"]})
     build_model(best["model_args"]).load_state_dict(best["model"])
-    assert train(world, *flags) == 0  # finished before, kept
     if joint:
         assert train(world, *flags, "--subj", 2, "--num_sessions", 2) == 0  # the same network, whoever trains it
 
 
-def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one(world):
-    assert train(world, "--tag", "whole") == 0
-    call = stop_at(2, EncodingObjective)
-    try:
-        assert train(world, "--tag", "stopped") == 128 + 15
-    finally:
-        EncodingObjective.__call__ = call
-    assert train(world, "--tag", "stopped", "--resume") == 0
-    whole, stopped = (load_checkpoint(world.run(f"gnet_subj01_{tag}") / "last.pth") for tag in
-                      ("whole", "stopped"))
+def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one(trained):
+    with stopped_at(2, EncodingObjective):
+        assert train(trained, "--tag", "stopped") == 128 + 15
+    assert train(trained, "--tag", "stopped", "--resume") == 0
+    whole, stopped = (load_checkpoint(trained.run(run) / "last.pth") for run in ("gnet_subj01", "gnet_subj01_stopped"))
     for key, value in whole["model"].items():
         assert torch.equal(value, stopped["model"][key]), key
 
@@ -269,7 +269,7 @@ def test_the_trunk_learns_responses(tmp_path):
         rows = trials["row"].to_numpy()
         file["betas"][np.sort(rows)] = np.repeat(brightness[trials["image_id"].to_numpy()[np.argsort(rows)]][:, None],
                                                  N_VOXELS["subj01"], 1)
-    assert train(paths, "--num_epochs", 30, "--max_lr", 3e-3) == 0
+    assert train(paths, "--num_epochs", 10, "--max_lr", 3e-3) == 0
     rows = [json.loads(line) for line in (paths.run("gnet_subj01") / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["train/loss_mse"] < 0.3 * rows[0]["train/loss_mse"]
     assert max(row["val/r"] for row in rows) > 0.8

@@ -85,46 +85,51 @@ def test_gnets_metrics_are_those_of_the_page(paths, monkeypatch):
     assert keys == keys_of_the_page("GNet")
 
 
-def test_not_logged_in_is_one_line_before_any_work(paths):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    command = [sys.executable, str(SRC / "train_c.py"), *flags_of(paths, "--wandb_log", "--tag", "x")]
-    result = subprocess.run(command, env={**environment, "NETRC": "/nonexistent"}, capture_output=True, text=True,
-                            check=False)
-    assert result.returncode == 2 and result.stdout == ""  # no trial was read
+def in_a_process(program, *words, **environment):
+    """Run a Python program that knows src/, in an environment without W&B's settings but these."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    return subprocess.run([sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True,
+                          check=False, env={**known, "PYTHONPATH": str(SRC), **environment})
+
+
+def test_not_logged_in_is_one_line_before_any_work(paths, monkeypatch, capsys):
+    result = in_a_process("import utils; from training.tracking import check_tracking; "
+                          "print(utils.run_cli(lambda argv: check_tracking(True)))", NETRC="/nonexistent")
     (line,) = result.stderr.splitlines()
-    assert "wandb login" in line and "WANDB_MODE=offline" in line
+    assert result.stdout == "2\n" and "wandb login" in line and "WANDB_MODE=offline" in line
+
+    def refuse(wandb_log):
+        raise utils.UserError("not logged in" if wandb_log else "not asked to log")
+
+    monkeypatch.setattr("training.runs.check_tracking", refuse)
+    monkeypatch.setattr("nsd.trials.load_trials", None)  # no trial is read
+    assert train(paths, "--wandb_log", "--tag", "x") == 2
+    assert capsys.readouterr() == ("", "error: not logged in\n") and not paths.run(SCRATCH + "_x").exists()
 
 
 KILLING_THE_SERVICE = """
-import os, subprocess, sys, train_c, utils
+import os, subprocess, sys
 from training.tracking import Tracker
-log = Tracker.log
-
-def kill_the_service_first(self, metrics, step):
+tracker = Tracker(sys.argv[1], "killed", {}, wandb_log=True)
+for step in (1, 2, 3):
     if step == 2:
         subprocess.run(["pkill", "-9", "-P", str(os.getpid()), "-f", "wandb-core"], check=True)
-    log(self, metrics, step)
-
-Tracker.log = kill_the_service_first
-sys.exit(utils.run_cli(train_c.main, sys.argv[1:]))
+    tracker.log({"loss": 1 / step}, step)
+tracker.finish()
 """
 
 
-def test_losing_wandb_does_not_stop_a_training(paths):
-    """The W&B service is killed under a real offline run in its second epoch."""
-    flags = flags_of(paths, "--num_epochs", 4, "--wandb_log", "--tag", "k")
-    environment = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(SRC)}
-    environment.pop("WANDB_SERVICE", None)  # of a run before in this process
-    result = subprocess.run([sys.executable, "-c", KILLING_THE_SERVICE, *flags], env=environment, capture_output=True,
-                            text=True, check=False)
+def test_losing_wandb_does_not_stop_a_training(tmp_path):
+    """All that a training does with W&B, and the service killed under it after the first epoch."""
+    result = in_a_process(KILLING_THE_SERVICE, tmp_path, WANDB_MODE="offline")
     assert result.returncode == 0, result.stderr
-    rows = (paths.run(SCRATCH + "_k") / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4]
-    assert (paths.run(SCRATCH + "_k") / "last.pth").exists()
+    assert result.stderr.count("warning: W&B stopped") == 1
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3]
 
 
-def test_a_sweeps_trial_trains(paths):
-    """The command of sweep.yaml as W&B's agent would fill it in, for a smaller network."""
+def test_a_sweeps_trial_trains(paths, tmp_path, monkeypatch):
+    """The command of sweep.yaml as W&B's agent would fill it in, for a smaller network; Python notes its words."""
     sweep = yaml.safe_load((REPO / "scripts/sweep.yaml").read_text())
     assert sweep["method"] in ("grid", "random", "bayes") and sweep["metric"]["name"] in keys_of_the_page("c")
     known = vars(train_c.get_parser().parse_args([]))
@@ -136,7 +141,13 @@ def test_a_sweeps_trial_trains(paths):
     command = []
     for word in sweep["command"]:
         command += arguments if word == "${args}" else [word.replace("${program}", sweep["program"])]
-    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_RUN_ID": "trial7", "PYTHON": sys.executable}
-    result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "WANDB_RUN_ID": "trial7", "PYTHON": str(python)}
+    result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=True)
+    script, *words = result.stdout.splitlines()
+    assert script == "src/train_c.py"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert utils.run_cli(train_c.main, words) == 0
     assert (paths.run("multisubject_subj01_ext1_c_8_mlp_trial7") / "last.pth").exists()

@@ -1,11 +1,10 @@
 """Training runs on a tiny data set: resume, refuse, pretrain, fine-tune, the linear baseline."""
 
 import json
+import multiprocessing
 import os
 import random
 import resource
-import subprocess
-import sys
 import time
 
 import h5py
@@ -22,7 +21,7 @@ from models import BrainModel, build_model
 from nsd.rows import open_feature
 from nsd.trials import load_trials, split_by_image
 from tiny_nsd import N_VOXELS
-from tiny_runs import FINETUNED, PRETRAINED, SCRATCH, SRC, checkpoint, flags_of, stop_at, train, write_world
+from tiny_runs import FINETUNED, PRETRAINED, SCRATCH, checkpoint, copy_world, stopped_at, train, write_world
 from training.loop import weight_decay_groups
 from training.objectives import BrainObjective, LatentObjective
 from training.ridge import RIDGE_ALPHAS
@@ -31,9 +30,14 @@ from training.runs import target_statistics
 TIMES = {"train/samples_per_s", "train/data_wait_pct"}
 
 
+@pytest.fixture(scope="module")
+def pristine_world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
 @pytest.fixture
-def paths(tmp_path):
-    return write_world(tmp_path)
+def paths(pristine_world, tmp_path):
+    return copy_world(pristine_world, tmp_path)
 
 
 def records(paths, run=SCRATCH):
@@ -54,15 +58,6 @@ def assert_equal_states(one, other):
             assert one[key] == other[key], key
 
 
-@pytest.fixture
-def stopping():
-    """stopping(step): the next training stops itself there; undone afterwards."""
-    originals = {cls: cls.__call__ for cls in (BrainObjective, LatentObjective)}
-    yield lambda step, cls=BrainObjective: stop_at(step, cls)
-    for cls, call in originals.items():
-        cls.__call__ = call
-
-
 # --- stopping and going on ----------------------------------------------------------------------------------------
 
 
@@ -70,12 +65,12 @@ def stopping():
     (train_c, BrainObjective, SCRATCH), (train_z, LatentObjective, "scratch_subj01_3sess_ext1_z_8"),
 ])
 @pytest.mark.parametrize("step", [4, 6])  # of four steps an epoch: between epochs, and in the middle of one
-def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(paths, stopping, script, objective, run, step):
+def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(paths, script, objective, run, step):
     flags = ("--num_epochs", 3, "--num_workers", 1)
     assert train(paths, *flags, script=script) == 0
     whole, best, logs = checkpoint(paths, run), checkpoint(paths, run, "best.pth"), records(paths, run)
-    stopping(step, objective)
-    assert train(paths, *flags, "--overwrite", script=script) == 143
+    with stopped_at(step, objective):
+        assert train(paths, *flags, "--overwrite", script=script) == 143
     stopped = checkpoint(paths, run)
     assert (stopped["epoch"], stopped["step"]) == divmod(step, 4)
     assert train(paths, *flags, "--resume", script=script) == 0
@@ -84,23 +79,33 @@ def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(paths, stopping, 
     assert records(paths, run) == logs
 
 
-def test_a_run_killed_at_random_moments_and_resumed_equals_an_uninterrupted_one(paths):
+@pytest.fixture
+def one_thread():
+    """Of torch; so a process can be forked, which has none of the threads that its parent's work was shared among."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_run_killed_at_random_moments_and_resumed_equals_an_uninterrupted_one(paths, one_thread):
     flags = ("--num_epochs", 60, "--ckpt_every", 2, "--resume")
     assert train(paths, *flags) == 0
     whole, logs = checkpoint(paths), records(paths)
     last = paths.run(SCRATCH) / "last.pth"
+    seconds = last.stat().st_mtime - (paths.run(SCRATCH) / "config.json").stat().st_mtime  # of all epochs
     last.unlink()
-    command = [sys.executable, str(SRC / "train_c.py"), *flags_of(paths, *flags)]
     kills = 0
     for _ in range(3):
         before = last.stat().st_mtime_ns if last.exists() else None
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
+        process = multiprocessing.get_context("fork").Process(target=train, args=(paths, *flags))
+        process.start()
+        while process.is_alive() and (not last.exists() or last.stat().st_mtime_ns == before):
             time.sleep(0.01)
-        time.sleep(random.uniform(0, 0.3))
-        kills += process.poll() is None
+        time.sleep(random.uniform(0, seconds / 10))
+        kills += process.is_alive()
         process.kill()
-        process.wait()
+        process.join()
     assert kills > 0
     unfinished = checkpoint(paths)["epoch"] < 60
     assert train(paths, *flags) == 0
@@ -121,9 +126,9 @@ def test_checkpoints_come_every_so_many_epochs_and_at_the_end(paths, monkeypatch
         i + 1 for i, value in enumerate(values) if value < min(values[:i], default=np.inf)]
 
 
-def test_the_log_tells_what_happened(paths, stopping):
-    stopping(6)
-    assert train(paths, "--num_epochs", 3) == 143
+def test_the_log_tells_what_happened(paths):
+    with stopped_at(6):
+        assert train(paths, "--num_epochs", 3) == 143
     assert train(paths, "--num_epochs", 3, "--resume") == 0
     log = (paths.run(SCRATCH) / "log.txt").read_text()
     assert log.count("24 training and 6 validation trials of subj01") == 2  # the run was opened twice
@@ -161,10 +166,10 @@ def test_a_full_disk_leaves_the_old_checkpoint(paths, capsys, monkeypatch, limit
     assert [row["step"] for row in records(paths)] == [1, 2, 3, 4]
 
 
-def test_overwrite_starts_anew_even_when_told_to_resume(paths, stopping, monkeypatch):
+def test_overwrite_starts_anew_even_when_told_to_resume(paths, monkeypatch):
     """train.sh always says --resume; a job that SLURM queued again goes on with what it had begun."""
-    stopping(6)
-    assert train(paths, "--num_epochs", 3) == 143
+    with stopped_at(6):
+        assert train(paths, "--num_epochs", 3) == 143
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert train(paths, "--num_epochs", 3, "--resume", "--overwrite") == 0
     assert checkpoint(paths)["optimizer"]["step"] == 12
@@ -173,9 +178,9 @@ def test_overwrite_starts_anew_even_when_told_to_resume(paths, stopping, monkeyp
     assert checkpoint(paths)["epoch"] == 1 and len(records(paths)) == 1
 
 
-def test_other_betas_are_refused_on_resume(paths, capsys, stopping):
-    stopping(2)
-    assert train(paths, "--multi_subject", "--num_epochs", 1) == 143
+def test_other_betas_are_refused_on_resume(paths, capsys):
+    with stopped_at(2):
+        assert train(paths, "--multi_subject", "--num_epochs", 1) == 143
     with h5py.File(paths.betas("subj02"), "r+") as file:
         betas = file["betas"][:, :3]
         del file["betas"]
@@ -184,15 +189,15 @@ def test_other_betas_are_refused_on_resume(paths, capsys, stopping):
     assert "{'subj02': 5} (voxels), found {'subj02': 3}" in capsys.readouterr().err
 
 
-def test_an_unfinished_run_needs_the_users_word_and_a_finished_one_is_kept(paths, capsys, stopping):
+def test_an_unfinished_run_needs_the_users_word_and_a_finished_one_is_kept(paths, capsys):
     assert train(paths, "--num_epochs", 1) == 0
     assert train(paths, "--num_epochs", 1) == 0 and "finished before" in capsys.readouterr().out
     assert train(paths, "--num_epochs", 1, "--max_lr", 1e-2) == 2
     assert "max_lr 0.0003 -> 0.01" in capsys.readouterr().err
     assert train(paths, "--num_epochs", 1, "--max_lr", 1e-2, "--tag", "fast") == 0  # beside it
     assert checkpoint(paths, SCRATCH + "_fast")["config"]["max_lr"] == 1e-2
-    stopping(2)
-    assert train(paths, "--num_epochs", 1, "--overwrite") == 143
+    with stopped_at(2):
+        assert train(paths, "--num_epochs", 1, "--overwrite") == 143
     capsys.readouterr()
     assert train(paths, "--num_epochs", 1) == 2 and "--resume" in capsys.readouterr().err
     assert train(paths, "--num_epochs", 1, "--resume", "--max_lr", 1e-2) == 2
@@ -216,7 +221,7 @@ def test_finetuning_starts_from_the_pretrained_trunk_and_a_new_head(paths, capsy
 
 def test_few_sessions_are_the_first_ones(paths, monkeypatch):
     opened = []
-    monkeypatch.setattr(train_c, "fit", lambda run, *rest: opened.append(run))
+    monkeypatch.setattr("training.mindeye2.fit", lambda run, *rest: opened.append(run))
     assert train(paths, "--num_epochs", 1, "--num_sessions", 1) == 0
     tables = opened[0].tables
     assert {session for part in tables.values() for session in part["subj01"]["session"]} == {1}
@@ -238,18 +243,19 @@ def test_auto_prefers_the_pretraining_of_the_same_tag(paths, capsys):
     assert f"copied from {PRETRAINED}_a " in capsys.readouterr().out
 
 
-def test_an_unfinished_pretraining_is_refused(paths, capsys, stopping):
-    stopping(2)
-    assert train(paths, "--multi_subject", "--num_epochs", 3) == 143
+def test_an_unfinished_pretraining_is_refused(paths, capsys):
+    with stopped_at(2):
+        assert train(paths, "--multi_subject", "--num_epochs", 3) == 143
     assert train(paths, "--multisubject_ckpt", "auto", "--num_epochs", 1) == 2
     assert "0 of 3 epochs are done" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("script", "loss", "flags"), [
-    (train_c, "train/loss_prior", ["--clip_scale", 0]), (train_z, "train/loss_l1", ["--clip_scale", 0]),
+@pytest.mark.parametrize(("script", "loss", "max_lr"), [
+    (train_c, "train/loss_prior", 1e-2), (train_z, "train/loss_l1", 3e-3),
 ])
-def test_the_loss_falls(paths, script, loss, flags):
-    assert train(paths, "--num_epochs", 30, "--max_lr", 3e-3, *flags, script=script) == 0
+def test_the_loss_falls(paths, script, loss, max_lr):
+    plainly = ["--clip_scale", 0, "--mixup_pct", 0, "--dropout", 0]
+    assert train(paths, "--num_epochs", 12, "--max_lr", max_lr, *plainly, script=script) == 0
     feat = "z_8" if script is train_z else "c_8_mlp"
     rows = records(paths, f"scratch_subj01_3sess_ext1_{feat}")
     assert rows[-1][loss] < 0.8 * rows[0][loss]

@@ -1,16 +1,21 @@
-"""Trainings of seconds on the tiny data set, for the tests."""
+"""Trainings of seconds or less on the tiny data set, for the tests."""
 
+import itertools
 import os
+import shutil
 import signal
 import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 import train_c
+import train_z
 import utils
 from disk.checkpoints import load_checkpoint
+from disk.names import Paths
 from tiny_nsd import N_IMAGES, write_tiny_nsd
 from training.objectives import BrainObjective
 
@@ -33,23 +38,35 @@ def write_world(root):
     return paths
 
 
+def copy_world(paths, root):
+    """A copy that a test may change, in a folder that is new or empty; returns Paths."""
+    shutil.copytree(paths.root, root, dirs_exist_ok=True)
+    return paths_of(root)
+
+
+def paths_of(root):
+    return Paths(root, root / "MindEyeV2/mindeyev2")
+
+
 def flags_of(paths, *flags):
     """Command line of a small training."""
     return [*SMALL, "--root", str(paths.root), *map(str, flags)]
 
 
 def train(paths, *flags, script=train_c):
-    """Train in this process; returns the exit status."""
-    return utils.run_cli(script.main, flags_of(paths, *flags))
+    """Train in this process, z with a thin decoder; returns the exit status."""
+    thin = ["--decoder_channels", 32, 32, 32] if script is train_z else []
+    return utils.run_cli(script.main, flags_of(paths, *thin, *flags))
 
 
 def checkpoint(paths, run=SCRATCH, file="last.pth"):
     return load_checkpoint(paths.run(run) / file)
 
 
-def stop_at(step, objective_class):
-    """Make the objective send this process SIGTERM in its training step number `step` (from 1)."""
-    call, steps = objective_class.__call__, iter(range(1, 10**6))
+@contextmanager
+def stopped_at(step, objective_class=BrainObjective):
+    """Trainings inside send their process SIGTERM in training step number `step` (from 1)."""
+    call, steps = objective_class.__call__, itertools.count(1)
 
     def stopping(self, model, *args):
         if model.training and next(steps) == step:
@@ -57,10 +74,20 @@ def stop_at(step, objective_class):
         return call(self, model, *args)
 
     objective_class.__call__ = stopping
-    return call
+    try:
+        yield
+    finally:
+        objective_class.__call__ = call
 
 
-if __name__ == "__main__":  # python tests/tiny_runs.py STEP [flags of train_c.py]: a training that SIGTERM stops
+def train_in_turn(argv):
+    """Train c in several worlds, ROOT:STEP ..., each stopped in that step (0: nowhere), with the flags that follow."""
+    worlds = list(itertools.takewhile(lambda word: not word.startswith("--"), argv))
+    for world in worlds:
+        root, _, step = world.rpartition(":")
+        with stopped_at(int(step)), suppress(utils.Interrupted):
+            train_c.main([*argv[len(worlds):], "--root", root])
 
-    stop_at(int(sys.argv[1]), BrainObjective)
-    sys.exit(utils.run_cli(train_c.main, sys.argv[2:]))
+
+if __name__ == "__main__":  # under a launcher, whose start takes longer than the trainings: all of them in one
+    sys.exit(utils.run_cli(train_in_turn, sys.argv[1:]))
