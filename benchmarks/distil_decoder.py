@@ -2,7 +2,7 @@
 
     python benchmarks/distil_decoder.py --root demo --sd_model demo/models/sd --out demo/tiny_work/taesd
 
-Where TAESD's own weights can not be downloaded, or the VAE is not Stable Diffusion's. Learns to decode z_all.hdf5's
+Where TAESD's own weights cannot be downloaded, or the VAE is not Stable Diffusion's. Learns to decode z_all.hdf5's
 latents of images that no subject sees in the test split, as the VAE does; half of them are mixtures of two images,
 since what guidance decodes early on is blurred. Prints the error on latents that were not trained on.
 """

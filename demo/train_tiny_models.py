@@ -79,7 +79,7 @@ def build_tokenizer(folder):
     alphabet = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     tokens = alphabet + [letter + "</w>" for letter in alphabet]
     merges = []
-    for word in vocabulary():  # a merge added later has lower priority, so it can not break a word that is whole
+    for word in vocabulary():  # a merge added later has lower priority, so it cannot break a word that is whole
         pieces = [*word[:-1], word[-1] + "</w>"]
         for pair in merges:
             pieces = _merge(pieces, pair)

@@ -1,13 +1,13 @@
-"""See whether everything a plan needs is there and right, and say for each defect which command mends it.
+"""Check that everything a plan needs is there and correct, and name the command that repairs each defect.
 
     python src/check_data.py                                      # all stages, all subjects: what pretraining needs
     python src/check_data.py --subj 1 --stages train score        # subject 1 alone
     python src/check_data.py --deep                               # also every value of every file (minutes to hours)
 
-Reads what the stages read, by the same functions, so what passes here loads there. Without --deep it takes seconds
+Reads what the stages read, with the same functions: what passes here will load there. Without --deep it takes seconds
 (and, the first time, a minute for the shards, which are then kept unpacked): sizes, shapes, keys, ids and a sample of
-rows. Files of NSD's full size are held against its published numbers of trials and voxels, smaller worlds against
-themselves. Prints a table; exit status 1 when something has to be mended.
+rows. Files of NSD's full size are checked against its published numbers of trials and voxels, smaller worlds against
+themselves. Prints a table; exit status 1 when something needs repair.
 """
 
 import sys
@@ -27,13 +27,13 @@ def get_parser():
                         default=sources.SUBJECTS, metavar="1..8",
                         help="whose data (all eight, which pretraining needs)")
     parser.add_argument("--stages", nargs="+", choices=list(sources.STAGES), default=list(sources.STAGES),
-                        metavar="STAGE", help="what is to be run: " + ", ".join(sources.STAGES) + " (all)")
+                        metavar="STAGE", help="stages to check for: " + ", ".join(sources.STAGES) + " (all)")
     parser.add_argument("--feats", nargs="+", type=options.feature, default=options.FEATURES,
                         metavar="FEAT", help="features to train on (c z g_2 ... g_12)")
     parser.add_argument("--sd_model", default=sources.SD_MODEL, metavar="NAME|DIR")
     parser.add_argument("--clip_model", default=sources.CLIP_MODEL, metavar="NAME|DIR")
     parser.add_argument("--eval_clip", default=sources.EVAL_CLIP, metavar="NAME|DIR")
-    parser.add_argument("--deep", action="store_true", help="read everything: no NaN, no rows that were never written")
+    parser.add_argument("--deep", action="store_true", help="read every value: finds NaN and rows never written")
     return parser
 
 
@@ -51,7 +51,7 @@ def main(argv=None):
 
 
 def everything_to_look_at(world, args):
-    """Yield (what, the command that mends it, function that looks) in the order of the table."""
+    """Yield (what, the command that repairs it, function that looks) in the order of the table."""
     from nsd import checks
 
     paths = world.paths

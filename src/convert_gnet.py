@@ -37,7 +37,7 @@ def main(argv=None):
     file = Path(args.file or paths.data_path / "gnet_multisubject.pt")
     target = paths.run("gnet_published") / "best.pth"
     if target.exists() and not args.overwrite:
-        raise utils.UserError(f"{target}: converted before; --overwrite converts again")
+        raise utils.UserError(f"{target}: already converted; --overwrite converts it again")
     published = read_published(file)
     model, val_r = convert(published, file)
     for subj, n in model.n_voxels.items():

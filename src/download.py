@@ -1,6 +1,6 @@
 """Fetch the data and weights: NSD's design, stimuli and regions, MindEye2's betas and shards, captions, networks.
 
-    python src/download.py --dry_run                   # what would be fetched, how large, where to, what is there
+    python src/download.py --dry_run                   # what would be fetched, how large it is and where to
     python src/download.py --subj 1 --to /big/disk     # subject 1 alone, to another disk, linked into the root
     python src/download.py --what betas trials --verify
 
@@ -8,7 +8,7 @@ Before: accept NSD's data access terms (https://naturalscenesdataset.org, the fo
 of Stable Diffusion v1.4 (https://huggingface.co/CompVis/stable-diffusion-v1-4, CreativeML OpenRAIL-M) and COCO's
 annotations (CC BY 4.0). The hub may ask for a login: `hf auth login`, or HF_TOKEN in the environment.
 
-Whatever stops it, the same command goes on: files that are whole are kept, parts are continued. Sizes are compared
+The same command resumes an interrupted download: complete files are kept, partial ones continued. Sizes are checked
 always, checksums of what was just fetched (all files: --verify) where one is published: SHA-256 by the hub, MD5 by
 NSD's bucket for small files. Weights go to the hub's cache (HF_HOME), everything else under --root.
 """
@@ -32,10 +32,10 @@ def get_parser():
                         + " (all but gnet)")
     parser.add_argument("--to", metavar="DIR", help="another disk: files go there, in the same folders, and are linked "
                                                     "into --root")
-    parser.add_argument("--verify", action="store_true", help="compare the checksums of files that are there, too; "
-                                                              "what differs is fetched again")
+    parser.add_argument("--verify", action="store_true", help="also check the checksums of files that are there; "
+                                                              "those that differ are fetched again")
     parser.add_argument("--parts", type=options.whole, default=8, metavar="CONNECTIONS",
-                        help="at once, for a file of NSD's bucket (8)")
+                        help="in parallel, for a file of NSD's bucket (8)")
     parser.add_argument("--nsd_url", default=sources.NSD_URL, metavar="URL", help="NSD's bucket, or a mirror of it")
     parser.add_argument("--coco_url", default=sources.COCO_URL, metavar="URL", help="COCO's server, or a mirror of it")
     return parser
@@ -64,7 +64,7 @@ def main(argv=None):
         downloads.fetch_all(missing, disk, servers)
     if args.to:
         downloads.link(disk, root, plan)
-    print("all there; now: bash scripts/check_data.sh")
+    print("everything is there; next: bash scripts/check_data.sh")
 
 
 if __name__ == "__main__":

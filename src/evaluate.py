@@ -1,4 +1,4 @@
-"""Compare reconstructions with the images the subject saw: metrics, intervals, controls, a report to open.
+"""Compare reconstructions with the images the subject saw: metrics, intervals, controls and a report.
 
 PNGs + index.csv of recon.py, stimuli -> protocol `mindeye2` -> a value per metric, report/index.html, a contact sheet
 
@@ -12,9 +12,9 @@ correlation, betas and the GNet of --gnet_run. Beside the images it writes
     metrics.json           the values            metrics_per_image.csv   a row per image
     metrics.csv            every row of the table   metrics.tex          a line for a paper
     compared.json          each --compare and control: its values, and the difference, images paired
-    report/index.html      all of it to look at  contact_sheet.png       seen and reconstructed
+    report/index.html      all of it, to browse  contact_sheet.png       seen and reconstructed
 Values of several samples of one image are averaged first. Intervals: 95 %, bootstrap over images. What was extracted is
-kept in outputs_all/.features, by content: run again, an evaluation continues. Protocol, controls and how to read a
+kept in outputs_all/.features, by content; an interrupted one continues. Protocol, controls and how to read a
 report: docs/evaluation.md.
 """
 
@@ -42,10 +42,10 @@ def get_parser():
     parser.add_argument("--ground_truth", action=argparse.BooleanOptionalAction, default=False,
                         help="score the seen images themselves; results go to ground_truth/ beside the images")
     parser.add_argument("--eval_clip", default=sources.EVAL_CLIP, metavar="NAME|DIR",
-                        help="the CLIP that judges; none leaves it out")
+                        help="the CLIP that judges; none: leave it out")
     parser.add_argument("--weights_dir", metavar="DIR",
-                        help="where torch.hub keeps weights (checkpoints/*.pth) and SwAV's code, and a folder "
-                             "clip-vit-large-patch14 may lie (torch's own, ~/.cache/torch/hub)")
+                        help="torch.hub's folder, with weights (checkpoints/*.pth), SwAV's code and perhaps a folder "
+                             "clip-vit-large-patch14 (torch's own, ~/.cache/torch/hub)")
     parser.add_argument("--retrieval_feat", type=options.feature, default="c", metavar="FEAT",
                         help="feature whose brain embeddings are retrieved")
     parser.add_argument("--compare", nargs="+", default=[], metavar="[LABEL=]DIR",
@@ -131,7 +131,7 @@ def evaluate(args, paths):
         missing |= reasons
     found |= unmeasured(missing)
 
-    # what they are held against: other folders, null controls, ceilings
+    # what they are compared with: other folders, null controls, ceilings
     others, absent = {label: PictureSet.of_folder(label, other) for label, other in compared.items()}, {}
     if args.controls and not args.ground_truth:
         drawn, absent = controls.drawn(images, [other.folder for other in compared.values()])

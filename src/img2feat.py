@@ -41,7 +41,7 @@ def get_parser():
                         help="processes that read and resize images")
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="as written to the files")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1")
-    parser.add_argument("--overwrite", action="store_true", help="make files anew that are there already")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are already there")
     return parser
 
 

@@ -33,7 +33,7 @@ class ClipFeatures(nn.Module):
     STD = (0.229, 0.224, 0.225)
 
     def __init__(self, vision_model, layers=(2, 4, 6, 8, 10, 12)):
-        """vision_model: transformers CLIPVisionModel, taken over as it is but put in eval mode and frozen.
+        """vision_model: transformers CLIPVisionModel, used as it is, but frozen and in eval mode.
 
         Raises UserError for a layer that is odd or that the model does not have.
         """
@@ -160,7 +160,7 @@ class PriorAttention(nn.Module):
         self.norm = nn.LayerNorm(width, bias=False)
         self.to_q = nn.Linear(width, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(width, 2 * dim_head, bias=False)
-        self.null_kv = nn.Parameter(torch.randn(2, dim_head))  # something to look at when nothing is worth it
+        self.null_kv = nn.Parameter(torch.randn(2, dim_head))  # something to attend to when nothing else matters
         self.to_out = nn.Sequential(nn.Linear(heads * dim_head, width, bias=False), nn.LayerNorm(width, bias=False))
 
     def forward(self, x, bias, rotary):
@@ -409,13 +409,13 @@ class LatentDecoder(nn.Module):
         """latent_shape (C, h, w); tokens, width: of the CLIP layer, 1 + grid * grid tokens; channels: of the VAE
         decoder, last level first, multiples of 32.
 
-        Raises UserError for a latent whose sides do not divide by four.
+        Raises UserError for a latent whose sides are not divisible by four.
         """
         super().__init__()
         latent_channels, height, side = latent_shape
         if height % 4 or side % 4:
-            raise utils.UserError(f"feature z: latents of {height} x {side}, wanted sides that divide by 4; extract z "
-                                  "from images whose sides divide by 32")
+            raise utils.UserError(f"feature z: latents of {height} x {side}, wanted sides divisible by 4; extract z "
+                                  "from images with sides divisible by 32")
         self.map_shape = (self.CHANNELS, height // 4, side // 4)
         self.grid = round((tokens - 1) ** 0.5)
         self.blocks = nn.ModuleList(mixer_block(hidden_dim, dropout) for _ in range(n_blocks))
@@ -711,7 +711,7 @@ def restore(state, file, model=None):
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise utils.UserError(f"{file}: its weights are not those of a network known here ({type(error).__name__}: "
+        raise utils.UserError(f"{file}: its weights do not fit any network here ({type(error).__name__}: "
                               f"{reason}); train it again with --overwrite") from None
     return model
 

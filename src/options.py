@@ -7,7 +7,7 @@ import sys
 
 import utils
 
-# sessions each subject was scanned in: what --num_sessions means when it is not given
+# sessions each subject was scanned in: the default of --num_sessions
 SESSIONS = {"subj01": 40, "subj02": 40, "subj03": 32, "subj04": 30,
             "subj05": 40, "subj06": 32, "subj07": 40, "subj08": 30}
 VAL_FRACTION = 0.05  # of the training images, by image: for validation
@@ -93,7 +93,7 @@ def seed(text):
 
 
 def add_paths(parser):
-    group = parser.add_argument_group("where things are")
+    group = parser.add_argument_group("paths")
     group.add_argument("--root", default=os.environ.get("ROOT", str(utils.REPOSITORY)), metavar="DIR",
                        help="folder that holds nsddata/, nsddata_stimuli/, MindEyeV2/, train_logs/, ... (env ROOT)")
     group.add_argument("--data_path", metavar="DIR", help="the pscotti/mindeyev2 folder (ROOT/MindEyeV2/mindeyev2)")
@@ -114,9 +114,9 @@ def add_run(parser):
 def add_sessions(parser):
     """Flags that say which trials a run learns from, and keep variants apart."""
     parser.add_argument("--num_sessions", type=whole, metavar="SESSIONS",
-                        help="training sessions of --subj, the first so many (all: 40, 32 or 30, by subject)")
+                        help="use the first N training sessions of --subj (all: 40, 32 or 30, by subject)")
     parser.add_argument("--tag", type=tag, default="", metavar="NAME",
-                        help="appended to the run's name, so that variants lie side by side")
+                        help="appended to the run's name, to keep variants side by side")
 
 
 def add_scored_run(parser):
@@ -224,7 +224,7 @@ def training_parser(doc):
                        help="fine-tune from this pretraining run: a name, or `auto` for that of --subj and the feature")
     network = parser.add_argument_group("network")
     network.add_argument("--model", choices=["network", "ridge"], default="network",
-                         help="ridge: the linear baseline, fitted at once to --subj's repeat-averaged responses")
+                         help="ridge: the linear baseline, fitted in closed form to --subj's repeat-averaged responses")
     network.add_argument("--n_blocks", type=whole, default=4, metavar="N", help="residual MLP blocks")
     network.add_argument("--dropout", type=float, default=0.15, metavar="P")
     network.add_argument("--prior_depth", type=whole, default=6, metavar="N",
@@ -233,7 +233,7 @@ def training_parser(doc):
     optimum.add_argument("--clip_scale", type=float, default=1.0, metavar="W", help="weight of the contrast")
     optimum.add_argument("--prior_scale", type=float, default=30.0, metavar="W",
                          help="weight of the prior's MSE (c and g)")
-    optimum.add_argument("--mixup_pct", type=float, default=0.33, metavar="FRACTION", help="of the epochs, with MixCo")
+    optimum.add_argument("--mixup_pct", type=float, default=0.33, metavar="FRACTION", help="epochs with MixCo")
     return parser
 
 
@@ -246,11 +246,11 @@ def add_loop(parser):
     optimum.add_argument("--max_lr", type=float, default=3e-4, metavar="LR", help="peak of the one-cycle schedule")
     optimum.add_argument("--val_fraction", type=float, default=VAL_FRACTION, metavar="FRACTION",
                          help="of the training images")
-    keeping = parser.add_argument_group("keeping")
+    keeping = parser.add_argument_group("checkpoints")
     keeping.add_argument("--ckpt_every", type=whole, default=1, metavar="EPOCHS")
     keeping.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False,
                          help="continue the run if its folder holds a checkpoint")
-    keeping.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="start it again")
+    keeping.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="start over")
     keeping.add_argument("--num_workers", type=whole, default=2, metavar="N", help="data loader processes")
     keeping.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                          help="torch.compile the network: slow to start, faster on a GPU")
@@ -267,11 +267,11 @@ def scoring_parser(doc):
     add_compute(parser)
     add_control(parser)
     parser.add_argument("--ground_truth", action="store_const", const="ground_truth", dest="run",
-                        help="the true features of the test images as scores: the ceiling of what is drawn from scores "
+                        help="write the test images' true features as scores: the ceiling of what can be drawn "
                              "(--run ground_truth, in recon.py too)")
     parser.add_argument("--checkpoint", choices=["last", "best"], default="last", help="best: by validation")
     parser.add_argument("--adapt_epochs", type=whole, default=10, metavar="N",
-                        help="for which a new voxel encoder is fitted (--head adapt)")
+                        help="epochs to fit a new voxel encoder for (--head adapt)")
     parser.add_argument("--prior_steps", type=whole, default=20, metavar="N",
                         help="DDIM steps of the prior (c, g): 20 draws a sample, 1 predicts the mean")
     parser.add_argument("--batch_size", type=whole, default=100, metavar="IMAGES")

@@ -11,8 +11,8 @@ Writes  outputs_all/subj0X/<method>/<guidance_scale>/<guidance_strength>/%05d.pn
 An interrupted run continues. The noise of an image depends on --seed, its id and the sample's number only, so a subset
 (--limit, --ids), another batch size or number of processes draws the same pictures; on a CPU, to the bit. A null
 control (--control) gets the folder <method>_<control>, true features (--run ground_truth) <method>_ground_truth,
-validation images (--test_split val) <method>_val, single trials (--repeats single) <method>_single; what is not guided
-lies in <method>/0/0.
+validation images (--test_split val) <method>_val, single trials (--repeats single) <method>_single; unguided pictures
+go to <method>/0/0.
 
 --guidance_rule raw adds guidance_scale (default 300000) times the gradient, as NeuralDiffuser does. With norm,
 guidance_scale is lambda (default 0.3): the share of the noise level by which a step moves its predicted image against
@@ -61,44 +61,44 @@ def get_parser():
                         help="latents to start from: z's scores, none (pure noise), or an .npy beside an image_ids.npy")
 
     which = parser.add_argument_group("which pictures")
-    which.add_argument("--limit", type=options.whole, metavar="IMAGES", help="the first so many test images")
+    which.add_argument("--limit", type=options.whole, metavar="IMAGES", help="the first N test images")
     which.add_argument("--ids", type=options.whole, nargs="+", metavar="ID", help="only these 0-based 73k ids")
     which.add_argument("--num_samples", type=options.whole, default=1, metavar="SAMPLES", help="pictures per image")
-    which.add_argument("--outdir", metavar="DIR", help="write there instead")
+    which.add_argument("--outdir", metavar="DIR", help="write here instead")
     which.add_argument("--overwrite", action="store_true", help="delete the folder's pictures and start again")
 
     group = parser.add_argument_group("sampling")
     group.add_argument("--sd_model", default=sources.SD_MODEL, metavar="NAME|DIR",
                        help="any Stable Diffusion 1.x")
     group.add_argument("--clip_model", default=sources.CLIP_MODEL, metavar="NAME|DIR",
-                       help="the CLIP whose layers the g_k are")
+                       help="the CLIP that g_k comes from")
     group.add_argument("--resolution", type=options.whole, metavar="PIXELS",
                        help="side of the picture (the model's own)")
     group.add_argument("--num_inference_steps", type=options.whole, default=50, metavar="STEPS", help="DDIM steps")
     group.add_argument("--cfg_scale", type=float, default=7.5, metavar="X", help="classifier-free guidance")
     group.add_argument("--strength", type=float, default=0.75, metavar="FRACTION",
-                       help="with --z: the fraction of the steps that are run from there")
+                       help="with --z: fraction of the steps to run from there")
     group.add_argument("--sag_scale", type=float, default=0.0, metavar="X",
                        help="self-attention guidance; NeuralDiffuser's code runs 0.75 (default: off)")
     options.add_guidance_folder(parser)
-    group.add_argument("--guidance_rule", choices=options.RULES, default="raw", help="what a gradient does (see above)")
+    group.add_argument("--guidance_rule", choices=options.RULES, default="raw", help="use of the gradient (see above)")
     group.add_argument("--guidance_grad", choices=options.GRADS, default="xt",
                        help="differentiate through the UNet (xt) or only through the decoder (x0, cheaper)")
     group.add_argument("--guidance_x0", choices=options.X0S, default="cond",
                        help="the prediction the losses see: conditional, or with classifier-free guidance")
     group.add_argument("--guidance_decoder", default="full", metavar="full|half|DIR",
-                       help="what decodes for the losses: the model's own VAE, the same at half the resolution, or an "
-                            "AutoencoderTiny (TAESD); cheaper ones print how far their gradient agrees")
+                       help="decoder for the losses: the model's own VAE, the same at half the resolution, or an "
+                            "AutoencoderTiny (TAESD); how well the gradient of a cheaper one agrees is printed")
     brain = parser.add_argument_group("guidance by the brain")
     options.add_gnet(brain)
     brain.add_argument("--gnet_alpha", type=float, default=1.0, metavar="FRACTION",
                        help="share of the loss that is 1 - r across voxels, the rest being the squared error")
     brain.add_argument("--target_fmri_npy", metavar="FILE",
-                       help="responses (n, voxels) to reach, beside an image_ids.npy (default: the subject's own, "
+                       help="target responses (n, voxels), beside an image_ids.npy (default: the subject's own, "
                             "averaged over repeats, under the same --control)")
     options.add_precision(parser)
     group.add_argument("--batch_size", type=options.whole, default=4, metavar="PICTURES",
-                       help="drawn at once on a GPU (a CPU takes as many as make up 4096 latent pixels, always)")
+                       help="per batch on a GPU (on a CPU always as many as make up 4096 latent pixels)")
     group.add_argument("--offload", action=argparse.BooleanOptionalAction, default=False,
                        help="keep networks in main memory between batches, and the text encoder after its one pass; a "
                             "guided step needs UNet and VAE together")
@@ -241,7 +241,7 @@ def resolve(args):
     elif args.z != "scores" and not args.z.endswith(".npy"):
         raise utils.UserError(f"--z {args.z}: wanted scores, none, or an .npy file beside its image_ids.npy")
     if args.compile and args.sag_scale:
-        raise utils.UserError("--compile: can not watch the UNet's attention for --sag_scale; give one of them")
+        raise utils.UserError("--compile: cannot watch the UNet's attention for --sag_scale; give one of them")
 
 
 def resolve_gnet(args):
@@ -255,7 +255,7 @@ def resolve_gnet(args):
                               f"{args.guidance_strength:g}: nothing would be guided; for the brain without CLIP give "
                               "--feats none and a scale")
     if not args.feats and not args.gnet_kappa:
-        raise utils.UserError("--gnet_kappa 0 with --feats none: nothing would guide; give one of them")
+        raise utils.UserError("--gnet_kappa 0 with --feats none: nothing would guide; change one of them")
     args.gnet_run = args.gnet_run or run_name("scratch", args.subj, "gnet", None)
     if args.target_fmri_npy:
         args.target_fmri_npy = str(Path(args.target_fmri_npy).resolve())
@@ -266,7 +266,7 @@ def resolve_device(args, team):
     from training.team import pick_precision
 
     if team.device.type == "cpu" and args.offload:
-        raise utils.UserError("--offload: there is no GPU to keep networks off; leave it out")
+        raise utils.UserError("--offload: there is no GPU; leave it out")
     names = {pick_precision(name, team.device): name for name in ("fp32", "bf16", "fp16")}
     args.device, args.precision = team.device.type, names[team.precision]
 

@@ -26,6 +26,5 @@ def main(argv=None):
     score(Request.from_args(args), "c")
 
 
-
 if __name__ == "__main__":
     sys.exit(utils.run_cli(main))

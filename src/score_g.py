@@ -29,6 +29,5 @@ def main(argv=None):
         score(Request.from_args(args), feat)
 
 
-
 if __name__ == "__main__":
     sys.exit(utils.run_cli(main))

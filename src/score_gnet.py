@@ -88,7 +88,7 @@ def main(argv=None):
         if found != config or not np.array_equal(ids, image_ids):
             raise utils.UserError(f"{folder}: holds responses to other images, or of another checkpoint; --overwrite "
                                   "them, or choose another --outdir")
-        print(f"{folder}: predicted before with this checkpoint, kept")
+        print(f"{folder}: already predicted with this checkpoint, kept")
         return
     responses = encoder.predict(batches, show=f"predict {encoder.run}")
     save_scores(folder, image_ids, {"voxels": responses}, config)

@@ -2,7 +2,7 @@
 
 repeat-averaged betas (N, V) -> the subject's encoder -> z (N, 4, h, w), a row per test image, ascending 73k id
 
-A regression's predictions vary less than latents do, and the diffusion is used to latents. So each value is brought to
+A regression's predictions vary less than the latents the diffusion was trained on. So each value is brought to
 the mean and standard deviation it has over training images: z = (predicted - m_p) / s_p * s_z + m_z, where m_p, s_p are
 those of the predictions on training images and m_z, s_z those of their true latents. No test statistic is used.
 
@@ -25,7 +25,7 @@ def get_parser():
     parser = options.scoring_parser(__doc__)
     parser.add_argument("--transductive", action=argparse.BooleanOptionalAction, default=False,
                         help="standardise with the test predictions' own mean and deviation, as NeuralDiffuser does: "
-                             "what is predicted for an image then depends on the other test images")
+                             "a prediction then depends on the other test images")
     return parser
 
 
@@ -50,7 +50,6 @@ def main(argv=None):
 def restandardise(predicted, mean, std, wanted_mean, wanted_std):
     """Bring (N, ...) from one mean and standard deviation per value (...) to another."""
     return (predicted - mean) / (std + 1e-6) * wanted_std + wanted_mean
-
 
 
 if __name__ == "__main__":

@@ -37,6 +37,5 @@ def main(argv=None):
     train_tokens(plan, "c", sizes, BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct))
 
 
-
 if __name__ == "__main__":
     sys.exit(utils.run_cli(main))

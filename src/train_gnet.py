@@ -2,7 +2,7 @@
 
 image (B, 3, 227, 227) -> AlexNet's first two convolutions -> trunk, shared by the subjects
     -> per voxel a field over each of two grids of features, a weight per feature: responses {subject: (B, V)}
-Squared error weighted by clamp(r^2, .1, 1) per voxel, plus .1 of the mean size of the readout's weights.
+Squared error weighted by clamp(r^2, .1, 1) per voxel, plus .1 times the readout's mean absolute weight.
 
     python src/train_gnet.py --subj 1                      # subject 1 alone: train_logs/gnet_subj01/
     python src/train_gnet.py --multi_subject               # one trunk for all subjects: train_logs/gnet_multisubject/
@@ -30,7 +30,7 @@ def get_parser():
     options.add_loop(parser)
     parser.set_defaults(max_lr=1e-3)
     parser.add_argument("--multi_subject", action=argparse.BooleanOptionalAction, default=False,
-                        help="one trunk for all subjects and all of their sessions, whatever --subj and --num_sessions")
+                        help="one trunk for all subjects and all sessions, regardless of --subj and --num_sessions")
     parser.add_argument("--trunk_width", type=options.whole, default=64, metavar="CHANNELS",
                         help="channels of a block that voxels read")
     parser.add_argument("--pass_through", type=options.whole, default=64, metavar="CHANNELS",

@@ -48,6 +48,5 @@ def main(argv=None):
     fit(run, model, LatentObjective(args.clip_scale, args.mixup_pct), plan.loop)
 
 
-
 if __name__ == "__main__":
     sys.exit(utils.run_cli(main))

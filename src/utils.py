@@ -1,4 +1,4 @@
-"""What every script needs: errors of one line, signals, exit statuses, seeds, devices.
+"""What every script needs: one-line errors, signals, exit statuses, seeds, devices.
 
 At the top only the standard library is imported, here as in options.py, so that --help answers at once, from a Python
 that has nothing else installed.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
-# what a disk or its owner refuses: the user's to mend, wherever it happens
+# refusals of a disk or its owner, for the user to fix wherever they happen
 REFUSALS = NO_ROOM | {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EIO,
                       errno.ENAMETOOLONG}
 
@@ -24,7 +24,7 @@ REFUSALS = NO_ROOM | {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errn
 
 
 class UserError(Exception):
-    """Something the user can mend; its message is one line: flag or file, found, wanted, what to do."""
+    """An error that the user can fix; its message is one line: flag or file, found, wanted, what to do."""
 
 
 def require(path, what, hint):

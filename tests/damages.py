@@ -61,7 +61,7 @@ def text(name, content):
 
 
 def a_file_at(name):
-    """A file where a folder should be: what can not be written to, whoever runs the tests."""
+    """A file where a folder should be: what cannot be written to, whoever runs the tests."""
     def damage(world):
         shutil.rmtree(world.root / name, ignore_errors=True)
         (world.root / name).write_text("not a folder")

@@ -330,7 +330,7 @@ def test_score_gnet_predicts_stimuli_and_folders(world, encoder, tmp_path, capsy
     np.testing.assert_allclose(voxels, wanted, rtol=1e-4, atol=1e-5)
     capsys.readouterr()
     score_gnet.main(root)
-    assert "predicted before" in capsys.readouterr().out
+    assert "already predicted" in capsys.readouterr().out
 
     score_gnet.main([*root, "--ids", "3", "4-6", "--outdir", str(tmp_path / "range")])
     ids, voxels = load_scores(tmp_path / "range", "voxels")

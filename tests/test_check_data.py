@@ -166,7 +166,7 @@ def folder_without(paths, part):
 
 BETAS = "bash scripts/download.sh --what betas --subj 1 --verify"
 TRIALS = "bash scripts/download.sh --what trials --subj 1 --verify"
-DEFECTS = {  # what is broken: (how, words of the line that names it, words of the command that mends it, flags)
+DEFECTS = {  # what is broken: (how, words of the line that names it, words of the command that repairs it, flags)
     "betas are cut": (lambda p: cut(p.betas("subj01")), ["betas: subj01", "betas_all_subj01"], BETAS),
     "betas are missing": (lambda p: p.betas("subj01").unlink(), ["betas: subj01", "not found"], BETAS),
     "betas under another key": (lambda p: edit_hdf5(p.betas("subj01"), lambda f: f.move("betas", "data")),
@@ -180,7 +180,7 @@ DEFECTS = {  # what is broken: (how, words of the line that names it, words of t
                             ["row 101", "all zeros"], BETAS, "--deep"),
     "a shard is cut": (lambda p: cut(shards(p), 1024), ["train/1.tar", "truncated"], TRIALS),
     "a shard is missing": (lambda p: shards(p).unlink(), ["trials: subj01", "without a gap"], TRIALS),
-    "the last shard is missing": (lambda p: shards(p, "train/4").unlink(), ["trials: subj01", "are lacking"], TRIALS),
+    "the last shard is missing": (lambda p: shards(p, "train/4").unlink(), ["trials: subj01", "are missing"], TRIALS),
     "a test image among the training's": (
         lambda p: behaviour(p, with_column(16, 1)), ["trials: subj01", "show a shared image"], TRIALS),
     "a trial shows another image": (lambda p: behaviour(p, with_column(0, lambda i: i + 1)),
@@ -247,7 +247,7 @@ def test_a_defect_is_found_and_mended_by_a_command(paths, capsys, defect):
     assert status == 1 and named, "\n".join(lines)
     assert ("--overwrite" in command) == ("--overwrite" in lines[named[0] + 1])  # which loses what is there
     assert command in lines[named[0] + 1] and lines[named[0] + 1].strip().startswith("-> "), lines[named[0] + 1]
-    assert lines.index("to mend what failed, in this order:") > named[0]
+    assert lines.index("to repair what failed, run in this order:") > named[0]
 
 
 # --- NSD's real sizes ----------------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def test_another_disk_is_linked_into_the_root(ask, tmp_path):
 
     (ask.root / "nsddata_stimuli/stimuli").unlink()
     (ask.root / "nsddata_stimuli/stimuli").write_text("mine")
-    assert "is there already, wanted a link" in ask("--to", disk, "--what", "captions", wanted=2)
+    assert "already exists, wanted a link" in ask("--to", disk, "--what", "captions", wanted=2)
     assert (ask.root / "nsddata_stimuli/stimuli").read_text() == "mine"
 
 

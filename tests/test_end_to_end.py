@@ -151,7 +151,7 @@ def test_train_again_reuses_the_run(root, capsys):
     checkpoint = root / "train_logs/multisubject_subj01_ext1_c_32_mlp/last.pth"
     before = checkpoint.stat().st_mtime_ns
     assert calls("train", root, *NAMED, *SMALL, FEATS="c", STAGES="pretrain") == 0
-    assert "finished before" in capsys.readouterr().out and checkpoint.stat().st_mtime_ns == before
+    assert "already finished" in capsys.readouterr().out and checkpoint.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(("name", "flags", "knobs", "words"), [

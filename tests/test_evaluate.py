@@ -200,7 +200,7 @@ def test_folder_of_flags(root):
     (lambda f: (f / "index.csv").write_text("image_id,file\nx,00000.png\n"), (), "image_id 'x'"),
     (lambda f: (f / "00009.png").write_bytes((f / "00000.png").read_bytes()), (), "does not list (first: 00009.png"),
     (lambda f: Image.new("RGB", (8, 9)).save(f / "00002.png"), (), "00002.png: 8 x 9 pixels, 00000.png has 32 x 32"),
-    (lambda f: None, ("--outdir", "/proc/nowhere"), "/proc/nowhere: can not be written"),
+    (lambda f: None, ("--outdir", "/proc/nowhere"), "/proc/nowhere: cannot be written"),
     (lambda f: None, ("--subjects", "1", "--images", "x"), "--subjects: their folders"),
     (lambda f: (f / "index.csv").write_text((f / "index.csv").read_text().replace(",3,", ",X,").replace(
         ",4,", ",3,").replace(",X,", ",4,")), (), "row 0 is image id 4, in"),
@@ -302,7 +302,7 @@ def test_compared_sets_are_measured_and_subtracted_image_by_image(root, clip):
     rows = load_csv(folder / "metrics.csv", "", "")
     assert {row["set"] for row in rows} == {"reconstructed", "perfect"}
     assert (folder / "metrics.tex").read_text().count("&") == 15
-    assert "it lacks 2 of the images" in (folder / "report/index.html").read_text()
+    assert "2 of the images are missing" in (folder / "report/index.html").read_text()
 
 
 def test_an_evaluation_keeps_what_it_extracted(root, clip, monkeypatch):

@@ -129,7 +129,7 @@ def test_a_row_that_is_not_written_is_refused(nsd, extract):
     rows, seen = open_feature(paths, "g_2"), saw(shown, "subj01")
     unseen = next(i for i in range(24) if i not in seen)
     assert rows[seen].shape == (14, 5, 12)
-    words = rf"g_2_all.hdf5: image id {unseen} is not written yet, 14 of 24 rows are there; go on with bash " \
+    words = rf"g_2_all.hdf5: image id {unseen} is not written yet, 14 of 24 rows are there; continue with bash " \
             "scripts/features.sh --feats g_2$"
     for ids in ([seen[0], unseen], slice(None)):
         with pytest.raises(utils.UserError, match=words):

@@ -409,7 +409,7 @@ def test_a_model_without_a_component_is_refused(root, models, tmp_path, capsys):
 @pytest.mark.parametrize("flags, message", [
     (("--resolution", 17), "--resolution 17: wanted a multiple of 2"),
     (("--offload",), "--offload: there is no GPU"),
-    (("--compile", "--sag_scale", 1), "--compile: can not watch"),
+    (("--compile", "--sag_scale", 1), "--compile: cannot watch"),
     (("--num_samples", 0), "--num_samples 0"),
     (("--feats", "g_2", "g_6"), "Linear-6/nsdgeneral.npy: scores not found"),
     (("--sag_scale", -1), "--sag_scale -1"),

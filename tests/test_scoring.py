@@ -61,7 +61,7 @@ def test_scores_do_not_depend_on_the_batch_size(world):
 
 def test_a_score_is_kept_until_its_checkpoint_changes(world, capsys):
     assert score(world, "--overwrite") == 0 and score(world) == 0
-    assert "scored before with this checkpoint, kept" in capsys.readouterr().out
+    assert "already scored with this checkpoint, kept" in capsys.readouterr().out
     assert score(world, "--checkpoint", "best") == 0
     assert "kept" not in capsys.readouterr().out and config(world, FINETUNED)["checkpoint"] == "best.pth"
 

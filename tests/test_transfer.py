@@ -89,7 +89,7 @@ def test_a_connection_on_which_nothing_comes(site, tmp_path, monkeypatch):
 def test_what_was_fetched_is_not_fetched_again(site, fetch, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "TRIES", 1)
     site.drop_after, site.drops = 20_000, 1
-    with pytest.raises(utils.UserError, match="goes on where it was"):
+    with pytest.raises(utils.UserError, match="resumes where it stopped"):
         fetch(parts=1)
     assert not (tmp_path / "here/file.bin").exists()
     site.asked.clear()

@@ -18,7 +18,7 @@ from utils import UserError, refusal, require
 def atomic_path(path):
     """Yield a temporary path beside `path`; rename it into place on success, remove it on failure.
 
-    Raises UserError when the disk refuses: `path` is then what it was.
+    Raises UserError when the disk refuses; `path` is then unchanged.
     """
     path = Path(path)
     temporary = temporary_of(path)

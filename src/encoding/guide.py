@@ -100,7 +100,7 @@ class BrainGuide:
     """
 
     def __init__(self, encoder, paths, targets, roi, kappa, alpha=1.0, say=print):
-        """targets: (N, V) responses. Raises UserError for regions that can not guide and for a wrong voxel order."""
+        """targets: (N, V) responses. Raises UserError for regions that cannot guide and for a wrong voxel order."""
         regions = good_voxels(encoder, roi_masks(paths, encoder.subj), roi)
         voxels, ends = np.concatenate(list(regions.values())), np.cumsum([len(index) for index in regions.values()])
         self.encoder, self.targets, self.kappa, self.alpha = encoder, targets, kappa, alpha

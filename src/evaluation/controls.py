@@ -1,4 +1,4 @@
-"""Controls and ceilings, as sets of pictures: what reconstructions are held against (docs/evaluation.md, Controls).
+"""Controls and ceilings, as sets of pictures: what reconstructions are compared with (docs/evaluation.md, Controls).
 
 A reconstruction is worth what it has beyond the same drawing from shuffled, noise or mean responses, the mean training
 image (no brain at all) and the training image nearest to the brain's embedding (retrieval, no generator). Above it are
@@ -51,7 +51,7 @@ def without_decoder(seen, run, no_run, paths, feat, store, device):
     """The controls and the ceiling that no decoder draws, as sets of pictures of the images of `seen`.
 
     run: the flags that name the scores behind the reconstructions, or None and why; feat: the feature whose embeddings
-    are retrieved; store: a FeatureStore, for what is dear to make. Returns {label: PictureSet}, {label: why not}.
+    are retrieved; store: a FeatureStore, for what is expensive to make. Returns {label: PictureSet}, {label: why not}.
     """
     makers = {
         "control: mean image": lambda label: mean_image(label, seen, run, paths),

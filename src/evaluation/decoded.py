@@ -33,7 +33,7 @@ def run_behind(images):
 def check_rows(images, run, paths):
     """Refuse an index whose ids are not those of the scores that the pictures were drawn from, row by row.
 
-    run: None where nobody knows which scores those are.
+    run: None where it is not known which scores those are.
     """
     folder = None if run is None else paths.scores(run["subj"], scores_name(run, "c"), "c")
     if folder is None or not (folder / "image_ids.npy").exists():

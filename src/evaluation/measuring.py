@@ -39,7 +39,7 @@ class Measured:
 
 
 class Findings(NamedTuple):
-    """What an evaluation found, of one folder of reconstructions and of what they were held against."""
+    """What an evaluation found, of one folder of reconstructions and of what they were compared with."""
 
     images: ImageSet
     sets: dict  # label -> PictureSet: the seen images, then those of `measured`

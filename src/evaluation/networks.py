@@ -102,7 +102,7 @@ def weights_hash(module):
 
 
 class FeatureStore:
-    """Features of sets of pictures, kept in files: an evaluation that was stopped, or is run again, extracts the rest.
+    """Features of sets of pictures, kept in files: an interrupted evaluation, run again, extracts the rest.
 
     A file is named by the metric, the network's weights and the pictures' pixels (PictureSet.key), so that a picture
     that changed is not taken for the old one. Features are mapped from it: a batch of them is in memory, not all.

@@ -84,7 +84,7 @@ def of_the_same_images(sets, image_ids):
     for label, pictures in sets.items():
         missing = np.setdiff1d(image_ids, pictures.image_ids)
         if missing.size:
-            lacking[label] = f"it lacks {missing.size} of the images (first: id {missing[0]})"
+            lacking[label] = f"{missing.size} of the images are missing (first: id {missing[0]})"
         else:
             whole[label] = pictures.of_ids(image_ids) if len(pictures.image_ids) > len(image_ids) else pictures
     return whole, lacking

@@ -24,7 +24,7 @@ NSD_IMAGES = 73000
 TITLES = {
     "pixcorr": "PixCorr", "ssim": "SSIM", "alexnet2_two_way": "Alex(2)", "alexnet5_two_way": "Alex(5)",
     "inception_two_way": "Incep", "clip_two_way": "CLIP", "effnet_distance": "Eff-B", "swav_distance": "SwAV",
-    "clip_two_way_same_cluster": "CLIP, same cluster", "clip_two_way_gt_to_rec": "CLIP, seen to made",
+    "clip_two_way_same_cluster": "CLIP, same cluster", "clip_two_way_gt_to_rec": "CLIP, seen to reconstructed",
     "clip_median_rank": "CLIP rank", "clip_top1": "CLIP top-1", "clip_top5": "CLIP top-5",
 }
 PROTOCOL = list(TITLES)[:8]  # the columns of published tables
@@ -149,8 +149,8 @@ def results_section(findings, n_stimuli):
                  for label, values in PUBLISHED.items()}
     parts = ["<section id=results><h2>Results</h2>",
              "<p class=faint>95 % intervals: bootstrap over images. ↓: lower is better. Two-way: chance is 50 %, and "
-             "high ones flatter: see the ranks. <em>Same cluster</em>: rivals are images of the same kind of scene "
-             "(k-means of the seen images' CLIP features); who knows no more than the kind is at 50 % there.</p>",
+             "high values flatter: see the ranks. <em>Same cluster</em>: rivals are images of the same kind of scene "
+             "(k-means of the seen images' CLIP features); knowing only the kind scores 50 % there.</p>",
              table(rows, here, "set", main), "<h2>Beyond the protocol</h2>", table(rows, beyond, "set", main)]
     if whole:
         parts += ["<h2>Retrieval and features</h2>", table({main: found}, whole, "set", main)]
@@ -170,7 +170,7 @@ def results_section(findings, n_stimuli):
 
 
 def comparable(n):
-    """Whether results on a world of n images may be held against them."""
+    """Whether results on a world of n images may be compared with them."""
     if n == NSD_IMAGES:
         return ("MindEye2 scores 1,000 images of the new split; tables made with another scikit-image, another "
                 "antialiasing or other weights differ.")
@@ -228,7 +228,7 @@ def training_section(recon_config, paths):
             if file.exists():
                 plots.append(curve(feat, name, list(load_rows(file))))
     if not plots:
-        return "<section id=training><h2>Training</h2><p class=faint>No metrics.jsonl of its runs.</p></section>"
+        return "<section id=training><h2>Training</h2><p class=faint>The runs have no metrics.jsonl.</p></section>"
     return f"<section id=training><h2>Training</h2><div class=plots>{''.join(plots)}</div></section>"
 
 

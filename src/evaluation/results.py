@@ -9,13 +9,13 @@ from utils import UserError
 
 
 def check_writable(folder):
-    """Refuse a folder that can not be written to before the work, not after it."""
+    """Refuse a folder that cannot be written to before the work, not after it."""
     try:
         with atomic_path(folder / "writable") as temporary:
             temporary.touch()
         (folder / "writable").unlink()
     except UserError as error:
-        raise UserError(f"{folder}: can not be written to ({error.__cause__.strerror}); choose another --outdir"
+        raise UserError(f"{folder}: cannot be written to ({error.__cause__.strerror}); choose another --outdir"
                               ) from None
 
 

@@ -18,7 +18,7 @@ from nsd.trials import load_trials
 def extract(maker, paths, team, subjects=None, dtype="float16", num_workers=2, overwrite=False):
     """Write what the files of maker's features lack of the images that the subjects saw, shared among the team.
 
-    maker: see features.makers; subjects: None for all images; dtype: of a file that is made; overwrite: make all anew.
+    maker: see features.makers; subjects: None for all images; dtype: of a new file; overwrite: replace what is there.
     """
     n_images, wanted = len(maker), wanted_images(paths, subjects, len(maker))
     there = {feat: None if overwrite else rows_there(paths.feature(feat), maker, wanted, dtype, team.print)
@@ -30,7 +30,7 @@ def extract(maker, paths, team, subjects=None, dtype="float16", num_workers=2, o
     network = maker.load()
     row_shape = maker.row_shape(network)
     check_room(paths, list(missing), sum(missing.values()) * np.prod(row_shape) * np.dtype(dtype).itemsize)
-    team.wait()  # until everybody has looked
+    team.wait()  # until every process has looked
     for feat in missing:
         if there[feat] is None and team.is_main:
             create_file(paths.feature(feat), n_images, row_shape, dtype, maker)
@@ -40,7 +40,7 @@ def extract(maker, paths, team, subjects=None, dtype="float16", num_workers=2, o
     # depends on the batch it is computed in. So a run that was killed and continued gives what another would have.
     blocks = np.split(wanted, range(maker.block_size, len(wanted), maker.block_size))
     blocks = [ids for ids in blocks if not all(file.written[ids].all() for file in files.values())]
-    team.wait()  # until everybody has counted
+    team.wait()  # until every process has counted
     write_blocks(maker, network, team.take(blocks), files, num_workers, team.device, show=team.is_main)
     team.wait()
     for feat, file in files.items():

@@ -21,7 +21,7 @@ def rows_there(path, maker, wanted, dtype, say=print):
     wanted: ids (n,) of the images that are asked for; `say` is told when all of them are there. dtype: of the rows that
     are to be added where some are missing. Raises UserError for a file that is not maker's, which only --overwrite
     replaces. One that another program wrote, such as NeuralDiffuser, (N, 1, width) float32, is the user's own: kept if
-    its rows have a shape that is right.
+    its rows have the right shape.
     """
     if not path.exists():
         return None
@@ -31,7 +31,7 @@ def rows_there(path, maker, wanted, dtype, say=print):
             n_rows, *shape, found_dtype, attributes = *rows.shape, rows.dtype, dict(rows.attrs)
             written = file["written"][()] == 1 if "written" in file else np.ones(n_rows, bool)
     except (OSError, KeyError) as error:
-        raise utils.UserError(f"{path}: not readable ({error}); give --overwrite to make it again") from None
+        raise utils.UserError(f"{path}: not readable ({error}); use --overwrite to replace it") from None
     found = {"rows": n_rows, "model": f"unknown (rows of shape {tuple(shape)})", "source": "unknown", **attributes}
     expected = {"rows": len(maker), "model": maker.model, "source": maker.source}
     by = f"by {maker.model}"
@@ -70,7 +70,7 @@ def create_file(path, n_rows, row_shape, dtype, maker):
             rows.attrs.update(shape=row_shape, model=maker.model, source=maker.source)
             file["written"] = np.zeros(n_rows, np.uint8)
     except OSError as error:
-        raise utils.UserError(f"{path}: could not be made ({error}); make room on the disk") from None
+        raise utils.UserError(f"{path}: could not be created ({error}); make room on the disk") from None
 
 
 class FeatureFile:

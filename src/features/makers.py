@@ -166,7 +166,7 @@ def load_part(load, sd_model, part, **settings):
 
 
 def identity(flag, name, *parts):
-    """Return what to record as the maker: a hub model's name, or a folder's with a hash, as it may be trained again."""
+    """Return what to record as the maker: a hub model's name, or a folder's with a hash, since it may be retrained."""
     folder = Path(name)
     if not folder.is_dir():
         return name

@@ -26,7 +26,7 @@ class EpochBatches(torch.utils.data.Dataset):
     def __init__(self, tables, betas, targets, batch_size, seed, rank=0, size=1):
         """tables: {subject: table of trials}; betas: {subject: Rows}; targets: {name: Rows by image id}.
 
-        Raises UserError for batches that cannot be, and for images that a target does not have.
+        Raises UserError for impossible batch sizes, and for images that a target does not have.
         """
         share = batch_size // len(tables)
         if share < 1:

@@ -1,4 +1,4 @@
-"""What people said of the images: COCO's captions, about five of each."""
+"""COCO's captions of the images, about five of each."""
 
 import json
 import zipfile

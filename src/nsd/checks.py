@@ -1,6 +1,6 @@
-"""Looks at the data: whether it is there and right, read by the functions with which the stages read it.
+"""Checks of the data: is it there and correct? Read with the functions that the stages use.
 
-A look returns what it found as words; it raises UserError for a defect and Doubt for what can be lived with.
+A look returns what it found as words; it raises UserError for a defect and Doubt for what can be tolerated.
 """
 
 import os
@@ -56,15 +56,15 @@ class Finding(NamedTuple):
     status: str  # ok, warn or fail
     what: str
     found: str
-    mend: str  # a command; "" where nothing is to be mended
+    mend: str  # a command; "" where nothing needs repair
 
 
 class Doubt(Exception):
-    """What a look finds that can be lived with."""
+    """A finding that can be tolerated."""
 
 
 class Unfinished(utils.UserError):
-    """A feature file that the command that began it will go on with."""
+    """An unfinished feature file, which the command that began it can continue."""
 
 
 def examine(what, mend, look):
@@ -90,7 +90,7 @@ def report(findings):
     print(", ".join(f"{n} {status}" for status, n in counts.items()))
     commands = dict.fromkeys(finding.mend for finding in findings if finding.status == "fail" and finding.mend)
     if commands:
-        print("to mend what failed, in this order:", *commands, sep="\n    ")
+        print("to repair what failed, run in this order:", *commands, sep="\n    ")
     return counts["fail"]
 
 
@@ -178,7 +178,7 @@ def look_at_trials(world, subj):
     if not np.array_equal(rows, np.arange(n)):
         lacking, beyond = np.setdiff1d(np.arange(n), rows), rows[rows >= n]
         twice = rows[1:][np.diff(rows) == 0]
-        raise utils.UserError(f"{folder}: of the betas' trials 0..{n - 1}, {len(lacking)} are lacking "
+        raise utils.UserError(f"{folder}: of the betas' trials 0..{n - 1}, {len(lacking)} are missing "
                               f"{lacking[:1].tolist()}, {len(twice)} are in two shards {twice[:1].tolist()}, "
                               f"{len(beyond)} do not exist {beyond[:1].tolist()}, wanted each once")
     sessions = train["session"].nunique()
@@ -199,7 +199,7 @@ def look_at_old_test(world, subj):
         raise Doubt(f"{folder}: not there; only --test_split test reads it")
     old, new = (world.trials(subj, split) for split in ("test", "new_test"))
     if not np.isin(old["row"], new["row"]).all():
-        raise utils.UserError(f"{folder}: trials that new_test does not have, wanted a part of them")
+        raise utils.UserError(f"{folder}: has trials that new_test does not have, wanted a subset")
     if world.is_nsd:
         expect(folder, "trials", len(old), sources.PUBLISHED[subj][3])
     return f"{old['image_id'].nunique()} images, {len(old)} trials"
@@ -209,7 +209,7 @@ def look_at_masks(paths, subj):
     masks = roi_masks(paths, subj)
     empty = [name for name, mask in masks.items() if not mask.any()]
     if empty:
-        raise utils.UserError(f"regions of {subj}: {', '.join(empty)} have no voxel")
+        raise utils.UserError(f"regions of {subj}: {', '.join(empty)} have no voxels")
     found = ", ".join(f"{name} {mask.sum()}" for name, mask in masks.items())
     if not (paths.rois(subj) / "nsdgeneral.nii.gz").exists():
         raise Doubt(f"{found}; not checked against NSD's volumes, {paths.rois(subj)} has none")
@@ -225,7 +225,7 @@ def look_at_feature(world, feat, subjects, deep):
     seen = np.unique(np.concatenate(seen))
     try:
         rows.require(seen)
-    except utils.UserError as error:  # it would be a loss to make the file again
+    except utils.UserError as error:  # making the file again would waste what is done
         raise Unfinished(str(error)) from None
     look_at_rows(rows, deep, seen)
     return f"{rows.shape} {rows.dtype}, {looked(deep)}"
@@ -284,6 +284,6 @@ def look_at_gpu():
     import torch
 
     if not torch.cuda.is_available():
-        raise Doubt("none is visible: on a CPU, training on NSD takes weeks (the demo world does not)")
+        raise Doubt("no GPU is visible: on a CPU, training on NSD takes weeks (the demo world does not)")
     return "; ".join(f"{gpu.name}, {utils.in_bytes(gpu.total_memory)}" for gpu in
                      map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))

@@ -115,7 +115,7 @@ def _plan_of_weights(group):
 
 
 def without_damaged(plan):
-    """Return the plan with what is there, but does not have its published checksum, as not there."""
+    """Return the plan, with files whose checksum is not the published one marked as missing."""
     return [item._replace(there=item.there and _is_intact(item)) for item in plan]
 
 
@@ -166,7 +166,7 @@ def check_space(missing):
 
 
 def fetch_all(missing, paths, servers):
-    """Bring each of the items to its place, whole."""
+    """Fetch each item to its place, complete or not at all."""
     for item in tqdm(missing, desc="files", unit="file", leave=False):
         if item.origin == "hub":
             _fetch_from_hub(item, paths)
@@ -191,16 +191,16 @@ def _fetch_from_server(item, path, advice, servers):
 
 
 def _fetch_from_hub(item, paths):
-    """A file of MindEye2's data set; the hub's client goes on after a drop and compares sizes, we the checksum."""
+    """A file of MindEye2's data set; the hub's client resumes after a drop and checks sizes, we check the checksum."""
     from huggingface_hub import hf_hub_download
 
-    damaged = item.path.exists()  # and yet to be fetched: what the client has begun itself lies elsewhere
+    damaged = item.path.exists()  # and yet to be fetched: the client keeps its own partial files elsewhere
     with _hub_errors(sources.HUB_DATA, "dataset"):
         hf_hub_download(sources.HUB_DATA, item.remote, repo_type="dataset", local_dir=paths.data_path,
                         force_download=damaged)
     if not (_has_size(item.path, item.size) and _is_intact(item)):
         item.path.unlink()
-        raise utils.UserError(f"{item.path}: what came does not have its published size and SHA-256; it was removed, "
+        raise utils.UserError(f"{item.path}: it does not have its published size and SHA-256; it was removed, "
                               "run the same command again")
 
 
@@ -226,7 +226,7 @@ def _hub_errors(repository, kind):
             what = f"not there ({reason}); it may have moved: look at that page, and fetch the files by hand"
         else:
             what = (f"{reason}; check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, and run the same command again, "
-                    "it goes on where it was")
+                    "it resumes where it stopped")
         raise utils.UserError(f"{page}: {what}") from None
 
 
@@ -248,5 +248,5 @@ def link(disk, root, plan):
                 print(f"{place} -> {target}")
                 break
             if depth == len(parts) or not place.is_dir():
-                raise utils.UserError(f"{place}: is there already, wanted a link to {target}; move it away, then run "
+                raise utils.UserError(f"{place}: already exists, wanted a link to {target}; move it away, then run "
                                       "the same command again")

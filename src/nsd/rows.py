@@ -131,7 +131,7 @@ def open_betas(paths, subj):
 def open_feature(paths, feat):
     """Open a feature of the stimuli: Rows by image id, of c (T, D), z (4, h, w) or g_k (T, D)."""
     hint = f"write it with python src/img2feat.py --feats {feat}"
-    go_on = f"go on with bash scripts/features.sh --feats {feat}"
+    go_on = f"continue with bash scripts/features.sh --feats {feat}"
     rows = Rows(paths.feature(feat), "data", f"feature {feat}", hint, KNOWN_FEATURE_SHAPES, go_on)
     return rows.of("f", 3, "float (N, 4, h, w)") if feat == "z" else rows.of("f", 2, "float (N, T, D)")
 

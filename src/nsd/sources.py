@@ -1,6 +1,6 @@
 """Which files a plan needs, and where they come from: NSD's bucket, the Hugging Face hub, COCO.
 
-A group of files (`GROUPS`) has one name in download.py --what, in check_data.py's table and in its mending commands.
+A group of files (`GROUPS`) has one name in download.py --what, in check_data.py's table and its repair commands.
 """
 
 from typing import NamedTuple
@@ -21,15 +21,15 @@ CLIP_FILES = ["config.json", "preprocessor_config.json", "model.safetensors", "p
 GROUPS = {  # name: what it is
     "design": "which subject saw which image in which trial, and which COCO picture an image is",
     "stimuli": "the 73,000 images",
-    "captions": "what people said of them",
+    "captions": "COCO's captions of them",
     "betas": "responses, trial by trial",
     "trials": "shards: the images of training and test trials",
     "masks": "regions of interest over the betas' voxels",
     "rois": "NSD's own volumes of them, to check the masks against",
     "gnet": "the published brain encoding model",
     "sd": "Stable Diffusion v1.4",
-    "clip": "CLIP ViT-B/32, which makes g",
-    "eval_clip": "CLIP ViT-L/14, which judges",
+    "clip": "CLIP ViT-B/32, for g",
+    "eval_clip": "CLIP ViT-L/14, the judge",
 }
 DEFAULT_GROUPS = [group for group in GROUPS if group != "gnet"]
 # which groups a stage of the pipeline reads

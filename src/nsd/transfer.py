@@ -1,4 +1,4 @@
-"""Fetch big files over HTTP(S): in parallel parts, going on where it was cut, whole or not at all.
+"""Fetch big files over HTTP(S): in parallel parts, resumed after an interruption, complete or not at all.
 
 Beside a file NAME that is being fetched lie .NAME.part, at its full size, and .NAME.part.json: which blocks it has, of
 which version (size and ETag) of which URL.
@@ -59,15 +59,15 @@ def probe(client, url, advice):
     try:
         return _patiently(ask)
     except (KeyError, ValueError):
-        raise utils.UserError(f"{url}: the server does not say how large it is; {advice}") from None
+        raise utils.UserError(f"{url}: the server does not report its size; {advice}") from None
     except httpx.HTTPError as error:
         raise _one_line(url, error, advice) from None
 
 
 def fetch(client, remote, path, advice, parts=8, bar=None):
-    """Bring a file to `path`; what an earlier call began is gone on with. bar: a tqdm, counting bytes.
+    """Fetch a file to `path`, continuing what an earlier call began. bar: a tqdm, counting bytes.
 
-    Raises UserError, ending in `advice`, when the server refuses, keeps failing, or what came does not have its size
+    Raises UserError, ending in `advice`, when the server refuses, keeps failing, or the download does not have its size
     or MD5 (which an ETag of 32 hexadecimal digits is, as S3 gives for what was uploaded in one piece).
     """
     bar = tqdm(disable=True) if bar is None else bar
@@ -80,17 +80,17 @@ def fetch(client, remote, path, advice, parts=8, bar=None):
         part.unlink(missing_ok=True)
         journal.unlink(missing_ok=True)
         raise utils.UserError(f"{remote.url}: changed on the server while it was fetched; run the same command again, "
-                              "it starts anew") from None
+                              "it starts over") from None
     except httpx.HTTPError as error:
         raise _one_line(remote.url, error, advice) from None
     except OSError as error:
         raise utils.UserError(f"{part}: could not be written ({error.strerror}); make room, or give another --to, and "
-                              "run the same command again, it goes on where it was") from None
+                              "run the same command again, it resumes where it stopped") from None
     found, wanted = md5_of(part, remote.etag), (remote.etag or "").strip('"')
     if found not in (None, wanted):
         part.unlink()
         journal.unlink()
-        raise utils.UserError(f"{remote.url}: what came has MD5 {found}, wanted {wanted}; run the same command again")
+        raise utils.UserError(f"{remote.url}: the file has MD5 {found}, wanted {wanted}; run the same command again")
     os.replace(part, path)
     journal.unlink()
 
@@ -114,7 +114,7 @@ def _fill(client, remote, part, journal, parts, bar):
                           for start in starts if start not in done}
                 for block in as_completed(blocks):
                     block.result()
-                    os.fsync(descriptor)  # so that the journal never knows more than the disk
+                    os.fsync(descriptor)  # so that the journal is never ahead of the disk
                     done.add(blocks[block])
                     save_json(journal, {**version, "blocks": sorted(done)})
             finally:
@@ -134,7 +134,7 @@ def _blocks_of(journal, version):
 
 
 def _fetch_range(client, remote, descriptor, start, end, bar, stop):
-    """Bytes start..end of a file, written at their place; goes on after a drop, until another connection fails."""
+    """Bytes start..end of a file, written at their place; resumed after a drop, until another connection fails."""
     at = start
 
     def go_on():
@@ -142,7 +142,7 @@ def _fetch_range(client, remote, descriptor, start, end, bar, stop):
         ranges = {"Range": f"bytes={at}-{end - 1}"} if remote.has_ranges else {}
         if not remote.has_ranges:
             bar.update(start - at)
-            at = start  # this server can only start anew
+            at = start  # this server can only start over
         with client.stream("GET", remote.url, headers=ranges) as answer:
             if answer.status_code not in (200, 206):
                 answer.raise_for_status()
@@ -174,7 +174,7 @@ def _check_version(answer, remote, at):
 
 
 def _patiently(action, progress=lambda: None):
-    """Do it again after a drop, a timeout or a busy server; every bit of progress starts the count of tries anew."""
+    """Retry after a drop, a timeout or a busy server; any progress resets the count."""
     tries, before = 0, progress()
     while True:
         try:
@@ -192,7 +192,7 @@ def _one_line(url, error, advice):
         status = error.response.status_code
         return utils.UserError(f"{url}: {GONE.get(status, 'failed')} (HTTP status {status}); {advice}")
     return utils.UserError(f"{url}: {str(error) or type(error).__name__} after {TRIES} tries; check the connection and "
-                           "run the same command again, it goes on where it was")
+                           "run the same command again, it resumes where it stopped")
 
 
 def md5_of(path, etag):

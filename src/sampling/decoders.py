@@ -10,7 +10,7 @@ def load_guidance_decoder(name, pipe):
     """The decoder of --guidance_decoder, latents (B, C, h, w) -> image in [0, 1] that guidance losses see.
 
     name: 'full' is the pipeline's own; 'half' the same on latents averaged over 2 x 2, a fourth of the work; else a
-    folder or hub id of an AutoencoderTiny (TAESD). Raises UserError when that can not be loaded.
+    folder or hub id of an AutoencoderTiny (TAESD). Raises UserError when that cannot be loaded.
     """
     if name == "full":
         return pipe.decode

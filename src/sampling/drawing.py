@@ -96,7 +96,7 @@ class Sampler:
         """Pictures per batch.
 
         On a CPU the last digits of a network's output depend on the number of rows that go through it together, not on
-        which rows they are. So there it is always the same number, and `draw` fills up what lacks at the end.
+        which rows they are. So the number is always the same there, and `draw` pads the last batch.
         """
         if self.device.type != "cpu":
             return self.settings.batch_size
@@ -127,7 +127,7 @@ class Sampler:
 
 
 def fill(folder, jobs, config, load_sampler, start_tracker, team, overwrite=False):
-    """Draw what `folder` lacks of the pictures of `jobs`, shared among the team's processes.
+    """Draw the pictures of `jobs` that `folder` does not have yet, shared among the team's processes.
 
     config: what the folder's config.json will say. load_sampler: () -> Sampler. start_tracker: resume_after ->
     training.tracking.Tracker. overwrite: draw all of them, and delete what is there.
@@ -135,14 +135,14 @@ def fill(folder, jobs, config, load_sampler, start_tracker, team, overwrite=Fals
     holds pictures of another config, and for pictures that are not finite.
     """
     folders.check_folder(folder, config, overwrite)
-    team.wait()  # until everybody has looked
+    team.wait()  # until every process has looked
     missing = [job for job in jobs if overwrite or not folders.is_whole(folder / folders.file_name(*job))]
     team.print(f"{folder}: {len(jobs)} pictures wanted, {len(jobs) - len(missing)} exist")
     mine = team.take(missing)
     sampler = load_sampler() if mine else None
     if mine:
         sampler.check(mine[0])
-    team.wait()  # until everybody has counted
+    team.wait()  # until every process has counted
     if team.is_main:
         folders.clear_folder(folder, config, overwrite)
     team.wait()

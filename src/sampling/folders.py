@@ -1,5 +1,5 @@
 """A folder of reconstructions: %05d.png (%05d = row of the image; further samples %05d_s1.png, ...), index.csv and the
-config.json that says what they were made of; beside a picture that the brain guided, the same name .jsonl: a line per
+config.json, their settings; beside a picture that the brain guided, the same name .jsonl: a line per
 guided step. recon.py fills it, evaluate.py reads it.
 """
 
@@ -40,7 +40,7 @@ def check_folder(folder, config, overwrite):
         changed = [key for key in config if key != "commit" and config[key] != old.get(key)]
         if changed and pictures_in(folder):
             changes = ", ".join(f"{key} {old.get(key)} -> {config[key]}" for key in changed)
-            raise utils.UserError(f"{folder}: pictures of other settings ({changes}); --overwrite them, or choose "
+            raise utils.UserError(f"{folder}: has pictures of other settings ({changes}); --overwrite them, or choose "
                                   "another --method or --outdir")
     elif pictures := pictures_in(folder):
         raise utils.UserError(f"{folder}: {len(pictures)} pictures without their config.json; --overwrite them, or "
@@ -184,7 +184,7 @@ def check_files(folder, files):
     unlisted = set(pictures_in(folder)) - set(files)
     if unlisted:
         raise utils.UserError(f"{folder}: {len(unlisted)} pictures that index.csv does not list (first: "
-                              f"{min(unlisted).name}); run recon to its end, or move them elsewhere")
+                              f"{min(unlisted).name}); let recon finish, or move them elsewhere")
     first = None
     for file in files:
         with open_picture(file) as picture:

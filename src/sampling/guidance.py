@@ -55,7 +55,7 @@ class ClipGuide:
 
 
 def guidance_pull(image, terms, log=None):
-    """What the terms make of an image (B, 3, H, W): the gradient of their losses with respect to it, same shape.
+    """Combine the terms: the gradient of their losses with respect to an image (B, 3, H, W), same shape.
 
     Terms are added up. One that has a `kappa` (encoding.guide.BrainLoss) is first brought to kappa times the size of
     the others, sample by sample: d = g + kappa * ||g|| / ||g_b|| * g_b, where g is the gradient of the others and g_b
@@ -94,7 +94,7 @@ def gradient_on(image, terms):
 
 
 def raw_rule(eps, gradient, abar, scale):
-    """NeuralDiffuser's: eps' = eps + sigma * scale * gradient (eq. 12: sigma, not its square)."""
+    """NeuralDiffuser's: eps' = eps + sigma * scale * gradient."""
     return eps + (1 - abar).sqrt() * scale * gradient
 
 

@@ -34,7 +34,7 @@ def load_pipeline(model, device, dtype=torch.float32, offload=False, compiled=Fa
     """Load any Stable Diffusion 1.x folder or hub id as a GuidedPipeline on `device`.
 
     offload: keep each network in main memory while it is not needed (diffusers' model offload). compiled: torch.compile
-    the UNet's passes without gradient, at the first of them. Raises UserError when the model can not be loaded.
+    the UNet's passes without gradient, at the first of them. Raises UserError when the model cannot be loaded.
     """
     folder = Path(model)
     lacking = [name for name in COMPONENTS if not (folder / name).is_dir()] if folder.is_dir() else []

@@ -76,7 +76,7 @@ def fit(run, model, objective, loop):
                 save_last(run, model, optimizer, schedule, at)
             if stopping:
                 tracker.finish()
-                team.any(False)  # nobody leaves while the main process writes: launchers end all when one ends
+                team.any(False)  # no process exits while the main one writes: launchers end all when one ends
                 raise utils.Interrupted(f"{run.folder / 'last.pth'} holds epoch {at.epoch}, step {at.step}; run it "
                                         "again with --resume to go on", stop.received or signal.SIGTERM)
     tracker.finish()
@@ -147,7 +147,7 @@ def validate(run, net, objective, progress, seed):
 
 
 def add(sums, logs, n):
-    """Add the logs of n trials. Nothing is asked of the GPU: they stay tensors."""
+    """Add the logs of n trials. They stay tensors, so that nothing waits for the GPU."""
     for key, value in {**logs, "trials": 1}.items():
         sums[key] = sums.get(key, 0) + value * n
 
@@ -182,7 +182,7 @@ def load_start(run, model, loop):
     run.introduce()
     if run.pretrained is not None:
         run.say(f"{len(copied)} tensors copied from {run.pretrained.parent.name} "
-                f"({', '.join(sorted({key.split('.')[0] for key in copied}))}); the voxel encoder starts anew")
+                f"({', '.join(sorted({key.split('.')[0] for key in copied}))}); the voxel encoder starts from scratch")
     return state
 
 
@@ -290,7 +290,7 @@ def make_optimizer(model, loop, steps_per_epoch):
     on_gpu = next(model.parameters()).device.type == "cuda"
     optimizer = torch.optim.AdamW(weight_decay_groups(model), lr=loop.max_lr, fused=on_gpu)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, loop.max_lr, total_steps=max(4, loop.num_epochs * steps_per_epoch),  # fewer it can not do
+        optimizer, loop.max_lr, total_steps=max(4, loop.num_epochs * steps_per_epoch),  # it needs at least four
         pct_start=min(0.5, 2 / loop.num_epochs))
     return optimizer, schedule
 

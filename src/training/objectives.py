@@ -25,7 +25,7 @@ class BrainObjective:
     """What c and g minimise: clip_scale * contrast + prior_scale * prior (docs/method.md, Training).
 
     Trials are mixed for the first mixup_pct of the training. `judge` names the validation value that picks best.pth: it
-    must mean the same in every epoch, so no temperature that changes.
+    must mean the same in every epoch, so without a changing temperature.
     """
 
     judge = "loss_prior"
@@ -140,7 +140,7 @@ class EncodingObjective:
                     and "readouts" in name]
         loss, size = torch.stack(errors).mean(), torch.stack(readouts).mean()
         logs["loss_mse"] = loss.detach()
-        # processes' gradients are added up, and this one is no process's own rows: one of them has it
+        # gradients are summed over processes, and this term has no rows: it counts in one process only
         return loss + self.l1 * (size if team.is_main else size.detach()), logs
 
     def jitter(self, images, generator):

@@ -103,13 +103,13 @@ def claim(plan, feat):
     config = plan.config | {"feat": feat, "run": name}
     team = Team.assemble(plan.loop.device, plan.loop.precision)
     if finished(plan.paths.run(name), config, plan.loop):
-        team.print(f"{name}: finished before, kept (--overwrite trains it again)")
+        team.print(f"{name}: already finished, kept (--overwrite trains it again)")
         return None, team
     return config, team
 
 
 def finished(folder, config, loop):
-    """Whether `folder` holds this very run, complete. A different or an unfinished one needs the user's word."""
+    """Whether `folder` holds this very run, complete. A different or unfinished one needs a flag."""
     checkpoint = folder / "last.pth"
     if loop.overwrite or not checkpoint.exists():
         return False
@@ -122,7 +122,7 @@ def finished(folder, config, loop):
                               "give the same flags, another --tag, or --overwrite to train it again")
     done = state["epoch"] >= loop.num_epochs
     if not done and not loop.resume:
-        raise utils.UserError(f"{folder}: holds an unfinished run; --resume continues it, --overwrite starts again")
+        raise utils.UserError(f"{folder}: holds an unfinished run; --resume continues it, --overwrite starts over")
     return done
 
 

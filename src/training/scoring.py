@@ -105,7 +105,7 @@ def open_source(request, feat, **settings):
     if head == "adapt":
         config["adapt_epochs"] = request.adapt_epochs
     if (folder / "config.json").exists() and not request.overwrite and load_json(folder / "config.json") == config:
-        print(f"{folder}: scored before with this checkpoint, kept")
+        print(f"{folder}: already scored with this checkpoint, kept")
         return None
 
     trained_seed = request.seed if head == "adapt" else state["config"]["seed"]

@@ -31,7 +31,7 @@ class Loop:
 
     @classmethod
     def from_args(cls, args):
-        """From parsed flags. A job that SLURM queued again goes on with what it began, --overwrite or not."""
+        """From parsed flags. A job that SLURM requeued continues, --overwrite or not."""
         given = {field.name: getattr(args, field.name) for field in fields(cls)}
         requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
         return cls(**given | {"overwrite": args.overwrite and not requeued})
@@ -111,7 +111,7 @@ def check_flags(flags):
         if name in flags and (not 0 <= flags[name] <= 1 or (name == "dropout" and flags[name] == 1)):
             raise utils.UserError(f"--{name} {flags[name]:g}: wanted a fraction from 0 to 1")
     if not 0 < flags["max_lr"] < float("inf"):
-        raise utils.UserError(f"--max_lr {flags['max_lr']:g}: wanted a number over 0")
+        raise utils.UserError(f"--max_lr {flags['max_lr']:g}: wanted a number greater than 0")
     for name in ("num_workers", "pass_through", "l1", "clip_scale", "prior_scale"):
         if name in flags and not 0 <= flags[name] < float("inf"):
             raise utils.UserError(f"--{name} {flags[name]:g}: wanted a number, 0 or more")
@@ -125,7 +125,7 @@ def settings_of(flags, stage):
     config = {key: value for key, value in flags.items() if key not in NOT_SCIENCE}
     if stage == "pretrain":
         del config["num_sessions"]
-    if stage == "gnet" and flags["multi_subject"]:  # the same network, whoever's command trains it
+    if stage == "gnet" and flags["multi_subject"]:  # the same network, whichever subject's command trains it
         del config["subj"], config["num_sessions"]
     if stage == "ridge":
         config = {key: config[key] for key in ("subj", "num_sessions", "seed", "model", "val_fraction")}

@@ -1,7 +1,7 @@
 """The processes that work together: one, or those that `accelerate launch` started (DDP, DeepSpeed ZeRO-2).
 
 A joint batch is what one process alone would train on. Of its B rows, row j belongs to process j mod `size`: it reads
-that row, runs the network on it, and `join` puts everybody's rows together again, in the order of one process. Random
+that row, runs the network on it, and `join` puts all rows together again, in the order of one process. Random
 numbers that belong to rows (MixCo, the prior's noise) are drawn for the joint batch by every process from one seed, so
 that the number of processes does not change what is computed; only dropout masks differ.
 """
@@ -88,7 +88,7 @@ class Team:
         return taken
 
     def join(self, rows, n, offset=0):
-        """Everybody's rows, (n, ...) in the joint batch's order; the gradient reaches this process's own rows only.
+        """All processes' rows, (n, ...) in the joint batch's order; the gradient reaches this process's own rows only.
 
         Every process computes the same loss from it. Its gradient with respect to the network is the sum over the
         processes; `step` makes that sum out of the launcher's mean.

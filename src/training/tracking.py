@@ -10,7 +10,7 @@ from utils import UserError
 
 
 def check_tracking(wandb_log):
-    """Raise UserError, before any work, when --wandb_log can not log in."""
+    """Raise UserError, before any work, when --wandb_log cannot log in."""
     if wandb_log and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
         import wandb
 
@@ -33,11 +33,11 @@ def load_rows(file):
 class Tracker:
     """Metrics to metrics.jsonl in the run folder, and to W&B when asked; scripts never ask which.
 
-    W&B that fails, in the middle of a run too, costs its plots and not the run.
+    If W&B fails, even in the middle of a run, its plots are lost and not the run.
     """
 
     def __init__(self, folder, name, config, wandb_log=False, wandb_project="neuraldiffuser", resume_after=None):
-        """resume_after: keep the rows of metrics.jsonl up to that step; None starts the file anew."""
+        """resume_after: keep the rows of metrics.jsonl up to that step; None: start the file over."""
         check_tracking(wandb_log)
         self.file = Path(folder) / "metrics.jsonl"
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +98,6 @@ class Tracker:
             return
         try:
             send(self.wandb_run)
-        except Exception as error:  # whatever W&B raises when its service or the network dies
-            print(f"warning: W&B stopped ({error}); going on without it, {self.file} has every value", file=sys.stderr)
+        except Exception as error:  # W&B raises many types when its service or the network fails
+            print(f"warning: W&B failed ({error}); continuing without it, {self.file} has every value", file=sys.stderr)
             self.wandb_run = None
