@@ -191,7 +191,7 @@ def test_other_betas_are_refused_on_resume(paths, capsys):
 
 def test_an_unfinished_run_needs_the_users_word_and_a_finished_one_is_kept(paths, capsys):
     assert train(paths, "--num_epochs", 1) == 0
-    assert train(paths, "--num_epochs", 1) == 0 and "finished before" in capsys.readouterr().out
+    assert train(paths, "--num_epochs", 1) == 0 and "already finished" in capsys.readouterr().out
     assert train(paths, "--num_epochs", 1, "--max_lr", 1e-2) == 2
     assert "max_lr 0.0003 -> 0.01" in capsys.readouterr().err
     assert train(paths, "--num_epochs", 1, "--max_lr", 1e-2, "--tag", "fast") == 0  # beside it
@@ -212,7 +212,7 @@ def test_finetuning_starts_from_the_pretrained_trunk_and_a_new_head(paths, capsy
     assert set(checkpoint(paths, PRETRAINED)["n_voxels"]) == {"subj02"}
     # a step of size zero leaves the weights where fine-tuning began
     assert train(paths, "--multisubject_ckpt", "auto", "--num_epochs", 1, "--max_lr", 1e-30) == 0
-    assert "starts anew" in capsys.readouterr().out
+    assert "starts from scratch" in capsys.readouterr().out
     before, after = checkpoint(paths, PRETRAINED)["model"], checkpoint(paths, FINETUNED)["model"]
     trunk = [key for key in after if not key.startswith("voxelenc.")]
     assert trunk and all(torch.allclose(before[key], after[key]) for key in trunk)
@@ -231,7 +231,7 @@ def test_pretraining_is_the_same_run_for_any_number_of_sessions(paths, capsys):
     """train.sh gives --num_sessions to both stages."""
     assert train(paths, "--multi_subject", "--num_epochs", 1) == 0
     assert train(paths, "--multi_subject", "--num_epochs", 1, "--num_sessions", 1) == 0
-    assert "finished before" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
 
 
 def test_auto_prefers_the_pretraining_of_the_same_tag(paths, capsys):
@@ -263,7 +263,7 @@ def test_the_loss_falls(paths, script, loss, max_lr):
 
 def test_several_layers_train_in_one_process(paths, capsys):
     assert train(paths, "--feat", "g_2", "g_2", "--num_epochs", 1, script=train_g) == 0
-    assert "finished before" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     assert train(paths, "--feat", "g_4", "--num_epochs", 1, script=train_g) == 2
     assert "g_4_all.hdf5" in capsys.readouterr().err
 
