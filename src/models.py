@@ -141,7 +141,7 @@ def mixer_block(dim, dropout):
 
 
 def projector(width):
-    """Three times layer norm, GELU, linear; acts on every token alone."""
+    """Make three times layer norm, GELU, linear, which act on every token alone."""
     layers = [(nn.LayerNorm(width), nn.GELU(), nn.Linear(width, width)) for _ in range(3)]
     return nn.Sequential(*[module for group in layers for module in group])
 
@@ -192,7 +192,7 @@ class PriorFeedForward(nn.Module):
 
 
 def rotary_table(length, dim):
-    """cos and sin (L, dim/2) of rotary positions: pair i of a token at position p turns by p / 10000^(2i/dim)."""
+    """Return cos and sin (L, dim/2) of rotary positions: pair i at position p turns by p / 10000^(2i/dim)."""
     frequencies = 10000.0 ** (-torch.arange(0, dim, 2) / dim)
     angles = torch.arange(length)[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()])
@@ -206,7 +206,7 @@ def rotate(x, rotary):
 
 
 def sinusoidal(t, dim):
-    """Timesteps (B,) -> (B, dim): sines, then cosines, of geometrically spaced frequencies (dim is even)."""
+    """Embed timesteps (B,) as (B, dim): sines, then cosines, of geometrically spaced frequencies (dim is even)."""
     half = dim // 2
     frequencies = 10000.0 ** (-torch.arange(half, device=t.device) / max(1, half - 1))
     angles = t[:, None].float() * frequencies
@@ -297,7 +297,9 @@ class DiffusionPrior(nn.Module):
 
     @torch.no_grad()
     def sample(self, brain, steps=20, generator=None):
-        """Draw tokens (B, T, D) for brain tokens (B, T, D) with `steps` DDIM steps (eta 0).
+        """Draw tokens (B, T, D) for brain tokens (B, T, D) with `steps` DDIM steps; one step predicts their mean.
+
+        differs from MindEye2: eta 0, from the last of the training's timesteps; there eta 1, from t = 94 of 100.
 
         generator: None, one, or a list of one per sample, which makes a sample independent of its batch.
         """
@@ -439,14 +441,14 @@ class LatentDecoder(nn.Module):
 
 
 def gnet_input(images, side=227):
-    """Images (B, 3, H, W) in [0, 1] at GNet's side: antialiased bilinear, differentiable."""
+    """Bring images (B, 3, H, W) in [0, 1] to GNet's side: antialiased bilinear, differentiable."""
     if images.shape[-2:] == (side, side):
         return images
     return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
 
 
 def signed_log(x):
-    """GNet's nonlinearity s(x) = log(1 + |x|) tanh(x), before and after pooling."""
+    """Apply GNet's nonlinearity s(x) = log(1 + |x|) tanh(x), used before and after pooling."""
     return torch.log1p(x.abs()) * torch.tanh(x)
 
 
@@ -702,7 +704,7 @@ def build_model(model_args):
 
 
 def restore(state, file, model=None):
-    """The network of a run's checkpoint `state`, with its weights; UserError, naming the file, unless all of it fits.
+    """Rebuild the network of a run's checkpoint `state`; UserError, naming the file, unless all of its weights fit.
 
     model: to put them into; None makes one.
     """

@@ -157,7 +157,7 @@ def head(text):
 
 
 def add_layers(parser):
-    """The flag that says which layers of g a script works on."""
+    """Add the flag that says which layers of g a script works on."""
     parser.add_argument("--feat", type=vision_layer, nargs="+", default=VISION_LAYERS, metavar="g_K",
                         help="layers, one after another")
 
@@ -209,7 +209,10 @@ def add_gnet(parser):
 
 
 def training_parser(doc):
-    """The flags that the train scripts of c, z and g share."""
+    """Return a parser of the flags that the train scripts of c, z and g share.
+
+    How a training by these defaults differs from MindEye2's: docs/method.md, Deviations from MindEye2.
+    """
     parser = Parser(doc)
     add_paths(parser)
     add_subject(parser)
@@ -238,7 +241,7 @@ def training_parser(doc):
 
 
 def add_loop(parser):
-    """Flags of the loop itself: what `fit` reads, and what is validated on. Returns the group of the optimisation."""
+    """Add the flags of the loop itself, and what is validated on; returns the group of the optimisation."""
     optimum = parser.add_argument_group("optimisation")
     optimum.add_argument("--batch_size", type=whole, default=42, metavar="TRIALS",
                          help="over all subjects and all processes")
@@ -258,7 +261,7 @@ def add_loop(parser):
 
 
 def scoring_parser(doc):
-    """The flags that the score scripts share."""
+    """Return a parser of the flags that the score scripts share."""
     parser = Parser(doc)
     add_paths(parser)
     add_subject(parser)

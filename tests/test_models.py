@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from models import (
     BrainModel,
     BrainNetwork,
     DiffusionPrior,
+    MapDecoder,
     PriorAttention,
     VoxelEncoder,
     build_model,
@@ -201,6 +204,37 @@ def test_prior_recovers_a_toy_world():
     errors = torch.stack([(drawn - clean[state] - sign * side).square().mean(dim=(1, 2)) for sign in (1, -1)])
     assert errors.amin(0).mean() < 0.4 * side.square().mean()
     assert 0.3 < (errors[0] < errors[1]).float().mean() < 0.7
+
+
+@pytest.mark.parametrize("widths", [(32, 64, 96), (32, 32, 32)])
+def test_the_decoder_of_maps_is_that_of_diffusers_vae(widths):
+    """The same weights by name, the same from one seed, the same picture and gradient from a map."""
+    from diffusers.models.autoencoders.vae import Decoder
+
+    torch.manual_seed(0)
+    theirs = Decoder(64, 4, ("UpDecoderBlock2D",) * 3, widths, layers_per_block=1)
+    torch.manual_seed(0)
+    ours = MapDecoder(64, 4, widths)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert all(torch.equal(ours.state_dict()[key], value) for key, value in theirs.state_dict().items())
+    x = torch.randn(3, 64, 2, 2, requires_grad=True)
+    found, expected = ours(x), theirs(x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)))
+
+
+def test_training_z_and_scoring_load_no_library_that_they_do_not_use():
+    program = """
+import sys
+import training.latent_statistics, training.mindeye2, training.ridge, training.scoring
+from models import LatentModel
+LatentModel({"subj01": 3}, 8, (4, 8, 8), 5, 4, channels=(32, 32, 32))
+seldom = ("diffusers", "transformers", "sklearn", "wandb", "accelerate", "deepspeed", "pytorch_msssim")
+print([name for name in seldom if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=utils.REPOSITORY / "src", capture_output=True, text=True,
+                          check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(17, 64), (20, 96), (1, 30), (5, 768)])

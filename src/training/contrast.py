@@ -49,7 +49,7 @@ def draw_mix(n, like, generator):
 
 
 def similarities(preds, targets):
-    """Cosine similarities (B, B): rows predictions, columns targets; preds, targets (B, ...) are flattened.
+    """Return cosine similarities (B, B): rows predictions, columns targets; preds, targets (B, ...) are flattened.
 
     In float32 even under autocast: divided by a temperature of .006, bfloat16's rounding would be one logit.
     """
@@ -60,6 +60,7 @@ def similarities(preds, targets):
 
 
 def soft_cross_entropy(logits, probs):
+    """Return the mean cross-entropy of rows of logits (B, B) with rows of label probabilities."""
     return -(logits.log_softmax(-1) * probs).sum(-1).mean()
 
 
@@ -81,21 +82,24 @@ def mixco_nce(preds, targets, temp, perm, betas, select, bidirectional=True):
 
 
 def soft_clip_loss(preds, targets, temp):
-    """SoftCLIP (MindEye): labels are the softmax of the targets' similarities among themselves; both directions."""
+    """Contrast predictions with targets (B, ...) as SoftCLIP does, in both directions.
+
+    The labels are the softmax of the targets' similarities among themselves.
+    """
     logits = similarities(preds, targets) / temp
     probs = (similarities(targets, targets) / temp).softmax(-1)
     return (soft_cross_entropy(logits, probs) + soft_cross_entropy(logits.T, probs)) / 2
 
 
 def soft_temperature(progress, mixup_pct):
-    """SoftCLIP's temperature: half a cosine from .004, when MixCo ends at mixup_pct, to .0075 at progress 1."""
+    """Return SoftCLIP's temperature: half a cosine from .004, when MixCo ends at mixup_pct, to .0075 at progress 1."""
     start, end = SOFT_TEMPERATURES
     part = min(max((progress - mixup_pct) / max(1 - mixup_pct, 1e-8), 0.0), 1.0)
     return end + (start - end) / 2 * (1 + math.cos(math.pi * part))
 
 
 def pct_correct(similarity):
-    """Share of rows whose most similar column is their own."""
+    """Return the share of rows whose most similar column is their own."""
     labels = torch.arange(len(similarity), device=similarity.device)
     return (similarity.argmax(1) == labels).float().mean()
 
@@ -107,8 +111,9 @@ def mix_rows(rows, perm, betas, select):
 
 
 def contrast_loss(preds, target, progress, mixup_pct, mix=None):
-    """The contrast of a training phase: MixCo-NCE where trials were mixed, else SoftCLIP (docs/method.md,
-    Training).
+    """Contrast as the phase of the training wants: MixCo-NCE where trials were mixed, else SoftCLIP.
+
+    docs/method.md (Training) has the equations.
 
     preds, target (B, ...); mix: (perm, betas, select) of `mixco`, or None. Returns the loss and detached logs:
     loss_clip, fwd_pct_correct (query brain, gallery the batch's images) and bwd_pct_correct (the reverse).

@@ -13,10 +13,10 @@ N_TRAINING_IMAGES = 2000  # at most
 
 
 def training_statistics(source):
-    """((mean, deviation) of predictions on training images, (mean, deviation) of their true latents); all (4, h, w).
+    """Return (mean, deviation) of predictions on training images and of these images' true latents, all (4, h, w).
 
-    source: a scoring.Source of z. Kept in the run's folder, and made again when the checkpoint or the voxel encoder is
-    another.
+    source: a scoring.Source of z. They are kept in the run's folder, and made again when the checkpoint or the voxel
+    encoder is another.
     """
     request, config = source.request, source.config
     made_from = {key: config[key] for key in ("checkpoint_sha256", "subj", "head", "num_sessions", "seed")}

@@ -83,7 +83,7 @@ def fit(run, model, objective, loop):
 
 
 def train_epoch(run, net, objective, loop, at, schedule, loader, stop, bar):
-    """The rest of an epoch from `at`, or until a signal; moves `at`. Returns the rates of these steps."""
+    """Train the rest of an epoch from `at`, or until a signal; moves `at`. Returns the rates of these steps."""
     team = run.team
     torch.nn.Module.train(net)  # not net.train(): DeepSpeed's leaves its own `training` as it was
     run.train.set_epoch(at.epoch)
@@ -132,7 +132,7 @@ def finish_epoch(run, model, net, objective, loop, at, tracker, bar, further_log
 
 @torch.no_grad()
 def validate(run, net, objective, progress, seed):
-    """The objective's logs over the validation trials, val/..., with the same random numbers in every epoch."""
+    """Return the objective's logs over the validation trials, val/..., with the same random numbers in every epoch."""
     team = run.team
     torch.nn.Module.train(net, False)
     sums, generator = {}, torch.Generator(team.device)
@@ -153,7 +153,10 @@ def add(sums, logs, n):
 
 
 def average(sums, prefix, objective):
-    """{prefix/name: float}, means over trials; an objective with `summarise` makes its scalars of the means itself."""
+    """Return {prefix/name: float}, means over trials.
+
+    An objective with `summarise` makes its scalars of the means itself.
+    """
     means = {key: value / sums["trials"] for key, value in sums.items() if key != "trials"}
     means = getattr(objective, "summarise", dict)(means)
     return {f"{prefix}/{key}": float(value) for key, value in means.items()}
@@ -264,7 +267,7 @@ class FromStep(torch.utils.data.Sampler):
 
 
 def make_loader(batches, num_workers, team):
-    """A loader that outlives an epoch. Its workers leave signals to the main process, which has a step to finish."""
+    """Make a loader that outlives an epoch; its workers leave signals to the main process, which finishes a step."""
     return DataLoader(batches, batch_size=None, sampler=FromStep(len(batches)), num_workers=num_workers,
                       pin_memory=team.device.type == "cuda", persistent_workers=num_workers > 0,
                       worker_init_fn=ignore_signals)
@@ -276,7 +279,7 @@ def ignore_signals(worker):
 
 
 def join_batch(item, team):
-    """The joint batch on the device: what every process read of it, put together."""
+    """Put the joint batch together on the device from what every process read of it."""
     voxels, n = {}, 0
     for subj, rows in item["voxels"].items():
         voxels[subj] = team.join(rows.to(team.device, non_blocking=True), item["sizes"][subj], n)
@@ -286,7 +289,7 @@ def join_batch(item, team):
 
 
 def make_optimizer(model, loop, steps_per_epoch):
-    """AdamW and its one-cycle schedule, which peaks after two epochs, or in the middle of a shorter training."""
+    """Make AdamW and its one-cycle schedule, which peaks after two epochs, or halfway through a shorter training."""
     on_gpu = next(model.parameters()).device.type == "cuda"
     optimizer = torch.optim.AdamW(weight_decay_groups(model), lr=loop.max_lr, fused=on_gpu)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -296,19 +299,19 @@ def make_optimizer(model, loop, steps_per_epoch):
 
 
 def progress_bar(run, loop, at):
-    """A bar of all steps of the training, of the main process."""
+    """Show a bar of all steps of the training, in the main process."""
     n_steps = len(run.train)
     return tqdm(desc=run.name, initial=at.epoch * n_steps + at.step, total=loop.num_epochs * n_steps, unit="step",
                 disable=not run.team.is_main, mininterval=0.5 if sys.stderr.isatty() else 30)
 
 
 def math_attention(device):
-    """On a CPU, plain matrix products: its fused attention is several times slower backwards on short sequences."""
+    """Make attention plain matrix products on a CPU, whose fused attention is several times slower backwards."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def weight_decay_groups(model, weight_decay=1e-2):
-    """AdamW parameter groups: no decay on biases (of any shape) and on normalisation gains (of one dimension)."""
+    """Return AdamW's parameter groups: no decay of biases (of any shape) and normalisation gains (one dimension)."""
     named = [(p, p.ndim > 1 and not name.endswith("bias")) for name, p in model.named_parameters() if p.requires_grad]
     decayed, free = ([p for p, decays in named if decays is wanted] for wanted in (True, False))
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]

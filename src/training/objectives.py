@@ -10,7 +10,7 @@ from training.team import ALONE
 
 
 def draw_prior(target, generator=None):
-    """The random numbers one training step of the prior needs: time (B,) in [0, 1), noise (B, ...), drop (B, 2).
+    """Draw what one training step of the prior needs: time (B,) in [0, 1), noise (B, ...), drop (B, 2).
 
     Drawn apart from the network, for the joint batch, so that they do not depend on how many processes share it.
     """
@@ -90,7 +90,7 @@ class LatentObjective:
 
 
 def latent_ssim(latents, target):
-    """Mean SSIM of latents (B, C, h, w) taken as images, the range of values being six of the target's deviations."""
+    """Return the mean SSIM of latents (B, C, h, w) taken as images, whose range is six of the target's deviations."""
     from pytorch_msssim import ssim
 
     window = min(7, *(size - 1 + size % 2 for size in target.shape[-2:]))  # odd, and not wider than the latent
@@ -144,7 +144,7 @@ class EncodingObjective:
         return loss + self.l1 * (size if team.is_main else size.detach()), logs
 
     def jitter(self, images, generator):
-        """Images (B, 3, side, side), each moved by up to `shift` pixels, its border repeated, with noise."""
+        """Move images (B, 3, side, side), each by up to `shift` pixels, its border repeated, with noise."""
         device = images.device if generator is None else generator.device
         by = torch.randint(2 * self.shift + 1, (len(images), 2), generator=generator, device=device).tolist()
         padded, side = F.pad(images, [self.shift] * 4, mode="replicate"), images.shape[-1]
@@ -181,21 +181,21 @@ MOMENTS = ("n", "p", "m", "pp", "mm", "pm")  # sums over images of predicted and
 
 
 def moments(subj, predicted, measured, of):
-    """Sums over the rows of (b, V) responses, {(subject, name of MOMENTS): (V,)}, per each of `of` images."""
+    """Add up the rows of (b, V) responses: {(subject, name of MOMENTS): (V,)}, divided by `of` images."""
     p, m = predicted.double(), measured.double()
     sums = (p.new_tensor(len(p)), p.sum(0), m.sum(0), (p * p).sum(0), (m * m).sum(0), (p * m).sum(0))
     return {(subj, name): value / of for name, value in zip(MOMENTS, sums, strict=True)}
 
 
 def correlation_of(sums):
-    """Pearson correlation, (V,), that sums {name of MOMENTS: (V,)} mean."""
+    """Return the Pearson correlation (V,) of which {name of MOMENTS: (V,)} are the sums."""
     n, p, m = sums["n"], sums["p"] / sums["n"], sums["m"] / sums["n"]
     deviations = (sums["pp"] / n - p.square()).clamp_min(0) * (sums["mm"] / n - m.square()).clamp_min(0)
     return (sums["pm"] / n - p * m) / deviations.sqrt().clamp_min(1e-12)
 
 
 def correlation(a, b):
-    """Pearson correlation of the columns of (B, V), (V,); 0 where one does not vary."""
+    """Return the Pearson correlation (V,) of the columns of (B, V); 0 where one does not vary."""
     a, b = a - a.mean(0), b - b.mean(0)
     return (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)
 

@@ -109,7 +109,7 @@ def claim(plan, feat):
 
 
 def finished(folder, config, loop):
-    """Whether `folder` holds this very run, complete. A different or unfinished one needs a flag."""
+    """Say whether `folder` holds this very run, complete. A different or unfinished one needs a flag."""
     checkpoint = folder / "last.pth"
     if loop.overwrite or not checkpoint.exists():
         return False
@@ -127,7 +127,7 @@ def finished(folder, config, loop):
 
 
 def gather_run(plan, config, team, subjects, targets, pretrained=None):
-    """The Run of these subjects' single trials. targets: features by their name in a batch, {"target": "c"}."""
+    """Make the Run of these subjects' single trials. targets: features by their name in a batch, {"target": "c"}."""
     seed = plan.loop.seed
     betas = {subj: open_betas(plan.paths, subj) for subj in subjects}
     targets = {name: open_feature(plan.paths, feat) for name, feat in targets.items()}
@@ -142,7 +142,7 @@ def gather_run(plan, config, team, subjects, targets, pretrained=None):
 
 
 def make_run(plan, config, team, tables, betas, targets, pretrained=None):
-    """A Run of what was opened: tables and betas {"train", "val": {subject: ...}}, targets {name: Rows}.
+    """Make a Run of what was opened: tables and betas {"train", "val": {subject: ...}}, targets {name: Rows}.
 
     Seeds the random numbers, for the network that is made next.
     """
@@ -159,7 +159,7 @@ def make_run(plan, config, team, tables, betas, targets, pretrained=None):
 
 
 def target_statistics(target, tables, seed, n=2000):
-    """Mean over (at most `n`) training images' targets, and the standard deviation of what is left: (T, D), scalar."""
+    """Return the mean (T, D) over training images' targets, at most `n`, and the standard deviation of what is left."""
     images = np.unique(np.concatenate([table["image_id"] for table in tables.values()]))
     chosen = np.random.default_rng(seed).choice(images, min(n, len(images)), replace=False)
     rows = target[np.sort(chosen)].astype(np.float32)

@@ -51,7 +51,7 @@ class Request:
 
     @classmethod
     def from_args(cls, args):
-        """From parsed flags; raises UserError for a value out of range."""
+        """Read parsed flags; raises UserError for a value out of range."""
         for name in ("batch_size", "prior_steps", "adapt_epochs"):
             if getattr(args, name) < 1:
                 raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
@@ -59,12 +59,12 @@ class Request:
         return cls(Paths.from_args(args), **given)
 
     def folder(self, feat):
-        """Where the scores of a feature go."""
+        """Return where the scores of a feature go."""
         return self.paths.scores(self.subj, scores_name(self.flags, feat), feat)
 
     @property
     def flags(self):
-        """As disk.names takes them."""
+        """{name: value}, as disk.names takes them."""
         return vars(self)
 
 
@@ -135,7 +135,7 @@ def check_head(whose, subj, n_voxels, known, checkpoint):
 
 
 def adapt(request, feat, run, state, checkpoint_hash):
-    """The run's network with a new voxel encoder, fitted to the subject's training trials; kept beside the checkpoint.
+    """Fit a new voxel encoder for the run's network to the subject's training trials; returns the network.
 
     The run's own objective and settings, adapt_epochs long; fitted again only when checkpoint or flags changed.
     """
@@ -165,7 +165,7 @@ def adapt(request, feat, run, state, checkpoint_hash):
 
 
 def predict(source, betas, image_ids, what):
-    """Scores {file name: (N, ...) float32} for responses betas (N, V) to the images image_ids (N,)."""
+    """Return scores {file name: (N, ...) float32} for responses betas (N, V) to the images image_ids (N,)."""
     request, device = source.request, next(source.model.parameters()).device
     parts = []
     for start in tqdm(range(0, len(betas), request.batch_size), desc=f"{what} {source.run}", unit="batch"):
@@ -188,7 +188,7 @@ def save(source, scores):
 
 
 def save_ground_truth(request, feat):
-    """The true features of the test images as scores, (N, ...): what a perfect decoder would predict."""
+    """Write the true features of the test images, (N, ...), as scores: what a perfect decoder would predict."""
     if request.control:
         raise utils.UserError(f"--control {request.control}: a null control of the brain's responses; with "
                               "--ground_truth there are none, leave one of them out")

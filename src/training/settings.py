@@ -31,7 +31,7 @@ class Loop:
 
     @classmethod
     def from_args(cls, args):
-        """From parsed flags. A job that SLURM requeued continues, --overwrite or not."""
+        """Read parsed flags. A job that SLURM requeued continues, --overwrite or not."""
         given = {field.name: getattr(args, field.name) for field in fields(cls)}
         requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
         return cls(**given | {"overwrite": args.overwrite and not requeued})
@@ -54,7 +54,7 @@ class Plan:
 
     @classmethod
     def from_args(cls, args):
-        """From the flags of options.training_parser.
+        """Read the flags of options.training_parser.
 
         Raises UserError for a value out of range, and for flags that mean two stages.
         """
@@ -71,7 +71,7 @@ class Plan:
 
     @classmethod
     def gnet_from_args(cls, args):
-        """From the flags of train_gnet.py; raises UserError for a value out of range."""
+        """Read the flags of train_gnet.py; raises UserError for a value out of range."""
         check_flags(vars(args))
         return cls._of(args, "pretrain" if args.multi_subject else "scratch", settings_of(vars(args), "gnet"))
 
@@ -83,11 +83,11 @@ class Plan:
                    multisubject_ckpt, Loop.from_args(args), config)
 
     def run_name(self, feat):
-        """Name of the run of a feature."""
+        """Return the name of a feature's run."""
         return run_name(self.stage, self.subj, feat, self.hidden_dim, self.num_sessions, self.tag)
 
     def pretrained_file(self, feat):
-        """Checkpoint to fine-tune from, None where nothing is; UserError when it is missing.
+        """Return the checkpoint to fine-tune from, None in other stages; UserError when it is missing.
 
         `auto` is the pretraining of the same subject, feature and width: of the same tag where there is one, else of
         none.
@@ -118,7 +118,7 @@ def check_flags(flags):
 
 
 def settings_of(flags, stage):
-    """What decides the result of a run: the flags without how it is run, and without those that its stage ignores.
+    """Return what decides the result of a run: no flag of how it is run, and none that its stage ignores.
 
     flags: {name: value} of the whole command line; stage: of a Plan, or gnet. A run with other settings is another run.
     """

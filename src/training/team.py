@@ -69,18 +69,18 @@ class Team:
             print(*words, flush=True)
 
     def wait(self):
-        """Until every process has come here."""
+        """Wait until every process has come here."""
         if self.size > 1:
             dist.barrier()
 
     # --- rows of the joint batch ----------------------------------------------------------------------------------
 
     def take(self, rows, offset=0):
-        """This process's rows of (n, ...), which start at row `offset` of the joint batch."""
+        """Return this process's rows of (n, ...), which start at row `offset` of the joint batch."""
         return rows[(self.rank - offset) % self.size::self.size]
 
     def take_voxels(self, voxels):
-        """This process's rows of {subject: (b, V)}, the subjects one after the other."""
+        """Return this process's rows of {subject: (b, V)}, the subjects one after the other."""
         taken, offset = {}, 0
         for subject, rows in voxels.items():
             taken[subject] = self.take(rows, offset)
@@ -88,7 +88,7 @@ class Team:
         return taken
 
     def join(self, rows, n, offset=0):
-        """All processes' rows, (n, ...) in the joint batch's order; the gradient reaches this process's own rows only.
+        """Gather all processes' rows, (n, ...) in the joint batch's order; the gradient reaches its own rows only.
 
         Every process computes the same loss from it. Its gradient with respect to the network is the sum over the
         processes; `step` makes that sum out of the launcher's mean.
@@ -105,7 +105,7 @@ class Team:
         return joint
 
     def any(self, flag):
-        """Whether `flag` is true in any process."""
+        """Say whether `flag` is true in any process."""
         if self.size == 1:
             return flag
         votes = torch.tensor(float(flag), device=self.device)
@@ -138,7 +138,7 @@ class Team:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def step(self, loss, groups):
-        """One step of the optimizer down the joint loss. groups: learning rates and momenta, as in param_groups."""
+        """Make a step of the optimizer down the joint loss. groups: learning rates and momenta, as in param_groups."""
         loss = loss * self.size  # launchers average gradients over processes; ours add up (see `join`)
         if self.deepspeed:
             for group, wanted in zip(self.optimizer.param_groups, groups, strict=True):
@@ -154,7 +154,7 @@ class Team:
     # --- checkpoints that any launcher can read -------------------------------------------------------------------
 
     def optimizer_state(self):
-        """AdamW's moments by parameter name, whole, and its step count. Every process must call it.
+        """Return AdamW's moments by parameter name, whole, and its step count. Every process must call it.
 
         {"step": int, "exp_avg": {name: tensor}, "exp_avg_sq": {name: tensor}, "scaler": dict}
         """
@@ -214,7 +214,7 @@ ALONE = Team()
 
 
 def pick_precision(name, device):
-    """torch.dtype of --precision on a device."""
+    """Return the torch.dtype of --precision on a device."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if name == "auto":
         if device.type == "cpu":

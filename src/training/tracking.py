@@ -19,7 +19,7 @@ def check_tracking(wandb_log):
 
 
 def load_rows(file):
-    """The rows of a metrics.jsonl, {"step": int, name: float}; one that a full disk or a kill left half ends them."""
+    """Yield the rows of a metrics.jsonl, {"step": int, name: float}, up to one that a full disk or a kill cut off."""
     for line in file.read_bytes().splitlines():
         try:
             row = json.loads(line)
@@ -56,7 +56,7 @@ class Tracker:
                                 "--relogin`, or set WANDB_MODE=offline") from None
 
     def _rows_until(self, step):
-        """The lines of metrics.jsonl up to a step."""
+        """Yield the lines of metrics.jsonl up to a step."""
         if step is not None and self.file.exists():
             yield from (json.dumps(row) + "\n" for row in load_rows(self.file) if row["step"] <= step)
 
@@ -71,7 +71,7 @@ class Tracker:
         self._to_wandb(lambda run: run.log(metrics, step=step))
 
     def log_images(self, key, images, captions, step=None):
-        """Images: list of (H, W, 3) uint8 arrays or PIL images; only W&B keeps them, the files are on disk anyway."""
+        """Show images, (H, W, 3) uint8 arrays or PIL's; only W&B keeps them, the files are on disk anyway."""
         def send(run):
             import wandb
 
@@ -81,7 +81,7 @@ class Tracker:
         self._to_wandb(send)
 
     def log_table(self, key, rows, step=None):
-        """A table of equal-keyed dicts, for W&B only."""
+        """Show a table of equal-keyed dicts, for W&B only."""
         def send(run):
             import wandb
 
