@@ -5,9 +5,12 @@ that has nothing else installed.
 """
 
 import errno
+import functools
 import gc
+import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +77,7 @@ def run_cli(main, argv=None):
 
     Returns the exit status; of what a signal stopped 128 + its number, as shells do.
     """
+    quiet()
     status = _status_of(main, argv)
     _leave_processes(failed=status != 0)
     return status
@@ -164,6 +168,68 @@ def pick_device(name="auto"):
     except RuntimeError as error:
         raise UserError(f"--device {name}: not a device ({str(error).splitlines()[0]}); wanted auto, cpu, cuda or "
                         "cuda:1") from None
+
+
+# --- the terminal ------------------------------------------------------------------------------------------------
+
+# what libraries read when they are loaded; the environment's own settings win
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# {logger: messages of it that ask nothing of the user}; every other message of a library stays
+NOISE = {
+    "transformers.modeling_utils": r"LOAD REPORT(?!.*(MISSING|MISMATCH|CONVERSION))",  # weights that nobody asked for
+    "transformers.utils.import_utils": r"requires torchvision \(not installed\); falling back",
+}
+LOG_INTERVAL = 60  # seconds between two lines of a bar in a log file
+
+
+def quiet():
+    """Leave out what libraries say that no user can act on; called before they are loaded.
+
+    Known messages are left out one by one. Warnings that are not known, weights that a file lacks and errors stay.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    for name in NOISE:
+        logging.getLogger(name).addFilter(_worth_saying)
+
+
+def _worth_saying(record):
+    return not re.search(NOISE[record.name], record.getMessage(), re.DOTALL)
+
+
+def progress(iterable=None, **settings):
+    """Return tqdm(iterable, **settings): a bar on a terminal; in a log file a line a minute, none in the first."""
+    from tqdm import tqdm
+
+    return (tqdm if sys.stderr.isatty() else _lines())(iterable, **settings)
+
+
+@functools.cache
+def _lines():
+    """Return the bar of a log file, a class."""
+    from tqdm import tqdm
+
+    class Lines(tqdm):
+        def __init__(self, iterable=None, **settings):
+            super().__init__(iterable, **{**settings, "mininterval": LOG_INTERVAL, "delay": LOG_INTERVAL,
+                                          "miniters": 1, "ncols": 0})  # 0: the numbers alone
+
+        def display(self, *message):
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+
+        def set_postfix(self, *values, refresh=True, **named):
+            super().set_postfix(*values, refresh=False, **named)  # shown with the next line
+
+        def close(self):
+            if getattr(self, "disable", True):
+                return
+            if self.last_print_t >= self.start_t + self.delay and self.last_print_n < self.n:
+                self.display()
+            self.disable = True
+            self._decr_instances(self)
+
+    return Lines
 
 
 # --- messages and records ----------------------------------------------------------------------------------------
