@@ -39,12 +39,10 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    from tqdm import tqdm
-
     from nsd import checks
 
     world = checks.World(Paths.from_args(args))
-    looks = tqdm(list(everything_to_look_at(world, args)), desc="looking", leave=False, disable=None)
+    looks = utils.progress(list(everything_to_look_at(world, args)), desc="looking", leave=False, disable=None)
     findings = [checks.examine(what, mend, look) for what, mend, look in looks]
     if checks.report(findings):
         raise SystemExit(1)

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import options
 import utils
@@ -32,7 +31,7 @@ class Encoder(NamedTuple):
             pictures = [pictures[start:start + batch_size] for start in range(0, len(pictures), batch_size)]
         voxels = None if voxels is None else torch.as_tensor(voxels, device=device)
         found = []
-        for batch in tqdm(pictures, desc=show, unit="batch", disable=show is None):
+        for batch in utils.progress(pictures, desc=show, unit="batch", disable=show is None):
             images = torch.from_numpy(np.array(batch)).to(device).permute(0, 3, 1, 2) / 255
             with torch.inference_mode():
                 found.append(self.model(images, self.subj, voxels).cpu().numpy())

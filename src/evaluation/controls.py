@@ -7,7 +7,6 @@ drawings from the true features, and what the VAE makes of the seen images thems
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import utils
 from disk.names import scores_name
@@ -96,7 +95,7 @@ def nearest_image(label, seen, run, paths, feat):
     feature = open_feature(paths, feat)
     candidates = np.setdiff1d(training_images(run, paths), seen.image_ids)
     best, nearest = torch.full((len(brain),), -torch.inf), torch.zeros(len(brain), dtype=torch.int64)
-    for start in tqdm(range(0, len(candidates), AT_ONCE), desc=label, unit="batch", delay=2):
+    for start in utils.progress(range(0, len(candidates), AT_ONCE), desc=label, unit="batch", delay=2):
         part = candidates[start:start + AT_ONCE]
         rows = torch.from_numpy(feature[part].astype(np.float32)).flatten(1)
         similarity, index = (brain @ torch.nn.functional.normalize(rows).T).max(dim=1)
@@ -120,7 +119,7 @@ def vae_round_trip(label, seen, sd_model, store, device):
     @torch.inference_mode()
     def make_all(file):
         rows = np.lib.format.open_memmap(file, "w+", np.uint8, (len(seen.image_ids), side, side, 3))
-        for i in tqdm(range(len(rows)), desc=label, unit="image", delay=2):
+        for i in utils.progress(range(len(rows)), desc=label, unit="image", delay=2):
             image = as_float(seen.read(i, 0)[None]).to(device)
             if image.shape[-1] != side:
                 image = torch.nn.functional.interpolate(image, size=(side, side), mode="bilinear", antialias=True)

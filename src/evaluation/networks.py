@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import utils
 from disk.files import atomic_path, load_npy, remove_leftovers
@@ -83,7 +82,7 @@ def load_networks(eval_clip, device, weights_dir=None):
         "swav_distance": load_swav,
     }
     networks, missing = {}, {}
-    for metric, load in tqdm(loaders.items(), desc="load networks", unit="network"):
+    for metric, load in utils.progress(loaders.items(), desc="load networks", unit="network"):
         try:
             network = load()
         except (ImportError, OSError, RuntimeError) as error:  # not installed, does not import, or weights out of reach
@@ -118,7 +117,8 @@ class FeatureStore:
 
         def extract(temporary):
             rows = None
-            for start in tqdm(range(0, n, self.batch_size), desc=f"{name} of {pictures.label}", unit="batch", delay=2):
+            starts = range(0, n, self.batch_size)
+            for start in utils.progress(starts, desc=f"{name} of {pictures.label}", unit="batch", delay=2):
                 index = range(start, min(start + self.batch_size, n))
                 found = network(pictures.batch(index, sample)).numpy()
                 if rows is None:

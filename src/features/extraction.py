@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import utils
 from features.files import FeatureFile, check_room, create_file, rows_there
@@ -68,7 +67,7 @@ def write_blocks(maker, network, blocks, files, num_workers, device, show=True):
     """
     on_gpu = device.type == "cuda"
     loader = DataLoader(blocks, batch_size=None, collate_fn=maker.read, num_workers=num_workers, pin_memory=on_gpu)
-    bar = tqdm(total=sum(map(len, blocks)), desc=" ".join(files), unit="image", disable=not show)
+    bar = utils.progress(total=sum(map(len, blocks)), desc=" ".join(files), unit="image", disable=not show)
     with bar, ThreadPoolExecutor(1) as thread:
         writing = None
         for ids, item in zip(blocks, loader, strict=True):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 import options
 import utils
@@ -129,7 +128,7 @@ def sample_of(n, deep):
 def look_at_rows(rows, deep, numbers=None):
     """Raise UserError for a row (of `numbers`, or any) that is NaN or infinite, or all zeros: a hole in the file."""
     numbers = np.arange(len(rows)) if numbers is None else numbers
-    for part in tqdm(sample_of(len(numbers), deep), desc=rows.path.name, unit="batch", leave=False, delay=3):
+    for part in utils.progress(sample_of(len(numbers), deep), desc=rows.path.name, unit="batch", leave=False, delay=3):
         values = rows[numbers[part]].reshape(len(part), -1)
         if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
             bad = numbers[part][~np.isfinite(values).all(1)][0]

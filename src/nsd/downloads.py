@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 import utils
 from disk.files import file_hash
 from disk.names import Paths
@@ -167,7 +165,7 @@ def check_space(missing):
 
 def fetch_all(missing, paths, servers):
     """Fetch each item to its place, complete or not at all."""
-    for item in tqdm(missing, desc="files", unit="file", leave=False):
+    for item in utils.progress(missing, desc="files", unit="file", leave=False):
         if item.origin == "hub":
             _fetch_from_hub(item, paths)
         elif item.origin == "nsd":
@@ -186,7 +184,7 @@ def fetch_all(missing, paths, servers):
 
 
 def _fetch_from_server(item, path, advice, servers):
-    with tqdm(total=item.size, desc=path.name, unit="B", unit_scale=True, leave=False) as bar:
+    with utils.progress(total=item.size, desc=path.name, unit="B", unit_scale=True, leave=False) as bar:
         transfer.fetch(servers.client, item.remote, path, advice, servers.parts, bar)
 
 

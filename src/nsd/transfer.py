@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import NamedTuple
 
 import httpx
-from tqdm import tqdm
 
 import utils
 from disk.files import file_hash, save_json
@@ -65,12 +64,12 @@ def probe(client, url, advice):
 
 
 def fetch(client, remote, path, advice, parts=8, bar=None):
-    """Fetch a file to `path`, continuing what an earlier call began. bar: a tqdm, counting bytes.
+    """Fetch a file to `path`, continuing what an earlier call began. bar: utils.progress, counting bytes.
 
     Raises UserError, ending in `advice`, when the server refuses, keeps failing, or the download does not have its size
     or MD5 (which an ETag of 32 hexadecimal digits is, as S3 gives for what was uploaded in one piece).
     """
-    bar = tqdm(disable=True) if bar is None else bar
+    bar = utils.progress(disable=True) if bar is None else bar
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     journal = part.with_name(part.name + ".json")

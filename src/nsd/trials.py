@@ -9,7 +9,6 @@ import zipfile
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 import utils
 from disk.files import atomic_path
@@ -87,7 +86,7 @@ def _read_shards(folder, shards, what):
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         pass
     found, fresh = [], False
-    for shard in tqdm(shards, desc=f"{what}, read once", unit="tar", delay=2, leave=False):
+    for shard in utils.progress(shards, desc=f"{what}, read once", unit="tar", delay=2, leave=False):
         hint = f"{DOWNLOAD}, or check --data_path and --subj"
         stat = utils.require(shard, "shard", hint).stat()
         name = f"{shard.name} {stat.st_size} {stat.st_mtime_ns}"

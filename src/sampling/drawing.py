@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import utils
 from sampling import folders
@@ -161,7 +160,7 @@ def draw(jobs, sampler, folder, start_tracker, is_main=True):
     tracker = start_tracker(resume_after=len(folders.pictures_in(folder)) or None) if is_main else None
     if is_main:
         sampler.print_cosine(jobs[:min(size, COMPARED)])
-    for start in tqdm(range(0, len(jobs), size), desc=f"batches of {size}", disable=not is_main):
+    for start in utils.progress(range(0, len(jobs), size), desc=f"batches of {size}", disable=not is_main):
         batch = jobs[start:start + size]
         images, steps = sampler.draw(batch)
         drawn, lost = save_batch(folder, batch, images, steps if sampler.settings.use_gnet else None)

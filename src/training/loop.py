@@ -3,7 +3,6 @@
 Letters: B batch (all subjects together), b one subject's part of it, V voxels."""
 
 import signal
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import utils
 from disk.checkpoints import RUN_KEYS, load_checkpoint, save_checkpoint
@@ -301,8 +299,8 @@ def make_optimizer(model, loop, steps_per_epoch):
 def progress_bar(run, loop, at):
     """Show a bar of all steps of the training, in the main process."""
     n_steps = len(run.train)
-    return tqdm(desc=run.name, initial=at.epoch * n_steps + at.step, total=loop.num_epochs * n_steps, unit="step",
-                disable=not run.team.is_main, mininterval=0.5 if sys.stderr.isatty() else 30)
+    return utils.progress(desc=run.name, initial=at.epoch * n_steps + at.step, total=loop.num_epochs * n_steps,
+                          unit="step", disable=not run.team.is_main)
 
 
 def math_attention(device):

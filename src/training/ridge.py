@@ -4,7 +4,6 @@ Letters: N images, V voxels, F values of a feature."""
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import utils
 from disk.checkpoints import save_checkpoint
@@ -39,7 +38,7 @@ def train_ridge(plan, feat):
     rows = target[train.image_ids].reshape(len(train.image_ids), -1)  # (N, F) as stored
     check_finite(target, rows)
     run.introduce()
-    for start in tqdm(range(0, rows.shape[1], RIDGE_COLUMNS), desc=run.name, unit="block", delay=2):
+    for start in utils.progress(range(0, rows.shape[1], RIDGE_COLUMNS), desc=run.name, unit="block", delay=2):
         columns = slice(start, start + RIDGE_COLUMNS)
         solved = RidgeCV(RIDGE_ALPHAS, alpha_per_target=True).fit(train.betas, rows[:, columns].astype(np.float32))
         model.linear.weight.data[columns] = torch.as_tensor(solved.coef_)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import options
 import utils
@@ -168,7 +167,7 @@ def predict(source, betas, image_ids, what):
     """Return scores {file name: (N, ...) float32} for responses betas (N, V) to the images image_ids (N,)."""
     request, device = source.request, next(source.model.parameters()).device
     parts = []
-    for start in tqdm(range(0, len(betas), request.batch_size), desc=f"{what} {source.run}", unit="batch"):
+    for start in utils.progress(range(0, len(betas), request.batch_size), desc=f"{what} {source.run}", unit="batch"):
         rows = slice(start, start + request.batch_size)
         # noise from (seed, image id), so that the batch size does not matter
         seeds = [utils.derive_seed(request.seed, image_id) for image_id in image_ids[rows]]
