@@ -47,6 +47,7 @@ def main(argv=None):
         raise utils.UserError(f"--parts {args.parts}: wanted at least 1")
     if args.to and args.data_path:
         raise utils.UserError("--to with --data_path: either names where the data set goes; give one of them")
+    utils.show_fetching()
     from nsd import downloads, transfer
 
     root = Paths.from_args(args)
