@@ -25,6 +25,14 @@ class Paths:
         data_path = Path(args.data_path).expanduser().resolve() if args.data_path else root / "MindEyeV2/mindeyev2"
         return cls(root, data_path)
 
+    def find(self, given):
+        """Return the path that a flag names: from the current folder, or, where there is no such thing, from the root.
+
+        The one rule for every flag that takes a file or a folder; an absolute path stays as it is, ~ is the home.
+        """
+        path = Path(given).expanduser()
+        return path.resolve() if path.exists() else self.root / path
+
     @property
     def stimuli(self):
         """Folder of NSD's stimuli, their captions and their features."""
@@ -44,6 +52,10 @@ class Paths:
         """HDF5 file of a feature ('c', 'z', 'g_2', ...): one row per 73k image."""
         return self.stimuli / f"{feat}_all.hdf5"
 
+    def components(self, feat):
+        """HDF5 file of a feature's principal components, and of every image's coefficients."""
+        return self.stimuli / f"{feat}_components.hdf5"
+
     def betas(self, subj):
         """HDF5 file of a subject's single-trial responses."""
         return self.data_path / f"betas_all_{subj}_fp32_renorm.hdf5"
@@ -56,16 +68,26 @@ class Paths:
         """Folder of a training run; `name` is `run_name`'s."""
         return self.root / "train_logs" / name
 
+    @property
+    def scores_all(self):
+        """Folder of all scores."""
+        return self.root / "scores_all"
+
+    @property
+    def outputs_all(self):
+        """Folder of all reconstructions."""
+        return self.root / "outputs_all"
+
     def scores(self, subj, name, feat):
         """Folder of one feature's scores; `name` is `scores_name`'s."""
-        folder = self.root / "scores_all" / subj / name
+        folder = self.scores_all / subj / name
         return folder / f"Linear-{feat[2:]}" if feat.startswith("g_") else folder
 
     def images(self, subj, method, guidance_scale, guidance_strength):
         """Folder of a set of reconstructions; those without guidance lie in 0/0."""
         if not guidance_scale * guidance_strength:
             guidance_scale = guidance_strength = 0
-        return self.root / "outputs_all" / subj / method / f"{guidance_scale:g}" / f"{guidance_strength:g}"
+        return self.outputs_all / subj / method / f"{guidance_scale:g}" / f"{guidance_strength:g}"
 
     def images_of(self, flags):
         """Folder of the reconstructions that the flags of recon.py (a dict) mean, --outdir aside."""

@@ -28,10 +28,12 @@ def extract(maker, paths, team, subjects=None, dtype="float16", num_workers=2, o
     missing = {feat: len(wanted) - (0 if there[feat] is None else there[feat][wanted].sum()) for feat in maker.feats}
     network = maker.load()
     row_shape = maker.row_shape(network)
-    check_room(paths, list(missing), sum(missing.values()) * np.prod(row_shape) * np.dtype(dtype).itemsize)
+    needed = sum(missing.values()) * np.prod(row_shape) * np.dtype(dtype).itemsize
+    check_room(paths, [paths.feature(feat).name for feat in missing], needed)
     team.wait()  # until every process has looked
     for feat in missing:
         if there[feat] is None and team.is_main:
+            paths.components(feat).unlink(missing_ok=True)  # of the rows that are replaced
             create_file(paths.feature(feat), n_images, row_shape, dtype, maker)
     team.wait()
     files = {feat: FeatureFile(paths.feature(feat)) for feat in missing}

@@ -50,12 +50,12 @@ def rows_there(path, maker, wanted, dtype, say=print):
     return written
 
 
-def check_room(paths, feats, needed):
-    """Raise UserError when `needed` bytes for the files of `feats` are not free."""
+def check_room(paths, names, needed):
+    """Raise UserError when `needed` bytes for files of these names beside the stimuli are not free."""
     paths.stimuli.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(paths.stimuli).free
     if needed > free:
-        raise utils.UserError(f"{paths.stimuli}: {', '.join(paths.feature(feat).name for feat in feats)}: needs "
+        raise utils.UserError(f"{paths.stimuli}: {', '.join(names)}: needs "
                               f"{utils.in_bytes(needed)}, {utils.in_bytes(free)} are free; make room on the disk or "
                               "give fewer --feats")
 

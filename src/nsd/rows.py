@@ -110,6 +110,10 @@ class Rows:
             raise utils.UserError(f"{self.path}: image id {first} is not written yet, {self._written.sum()} of "
                                   f"{len(self)} rows are there; {self._go_on}")
 
+    def there(self):
+        """List the rows that are there, (n,) ascending."""
+        return np.arange(len(self)) if self._written is None else np.flatnonzero(self._written)
+
     def of(self, kind, n_axes, wanted):
         """Return these Rows if their numbers are of that kind (NumPy's letter) in that many axes; else UserError."""
         if self.dtype.kind != kind or len(self.row_shape) != n_axes:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 import utils
-from disk.files import atomic_path
+from disk.files import atomic_path, load_npy
 from nsd.design import check_against_expdesign, expdesign_file
 from nsd.sources import DOWNLOAD, SUBJECTS
 
@@ -130,6 +130,26 @@ def _is_whole_tar(path):
         tar.getmembers()
         file.seek(tar.offset)
         return file.read(1024) == bytes(1024)
+
+
+def shared_images(paths, n_images):
+    """List the ids of the images that test sets are made of, ascending; nothing may be fitted on them.
+
+    MindEye2's shared1000.npy; where it is missing, the images of every new_test shard that is there. n_images: how many
+    images there are. Raises UserError when neither is there.
+    """
+    file = paths.data_path / "shared1000.npy"
+    if file.exists():
+        mask = load_npy(file, "mask of the shared images", DOWNLOAD)
+        if mask.shape != (n_images,):
+            raise utils.UserError(f"{file}: shape {mask.shape}, wanted ({n_images},), one for each image; "
+                                  "check that both are of one data set")
+        return np.flatnonzero(mask)
+    tested = [subj for subj in SUBJECTS if (paths.data_path / "wds" / subj / "new_test").exists()]
+    if not tested:
+        raise utils.UserError(f"{file}: mask of the shared images not found, nor test trials beside it, so that "
+                              f"nobody knows what is tested on; {DOWNLOAD}, or check --data_path")
+    return np.unique(np.concatenate([load_trials(paths, subj, "new_test")["image_id"] for subj in tested]))
 
 
 # --- training and validation images -------------------------------------------------------------------------------

@@ -1,0 +1,148 @@
+"""Principal components of a feature, and every image's coefficients: what is decoded in place of whole rows.
+
+features/components.py writes them. Letters: N images, F numbers in a row of the feature, k components, n images asked
+for.
+"""
+
+import hashlib
+from functools import cached_property
+
+import h5py
+import numpy as np
+
+import utils
+from nsd.rows import Rows
+
+
+class Components:
+    """A feature's components: row = mean + coefficients @ basis, as far as k components go.
+
+    .feat, .path   name of the feature; the file
+    .shape         of a row of the feature, such as (77, 768); F is its product
+    .mean          (F,) float32, over the images that the components were fitted on
+    .basis         (k, F) float32, orthonormal rows, by descending variance
+    .variances     (k,) float32, of each coefficient over these images
+    .total         float: mean squared distance of their rows from the mean, so that variances / total are shares
+    .kept          float: share of it that the k components keep; .n_fitted: how many images these are
+    .k             number of components
+    .source        what the feature file said of itself
+    .digest        short hash that tells one basis from another
+    .coefficients  (N, k) float32, by image id, read whole when first asked for (0.3 GB on NSD)
+    """
+
+    def __init__(self, path, feat):
+        """Raises UserError when the file is missing or not readable."""
+        again = f"write them with bash scripts/features.sh --feats {feat}"
+        self.path, self.feat = path, feat
+        self._rows = Rows(path, "data", f"components of {feat}", again,
+                          go_on=f"continue with bash scripts/features.sh --feats {feat}")
+        try:
+            with h5py.File(path, "r") as file:
+                self.mean, self.variances = file["mean"][()], file["variances"][()]
+                self.k, width = file["basis"].shape
+                known = dict(file.attrs)
+                self.shape = tuple(int(size) for size in known["shape"])
+                self.total, self.kept = float(known["total"]), float(known["kept"])
+                self.n_fitted, self.seed, self.wanted = (int(known[name]) for name in ("n_fitted", "seed", "wanted"))
+                self.source, self.digest = str(known["source"]), str(known["digest"])
+            if not self.k == len(self.variances) == self._rows.shape[1] or \
+                    not width == len(self.mean) == np.prod(self.shape):
+                raise OSError("its parts are of different sizes")
+        except (OSError, KeyError) as error:
+            reason = str(error).strip("'\"")
+            raise utils.UserError(f"{path}: not readable as components ({reason}); delete it and {again}") from None
+
+    def __len__(self):
+        return len(self._rows)
+
+    @cached_property
+    def basis(self):
+        return self._read("basis")
+
+    @cached_property
+    def coefficients(self):
+        return self._read("data")
+
+    def _read(self, name):
+        with h5py.File(self.path, "r") as file:
+            return file[name][()]
+
+    def require(self, ids):
+        """Raise UserError unless the coefficients of all these images (n,) are there."""
+        self._rows.require(np.asarray(ids, np.int64))
+
+    def there(self):
+        """List the images whose coefficients are there, (n,) ids, ascending."""
+        return self._rows.there()
+
+    def reconstruct(self, coefficients):
+        """Make rows (n, *shape) float32 of coefficients: (n, k), or (n, fewer), those of the first components."""
+        coefficients = np.asarray(coefficients, np.float32)
+        rows = coefficients @ self.basis[:coefficients.shape[1]]
+        rows += self.mean
+        return rows.reshape(len(rows), *self.shape)
+
+    def project(self, rows):
+        """Return the coefficients (n, k) float32 of rows (n, *shape)."""
+        centred = np.asarray(rows).reshape(len(rows), -1).astype(np.float32)
+        centred -= self.mean
+        return centred @ self.basis.T
+
+
+class CoefficientRows:
+    """Coefficients as a target of batches (nsd.batches); stands in for the Rows of a feature.
+
+    .shape (N, k), .row_shape (k,), .dtype, .path
+    """
+
+    def __init__(self, components, k=None):
+        """components: Components; k: the first k of them alone (None: all)."""
+        self.components, self.path = components, components.path
+        self.array = components.coefficients[:, :k]
+        self.shape, self.row_shape, self.dtype = self.array.shape, self.array.shape[1:], self.array.dtype
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, ids):
+        """ids: slice or (n,) integers in any order -> (n, k) float32, a copy."""
+        ids = np.arange(len(self))[ids] if isinstance(ids, slice) else np.asarray(ids, np.int64)
+        self.require(ids)
+        return self.array[ids]
+
+    def require(self, ids):
+        """Raise UserError unless the coefficients of all these images (n,) are there."""
+        self.components.require(ids)
+
+
+def open_components(paths, feat):
+    """Open the components of a feature; returns Components.
+
+    Raises UserError when the file is missing, not readable, or made from another feature file than the one beside it.
+    """
+    components = Components(paths.components(feat), feat)
+    if paths.feature(feat).exists():
+        check_source(components, source_of(paths.feature(feat)))
+    return components
+
+
+def check_source(components, source):
+    """Raise UserError unless the components were made from the feature file that says this of itself (source_of)."""
+    if components.source != source:
+        raise utils.UserError(f"{components.path}: made from a feature file of {components.source}, but the one beside "
+                              f"it is of {source}; delete it and write it again with bash scripts/features.sh --feats "
+                              f"{components.feat}")
+
+
+def source_of(file):
+    """Say what a feature file was made by, and from; of another program's, which does not say, hash 16 of its rows."""
+    try:
+        with h5py.File(file, "r") as opened:
+            rows = opened["data"]
+            if "model" in rows.attrs:
+                return f"{rows.attrs['model']} {rows.attrs['source']}"
+            ids = np.unique(np.linspace(0, len(rows) - 1, 16).astype(np.int64))
+            content = repr(rows.shape).encode() + rows[ids].tobytes()
+            return f"rows {hashlib.sha256(content).hexdigest()[:12]}"
+    except (OSError, KeyError) as error:
+        raise utils.UserError(f"{file}: not readable ({error}); write it again with img2feat.py --overwrite") from None
