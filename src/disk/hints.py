@@ -1,0 +1,136 @@
+"""What lies on disk where the flags led to nothing, and which flags lead there: what errors name.
+
+The reverse of disk.names, which makes names of flags (dicts, as it takes them); like it of the standard library only.
+"""
+
+import re
+
+from disk.names import head_of, images_name
+from options import SESSIONS
+
+AT_MOST = 4  # that an error names
+STAGES = {"multisubject": "pretrain", "pretrained": "finetune", "scratch": "scratch", "ridge": "ridge"}
+RUN = (r"(?P<prefix>multisubject|pretrained|scratch|ridge)_(?P<of>subj\d\d)(?:_(?P<num_sessions>\d+)sess)?_ext1_{feat}"
+       r"(?:_(?P<hidden_dim>\d+))?(?:_mlp)?(?:_(?P<tag>.+?))??")
+CEILING = r"(?P<ceiling>ground_truth)_(?P<seen_by>subj\d\d)_{feat}"
+HEAD = r"(?:_adapt(?P<adapted>\d+)sess|_head(?P<lent>\d\d))?"
+VARIANT = r"(?:_(?P<test_split>test|val))?(?:_(?P<repeats>single))?(?:_(?P<control>shuffle|noise|mean))?"
+PICTURES = (r"(?P<method>.+?)(?P<ceiling>_ground_truth)?(?:_gnet_(?P<gnet_roi>\w+?)_(?P<gnet_kappa>[\d.e+-]+))?"
+            + VARIANT)
+DEFAULTS = {"test_split": "new_test", "repeats": "mean", "control": None}
+
+
+def runs_like(paths, flags, feat):
+    """Say which runs of a feature there are, and the flags that lead to each; '' where there are none."""
+    found = []
+    for file in paths.run("").glob("*/last.pth"):
+        name = re.fullmatch(RUN.format(feat=re.escape(feat)), file.parent.name)
+        if name:
+            found.append((file.parent.name, differences(flags, run_flags(name, flags["subj"]))))
+    return listed(found)
+
+
+def scores_like(paths, flags, feat):
+    """Say which scores of a feature there are, of any subject, and the flags that lead to each; '' for none."""
+    pattern = f"(?:{RUN}|{CEILING}){HEAD}{VARIANT}".format(feat=re.escape(feat))
+    below = f"Linear-{feat[2:]}/" if feat.startswith("g_") else ""
+    found = []
+    for file in paths.scores_all.glob(f"subj*/*/{below}nsdgeneral.npy"):
+        folder = file.parents[1] if below else file.parent
+        name, subj = re.fullmatch(pattern, folder.name), folder.parent.name
+        if name:
+            own = subj == flags["subj"]
+            found.append((folder.name if own else f"{subj}/{folder.name}", differences(flags, {
+                "subj": subj, **run_flags(name, subj), "head": head_in(name), **variant_in(name)})))
+    return listed(found)
+
+
+def pictures_like(paths, flags):
+    """Say which reconstructions there are, and the flags of evaluate.py that lead to each; '' where there are none."""
+    found = []
+    for file in paths.outputs_all.glob("subj*/*/*/*/index.csv"):
+        subj, method, scale, strength = file.parts[-5:-1]
+        name = re.fullmatch(PICTURES, method)
+        try:
+            scale, strength = float(scale), float(strength)
+        except ValueError:
+            continue
+        of_set = {"subj": subj, "method": name["method"], "run": "ground_truth" if name["ceiling"] else "finetune",
+                  **variant_in(name), "use_gnet": name["gnet_roi"] is not None, "gnet_roi": name["gnet_roi"],
+                  "gnet_kappa": float(name["gnet_kappa"] or 0)}
+        assert images_name(of_set) == method, f"{method}: {of_set}"
+        words = differences({**flags, "run": flags["run"] if flags["run"] == "ground_truth" else "finetune"}, of_set)
+        if flags["guidance_scale"] != scale:
+            words.append(f"--guidance_scale {scale:g}")
+        if scale and flags["guidance_strength"] != strength:
+            words.append(f"--guidance_strength {strength:g}")
+        found.append(("/".join(file.parts[(-4 if subj == flags["subj"] else -5):-1]), words))
+    return listed(found)
+
+
+def encoders_there(paths):
+    """Say which brain encoding models there are, and the flag that names each; '' where there are none."""
+    return listed([(file.parent.name, [f"--gnet_run {file.parent.name}"])
+                   for file in paths.run("").glob("gnet_*/best.pth")])
+
+
+def listed(found):
+    """Join names and the flags that lead there, [(name, [flag])], the fewest flags first."""
+    found = sorted(found, key=lambda item: (len(item[1]), item[0]))
+    words = [f"{name} ({' '.join(flags)})" if flags else name for name, flags in found[:AT_MOST]]
+    more = [f"{len(found) - AT_MOST} more"] if len(found) > AT_MOST else []
+    return "there are: " + ", ".join(words + more) if words else ""
+
+
+# --- from names to flags ------------------------------------------------------------------------------------------
+
+
+def run_flags(name, subj):
+    """Return the flags that the match of a run's name stands for, when `subj` is decoded: those that it determines."""
+    if name.groupdict().get("ceiling"):
+        return {"run": "ground_truth"}
+    found = {"run": STAGES[name["prefix"]] + (f":{name['of']}" if name["of"] != subj else ""), "tag": name["tag"] or ""}
+    sessions = name["num_sessions"] or name.groupdict().get("adapted")
+    found |= {"num_sessions": int(sessions)} if sessions else {}
+    return found | ({"hidden_dim": int(name["hidden_dim"])} if name["hidden_dim"] else {})
+
+
+def head_in(name):
+    """Return the voxel encoder that the match of a scores' name stands for, as disk.names.head_of does."""
+    return f"subj{name['lent']}" if name["lent"] else "adapt" if name["adapted"] else "own"
+
+
+def variant_in(name):
+    return {flag: name[flag] or default for flag, default in DEFAULTS.items()}
+
+
+def differences(wanted, found):
+    """List the flags that `wanted` must be changed by to mean what `found` does, as they are written."""
+    words, subj = [], found.get("subj", wanted["subj"])
+    if subj != wanted["subj"]:
+        words.append(f"--subj {int(subj[-2:])}")
+    if found["run"] != own_run(wanted):
+        stage, colon, other = found["run"].partition(":")
+        words.append(f"--run {stage}" + (f":{int(other[-2:])}" if colon else ""))
+    if "head" in found and found["run"] != "ground_truth":
+        if head_of({**wanted, "subj": subj, "run": found["run"]}) != found["head"]:
+            words.append(f"--head {found['head'].removeprefix('subj0')}")
+    all_of = SESSIONS[subj] if wanted.get("num_sessions") == SESSIONS[wanted["subj"]] else wanted.get("num_sessions")
+    if found.get("num_sessions", all_of) != all_of:
+        words.append(f"--num_sessions {found['num_sessions']}")
+    if found.get("use_gnet"):
+        names = ("gnet_roi", "gnet_kappa")
+        if not (wanted["use_gnet"] and all(wanted[name] == found[name] for name in names)):
+            words.append(f"--use_gnet --gnet_roi {found['gnet_roi']} --gnet_kappa {found['gnet_kappa']:g}")
+    elif wanted.get("use_gnet") and "use_gnet" in found:
+        words.append("without --use_gnet")
+    for flag in ("hidden_dim", "method", "tag", "test_split", "repeats", "control"):
+        if flag in found and found[flag] != wanted[flag]:
+            words.append(f"--{flag} {found[flag]}" if found[flag] else f"without --{flag}")
+    return words
+
+
+def own_run(flags):
+    """Return --run as it is written shortest: the subject only where it is another than --subj."""
+    stage, _, subj = flags["run"].partition(":")
+    return flags["run"] if subj and subj != flags["subj"] else stage
