@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 import utils
+from nsd.repeats import AveragedRows
 from nsd.rows import read_betas
 
 
@@ -17,14 +18,19 @@ class EpochBatches(torch.utils.data.Dataset):
         targets    {name: (B, *row_shape) float32}, subject by subject in the order of `voxels`
         image_ids  (B,) int64, likewise
         sizes      {subject: b_s}
+    With `average`, a trial's row of voxels is the mean of its own response and some random others of the subject's
+    to the same image: with m trials of the image, from 1 to m are averaged, each number equally often.
     When `size` processes train together, voxels and targets are only those of the joint batch's rows rank, rank + size,
     ...; image_ids and sizes are those of all.
     The subject with most trials gives batch_size // n_subjects to a batch (some batches get one less); those of a
-    subject with fewer are spread evenly. Batches are drawn from (seed, epoch) alone.
+    subject with fewer are spread evenly. Batches are drawn from (seed, epoch) alone, what is averaged in one from
+    (seed, epoch, batch).
     """
 
-    def __init__(self, tables, betas, targets, batch_size, seed, rank=0, size=1):
+    def __init__(self, tables, betas, targets, batch_size, seed, rank=0, size=1, average=False):
         """tables: {subject: table of trials}; betas: {subject: Rows}; targets: {name: Rows by image id}.
+
+        AveragedRows may stand in for betas, CoefficientRows for a target. average: see above.
 
         Raises UserError for impossible batch sizes, and for images that a target does not have.
         """
@@ -37,13 +43,14 @@ class EpochBatches(torch.utils.data.Dataset):
                                       "--val_fraction and the wds folder")
         if share * len(tables) < size:
             raise utils.UserError(f"--batch_size {batch_size}: fewer trials than the {size} processes; raise it")
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.average = rank, size, average
         self.betas, self.targets, self.seed = betas, targets, seed
         self.image_ids = {subj: table["image_id"].to_numpy() for subj, table in tables.items()}
         self.rows = {subj: table["row"].to_numpy() for subj, table in tables.items()}
         for ids in self.image_ids.values():
             for rows in targets.values():
                 rows.require(ids)
+        self.repeats = {subj: _trials_by_image(ids) for subj, ids in self.image_ids.items()} if average else {}
         # enough for the shares, and one for each trial of the image that is repeated most often
         repeats = np.unique(np.concatenate(list(self.image_ids.values())), return_counts=True)[1].max()
         self.n_batches = max(-(-max(map(len, tables.values())) // share), int(repeats))
@@ -73,8 +80,8 @@ class EpochBatches(torch.utils.data.Dataset):
         chosen = {subj: batches[index] for subj, batches in self.plan().items()}
         image_ids = np.concatenate([self.image_ids[subj][trials] for subj, trials in chosen.items()])
         parts = self._own_parts(chosen)
-        mine = {subj: trials[part] for (subj, trials), part in zip(chosen.items(), parts, strict=True)}
-        voxels = {subj: read_betas(self.betas[subj], self.rows[subj][trials]) for subj, trials in mine.items()}
+        groups = self._groups(chosen, index)
+        voxels = {subj: self._responses(subj, groups[subj][part]) for subj, part in zip(chosen, parts, strict=True)}
         own_ids = image_ids[self.rank::self.size]
         targets = {name: rows[own_ids].astype(np.float32, copy=False) for name, rows in self.targets.items()}
         return {
@@ -84,12 +91,38 @@ class EpochBatches(torch.utils.data.Dataset):
             "sizes": {subj: len(trials) for subj, trials in chosen.items()},
         }
 
+    def _groups(self, chosen, index):
+        """Return {subject: list of the trials, (m,), whose mean is a row of the joint batch}."""
+        if not self.average:
+            return {subj: list(trials[:, None]) for subj, trials in chosen.items()}
+        rng = np.random.default_rng(utils.derive_seed(self.seed, self._epoch.item(), index + 1))
+        return {subj: [self._draw(subj, trial, rng) for trial in trials] for subj, trials in chosen.items()}
+
+    def _draw(self, subj, trial, rng):
+        """Draw which trials are averaged with one: it and some others of its image, (m,) in the order of the rows."""
+        others = self.repeats[subj][self.image_ids[subj][trial]]
+        others = rng.permutation(others[others != trial])
+        return np.sort(np.append(others[:rng.integers(len(others) + 1)], trial))
+
+    def _responses(self, subj, groups):
+        """Read the mean response of each group of trials, (len(groups), V) float32."""
+        rows = self.rows[subj][np.concatenate([*groups, np.empty(0, np.int64)])]
+        responses, counts = read_betas(self.betas[subj], rows), np.array([len(group) for group in groups])
+        return responses if len(rows) == len(groups) else AveragedRows.average(responses, counts)
+
     def _own_parts(self, chosen):
         """Yield the slice of each subject's trials that is this process's (training.team says which rows are whose)."""
         offset = 0
         for trials in chosen.values():
             yield slice((self.rank - offset) % self.size, None, self.size)
             offset += len(trials)
+
+
+def _trials_by_image(image_ids):
+    """Group trials (n,) by the image that they show: {image id: (m,) trials, ascending}."""
+    order = np.argsort(image_ids, kind="stable")
+    found, first = np.unique(image_ids[order], return_index=True)
+    return dict(zip(found.tolist(), np.split(order, first[1:]), strict=True))
 
 
 def _deal(image_ids, n_batches, used, rng):
