@@ -1,5 +1,6 @@
 """Rows of HDF5 data sets against the arrays they were made of, and every way in which a file can be wrong."""
 
+import mmap
 import os
 import pickle
 
@@ -32,10 +33,36 @@ def test_rows_equal_the_array_in_any_storage_order_and_after_pickling(tmp_path, 
     np.testing.assert_array_equal(rows[ids], array[ids])
 
 
-def test_contiguous_rows_are_mapped_not_loaded(paths):
-    betas = open_betas(paths, "subj01")
-    betas[[0]]
-    assert isinstance(betas._source, np.memmap)
+def test_contiguous_rows_are_mapped_not_loaded_and_asked_for_before_they_are_read(tmp_path, monkeypatch):
+    """All bytes of the wanted rows, whatever lies beside them, in requests that the system does not cut off."""
+    array = np.arange(200 * 5000, dtype=np.float32).reshape(200, 5000)
+    with h5py.File(tmp_path / "x.hdf5", "w") as file:
+        file["other"] = np.zeros(3)
+        file["betas"] = array
+        offset = file["betas"].id.get_offset()
+    rows = Rows(tmp_path / "x.hdf5", "betas", "betas", "write it")
+    rows[[0]]
+    asked, mapped = [], rows._source._mmap
+
+    class Map:
+        def madvise(self, advice, start, length):
+            assert advice == mmap.MADV_WILLNEED and start % mmap.PAGESIZE == 0 and length <= 2**17
+            asked.append((start, start + length))
+            return mapped.madvise(advice, start, length)
+
+    assert isinstance(rows._source, np.memmap)
+    monkeypatch.setattr(rows._source, "_mmap", Map())
+    monkeypatch.setattr("nsd.rows.COPIED_BYTES", 300_000)  # 15 rows
+    ids = np.array([*range(100, 150), 3, 199, 7, 7, 0])
+    np.testing.assert_array_equal(rows[ids], array[ids])
+    wanted = np.zeros(offset + array.nbytes, bool)
+    for i in ids:
+        wanted[offset + i * 20_000:offset + (i + 1) * 20_000] = True
+    for start, stop in asked:
+        wanted[start:stop] = False
+    assert not wanted.any()
+    assert sum(stop - start for start, stop in asked) < len(ids) * (20_000 + mmap.PAGESIZE)
+    assert len(asked) < 20  # runs of rows together
 
 
 @pytest.mark.parametrize("stored, attribute, wanted", [

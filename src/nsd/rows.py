@@ -12,6 +12,11 @@ import numpy as np
 import utils
 from nsd.sources import DOWNLOAD
 
+# Of rows that are read at random, the system would read page after page, each when it is touched (a cold row of 60 kB:
+# 1 ms), so it is told of all of them before (60 us; pread: 120 us; benchmarks/bench_rows.py).
+ASKED_BYTES = 2**17  # of one request: the system cuts larger ones off
+COPIED_BYTES = 2**26  # asked for at once, then copied: more might be dropped again before it is copied
+
 # feature files written by other programs are flat and do not say their shape: c, g and z of Stable Diffusion 1.x
 KNOWN_FEATURE_SHAPES = {59136: (77, 768), 38400: (50, 768), 16384: (4, 64, 64)}
 
@@ -81,7 +86,7 @@ class Rows:
         if self._opened_by != os.getpid():  # an h5py handle must not be shared with a forked worker
             if self._offset is not None:
                 self._source = np.memmap(self.path, self.dtype, "r", self._offset, self._stored_shape)
-                # rows are drawn at random: reading ahead of a row is work for nothing (ten times that of the row)
+                # rows are drawn at random: reading on behind one is work for nothing (ten times that of the row)
                 self._source._mmap.madvise(mmap.MADV_RANDOM)
             else:
                 self._source = h5py.File(self.path, "r")[self.key]
@@ -94,11 +99,30 @@ class Rows:
         self.require(ids)
         source = self._open()
         if self._offset is not None:
-            rows = np.asarray(source[ids])
+            rows = self._copy(source, ids)
         else:  # h5py takes ascending ids without repeats only
             unique, inverse = np.unique(ids, return_inverse=True)
             rows = source[unique][inverse]
         return rows.reshape(len(ids), *self.row_shape)
+
+    def _copy(self, source, ids):
+        """Read rows (n,) of the memory map `source`."""
+        rows = np.empty((len(ids), *source.shape[1:]), self.dtype)
+        n_rows = max(1, COPIED_BYTES // max(1, source[0].nbytes))
+        for start in range(0, len(ids), n_rows):
+            part = slice(start, start + n_rows)
+            self._ask_for(source, ids[part])
+            np.take(source, ids[part], axis=0, out=rows[part], mode="clip")  # other modes copy twice
+        return rows
+
+    def _ask_for(self, source, ids):
+        """Let the system read rows (n,) of the memory map into its cache, all at once, without waiting for them."""
+        begin, row_bytes = self._offset % mmap.ALLOCATIONGRANULARITY, source[0].nbytes
+        ends = np.flatnonzero(np.diff(ids) != 1)  # of runs of consecutive rows
+        for first, last in zip(ids[np.append(0, ends + 1)].tolist(), ids[np.append(ends, -1)].tolist(), strict=True):
+            start, stop = begin + first * row_bytes, begin + (last + 1) * row_bytes
+            for place in range(start // mmap.PAGESIZE * mmap.PAGESIZE, stop, ASKED_BYTES):
+                source._mmap.madvise(mmap.MADV_WILLNEED, place, min(ASKED_BYTES, stop - place))
 
     def require(self, ids):
         """Raise UserError unless the file has all of these rows (n,)."""
