@@ -95,7 +95,8 @@ def seed(text):
 def add_paths(parser):
     group = parser.add_argument_group("paths")
     group.add_argument("--root", default=os.environ.get("ROOT", str(utils.REPOSITORY)), metavar="DIR",
-                       help="folder that holds nsddata/, nsddata_stimuli/, MindEyeV2/, train_logs/, ... (env ROOT)")
+                       help="folder that holds nsddata/, nsddata_stimuli/, MindEyeV2/, train_logs/, ... (env ROOT); "
+                            "what other flags name is looked for from the current folder, then from here")
     group.add_argument("--data_path", metavar="DIR", help="the pscotti/mindeyev2 folder (ROOT/MindEyeV2/mindeyev2)")
     return group
 
