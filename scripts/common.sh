@@ -1,17 +1,54 @@
-# Sourced by every script here: strict mode, the Python to use, and the knobs (environment variables with defaults).
-#   SUBJ=1  ROOT=<repository>  FEATS="c z g_2 ..."  STAGES="pretrain finetune"  LAUNCH=""  WANDB_LOG=0  DRY_RUN=0
-# shellcheck shell=bash disable=SC2034
+# Sourced by every script here: strict mode, the Python to use, and the knobs (environment variables with defaults),
+# whose values are checked before anything runs.
+# shellcheck shell=bash disable=SC2034 source-path=SCRIPTDIR
 set -euo pipefail
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$REPO/scripts/help.sh"
+
+refuse() {
+    echo "error: $1" >&2
+    exit 2
+}
+
 export ROOT=${ROOT:-$REPO}
 SUBJ=${SUBJ:-1}
-read -ra FEATS <<<"${FEATS:-c z g_2 g_4 g_6 g_8 g_10 g_12}"
-read -ra STAGES <<<"${STAGES:-pretrain finetune}"
-read -ra LAUNCH <<<"${LAUNCH:-}"
+[[ $SUBJ =~ ^(subj)?0?[1-8]$ ]] || refuse "SUBJ: $SUBJ is not a subject; wanted 1 ... 8"
+for knob in WANDB_LOG DRY_RUN; do
+    [[ ${!knob:-0} == [01] ]] || refuse "$knob: ${!knob} is not a setting; wanted 1 (yes) or 0 (no)"
+done
+
+# Features, g standing for all of its layers; G_FEATS: the layers among them, which share a process.
+ALL_G="g_2 g_4 g_6 g_8 g_10 g_12"
+ALL_FEATS="c z $ALL_G"
+read -ra words <<<"${FEATS:-} "
+[[ ${#words[@]} -gt 0 ]] || words=(c z g)
+list=" "
+for word in "${words[@]}"; do
+    [[ $word != g ]] || word=$ALL_G
+    [[ $word == "$ALL_G" || $word =~ ^(c|z|g_([2468]|[1-9][0-9]*[02468]))$ ]] ||
+        refuse "FEATS: $word is not a feature; wanted c, z, g_2 ... g_12, or g for all of its layers"
+    for feat in $word; do [[ $list == *" $feat "* ]] || list+="$feat "; done
+done
+read -ra FEATS <<<"$list"
+G_FEATS=()
+for feat in "${FEATS[@]}"; do [[ $feat != g_* ]] || G_FEATS+=("$feat"); done
+wants() { [[ " ${FEATS[*]} " == *" $1 "* ]]; }
+
+read -ra STAGES <<<"${STAGES:-} "
+[[ ${#STAGES[@]} -gt 0 ]] || STAGES=(pretrain finetune)
+for word in "${STAGES[@]}"; do
+    case $word in pretrain | finetune | scratch | ridge | gnet) ;; *)
+        refuse "STAGES: $word is not a stage; wanted pretrain, finetune, scratch, ridge or gnet" ;;
+    esac
+done
+
 [[ -n ${PYTHON:-} ]] || { [[ -x $REPO/.venv/bin/python ]] && PYTHON=$REPO/.venv/bin/python || PYTHON=python3; }
 [[ $PYTHON != */* ]] || export PATH=${PYTHON%/*}:$PATH # LAUNCH="accelerate launch ..." finds its own accelerate
+command -v "$PYTHON" >/dev/null || refuse "PYTHON: $PYTHON is not a program; bash scripts/setup.sh makes .venv/bin/python"
+read -ra LAUNCH <<<"${LAUNCH:-} "
 [[ ${#LAUNCH[@]} -gt 0 ]] || LAUNCH=("$PYTHON")
+command -v "${LAUNCH[0]}" >/dev/null || refuse "LAUNCH: ${LAUNCH[0]} is not a program; wanted accelerate launch ..."
 
 # Flags of every stage, and of the stages that can log to W&B. (Never empty: bash 3 takes an empty array for unset.)
 FLAGS=(--root "$ROOT")
@@ -19,10 +56,16 @@ FLAGS=(--root "$ROOT")
 LOGGED=("${FLAGS[@]}")
 [[ ${WANDB_LOG:-0} != 1 ]] || LOGGED+=(--wandb_log)
 
-# The g layers among FEATS (they share a process), and whether FEATS holds a feature.
-G_FEATS=()
-for feat in "${FEATS[@]}"; do [[ $feat != g_* ]] || G_FEATS+=("$feat"); done
-wants() { [[ " ${FEATS[*]} " == *" $1 "* ]]; }
+# Add what the environment's NAME_FLAGS say (demo/settings.sh sets some), for each NAME: preset NAME ...
+# They stand before the user's own flags, which win.
+preset() {
+    local name words
+    for name in "$@"; do
+        name=${name}_FLAGS
+        read -r -d '' -a words <<<"${!name:-}" || true
+        [[ ${#words[@]} -eq 0 ]] || { FLAGS+=("${words[@]}"); LOGGED+=("${words[@]}"); }
+    done
+}
 
 # Print a command, then run it.
 run() {

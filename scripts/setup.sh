@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
 # Make .venv and install requirements into it, unless they are there already.
+#
 #   bash scripts/setup.sh                          requirements.txt: the whole pipeline
 #   bash scripts/setup.sh requirements-dev.txt     and what the tests need
 #   bash scripts/setup.sh requirements-eval.txt    and torchvision, for the metrics that need it
 #   bash scripts/setup.sh --renew                  after a pin in requirements*.txt was changed: write constraints.txt
+#
 # PYTHON=/path/to/python3 chooses the Python that .venv is made of (3.11 or newer).
 set -euo pipefail
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-    sed -n '2,/^set/ s/^# \{0,1\}//p' "$0"
-    exit 0
-fi
+source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 oldest=3.11 # of the Pythons that all pins support
 python=${PYTHON:-python3}

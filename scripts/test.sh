@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Set up, check the style and run all tests, side by side on up to four cores: bash scripts/test.sh [flags of pytest]
+# Set up, check the style and run all tests, side by side on up to four cores; flags go to pytest.
+#
+#   bash scripts/test.sh                   all of them: about 5 minutes
 #   bash scripts/test.sh -k recon          the tests of this name
 #   bash scripts/test.sh -n 0 --pdb        one after another, a debugger at the first failure
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-    sed -n '2,/^if/ s/^# \{0,1\}//p' "$0"
-    exit 0
-fi
+#
+# PYTHON=/path/to/python3 chooses the Python that .venv is made of (3.11 or newer).
+source "$(dirname "$0")/help.sh"
+# shellcheck disable=SC2046
+unset FEATS STAGES LAUNCH WANDB_LOG DRY_RUN SUBJ ROOT $(compgen -v | grep '_FLAGS$') # the tests set what they mean
 source "$(dirname "$0")/common.sh"
 cd "$REPO"
 bash scripts/setup.sh requirements-dev.txt

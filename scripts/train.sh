@@ -1,24 +1,54 @@
 #!/usr/bin/env bash
-# Train the encoders of FEATS: pretrain on every subject but SUBJ, then fine-tune on SUBJ. Flags go to every training.
-#   SUBJ=2 bash scripts/train.sh                      STAGES=finetune FEATS="c g_2" bash scripts/train.sh --num_epochs 10
-#   WANDB_LOG=1 bash scripts/train.sh                 STAGES=ridge bash scripts/train.sh    (the linear baseline)
-#   STAGES=gnet bash scripts/train.sh                 (the brain encoding model of SUBJ; of all subjects with --multi_subject)
+# Train the decoders of FEATS: pretrain on every subject but SUBJ, then fine-tune on SUBJ. Flags go to every training;
+# one that was interrupted continues.
+#
+#   bash scripts/train.sh                                            everything: about 7 hours on an A100
+#   SUBJ=2 FEATS="c z" bash scripts/train.sh --num_epochs 10         another subject, two features, ten epochs
+#   STAGES=finetune bash scripts/train.sh --num_sessions 1           on the first session (an hour of scanning) of SUBJ
+#   STAGES=ridge bash scripts/train.sh                               the linear baseline
+#   STAGES=gnet bash scripts/train.sh                                SUBJ's encoding model, image -> voxels
+#   WANDB_LOG=1 WANDB_MODE=offline bash scripts/train.sh --tag a     log to W&B on this disk; variants side by side
+#   LAUNCH="accelerate launch --config_file scripts/accelerate/ddp.yaml" bash scripts/train.sh   several GPUs
+#
+# Knobs, in front of the command:
+#   SUBJ=1                                   the subject
+#   FEATS="c z g_2 g_4 g_6 g_8 g_10 g_12"    features to train; g: all of its layers
+#   STAGES="pretrain finetune"               one after another; also scratch (on SUBJ alone), ridge, gnet
+#   ROOT=<the repository>                    the folder that holds data and results
+#   LAUNCH=""                                accelerate launch ..., for several GPUs
+#   WANDB_LOG=0                              1: log to W&B
+#   DRY_RUN=0                                1: show the configuration and stop
+#   PYTHON=.venv/bin/python                  the Python to use
+#   TRAIN_FLAGS="" TRAIN_GNET_FLAGS=""       flags to put in front of yours; also of one stage, or of one stage
+#                                            and feature: PRETRAIN_FLAGS, FINETUNE_Z_FLAGS, ... (Z, C or G)
+#
+# A run lies in ROOT/train_logs/ and is named by stage, SUBJ, --num_sessions, feature, --hidden_dim and --tag:
+# docs/data.md, Names on disk.
+# All flags with their defaults: python3 src/train_c.py --help (train_z.py and train_g.py take one or two more)
 source "$(dirname "$0")/common.sh"
 
+# Train by one script: train c STAGE [flags]. In a subshell, so that what is preset for it stays with it.
+train() (
+    upper=$(tr '[:lower:]' '[:upper:]' <<<"$2_$1")
+    preset TRAIN "${upper%_*}" "$upper"
+    run "${LAUNCH[@]}" "$REPO/src/train_$1.py" "${@:3}" "${LOGGED[@]}" ${given[@]+"${given[@]}"}
+)
+
+given=("$@")
 for stage in "${STAGES[@]}"; do
     case $stage in
         pretrain) flags=(--multi_subject) ;;
         finetune) flags=(--multisubject_ckpt auto) ;;
         scratch) flags=() ;;
         ridge) flags=(--model ridge) ;;
-        gnet) run "${LAUNCH[@]}" "$REPO/src/train_gnet.py" --subj "$SUBJ" --resume "${LOGGED[@]}" "$@"; continue ;;
-        *) echo "error: STAGES: $stage is not a stage; wanted pretrain, finetune, scratch, ridge or gnet" >&2; exit 2 ;;
+        gnet)
+            (preset TRAIN_GNET && run "${LAUNCH[@]}" "$REPO/src/train_gnet.py" --subj "$SUBJ" --resume "${LOGGED[@]}" "$@")
+            continue
+            ;;
     esac
-    flags+=(--subj "$SUBJ" --resume "${LOGGED[@]}")
+    flags+=(--subj "$SUBJ" --resume)
     for feat in c z; do
-        if wants "$feat"; then run "${LAUNCH[@]}" "$REPO/src/train_$feat.py" "${flags[@]}" "$@"; fi
+        if wants "$feat"; then train "$feat" "$stage" "${flags[@]}"; fi
     done
-    if [[ ${#G_FEATS[@]} -gt 0 ]]; then
-        run "${LAUNCH[@]}" "$REPO/src/train_g.py" --feat "${G_FEATS[@]}" "${flags[@]}" "$@"
-    fi
+    if [[ ${#G_FEATS[@]} -gt 0 ]]; then train g "$stage" --feat "${G_FEATS[@]}" "${flags[@]}"; fi
 done

@@ -155,15 +155,13 @@ def test_train_again_reuses_the_run(root, capsys):
 
 
 @pytest.mark.parametrize(("name", "flags", "knobs", "words"), [
-    ("train", [], {"SUBJ": "9"}, ["'9' is not a subject"]),
     ("train", ["--feat", "g_3"], {"FEATS": "g_2"}, ["'g_3' is not"]),
-    ("train", [], {"STAGES": "sleep"}, ["STAGES", "sleep"]),
     ("recon", ["--no_such_flag"], {}, ["--no_such_flag"]),
 ])
 def test_bad_flags_end_a_script_with_one_line_and_exit_2(tmp_path, name, flags, knobs, words):
     result = script(name, tmp_path, *flags, check=False, **knobs)
     assert result.returncode == 2, result.stdout + result.stderr
-    assert result.stdout.count("+ ") == ("STAGES" not in knobs), "nothing runs after what failed"
+    assert result.stdout.count("+ ") == 1, "nothing runs after what failed"
     (line,) = result.stderr.strip().splitlines()
     assert "error:" in line and all(word in line for word in words), result.stderr
 

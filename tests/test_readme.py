@@ -21,11 +21,12 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 README, FLAGS = REPO / "README.md", REPO / "docs/flags.md"  # test_tracking.py compares the metrics of the latter
+SCRIPTS = [*sorted(REPO.glob("scripts/*.sh")), REPO / "scripts/slurm/submit.sh"]  # the comments at their heads: --help
 PAGES = [README, *sorted(REPO.glob("docs/*.md")), *sorted(REPO.glob("[a-zA-Z]*/README.md"))]
 RUN_ELSEWHERE = {"demo.sh", "test.sh", "setup.sh", "submit.sh"}  # by CI; submit.sh by test_slurm.py
 COMMAND = re.compile(r"^(?P<knobs>(?:[A-Z_]+=(?:\"[^\"]*\"|\S*) +)*)"
                      r"(?P<words>(?:bash )?(?:scripts/)?(?:slurm/)?\w+\.sh\b.*"
-                     r"|(?:\.venv/bin/)?(?:python|hf|wandb) .*)$")
+                     r"|(?:\.venv/bin/)?(?:python3?|hf|wandb) .*)$")
 FLAGS_HERE = "FLAGS_OF_THE_COMMAND"
 LIGHT = {"options", "utils", "nsd", "disk", "scenes"}  # import the standard library and NumPy at most
 
@@ -35,18 +36,24 @@ def name_of(page):
 
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+every_page_and_script = pytest.mark.parametrize("page", [*PAGES, *SCRIPTS], ids=name_of)
 
 
 def spans(page):
     """Code of a page: between backticks, and indented blocks' lines up to their comment."""
+    if page.suffix == ".sh":  # of the comment at its head
+        head = page.read_text().partition("\n\n")[0]
+        yield from (re.split(r" {3,}", line.strip())[0] for line in re.findall("^# {3}(.*)", head, re.MULTILINE))
+        yield from re.findall(r"(python3? src/\w+\.py --help)", head)
+        return
     text = re.sub(r"\\\n\s*", "", page.read_text())  # a command over several lines
     yield from re.findall(r"`([^`]+)`", text.replace("\n", " "))
     yield from (line.partition(" # ")[0].strip() for line in text.splitlines() if line.startswith("    "))
 
 
 def commands(page):
-    """(knobs, words) of every command of a page."""
-    for span in dict.fromkeys(spans(page)):
+    """(knobs, words) of every command of a page, each of a chain (&&) by itself."""
+    for span in dict.fromkeys(part for code in spans(page) for part in re.split(r" +&& +", code)):
         if found := COMMAND.match(span.replace("...", " ").replace("…", " ").strip()):
             yield found["knobs"], found["words"]
 
@@ -133,7 +140,7 @@ def check_command(knobs, words, calls_of):
     tool = Path(words[0]).name
     if tool in ("wandb", "hf"):
         check_tool(tool, words)
-    elif tool == "python":
+    elif tool in ("python", "python3"):
         parse(REPO / words[1], words[2:])
     else:
         at = next(i for i, word in enumerate(words) if word.endswith(".sh"))
@@ -158,7 +165,7 @@ def check_tool(tool, words):
     assert all((REPO / word).exists() for word in words if word.endswith(".yaml"))
 
 
-@every_page
+@every_page_and_script
 def test_commands_are_real(page, calls_of):
     wrong = []
     for knobs, words in commands(page):

@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # Queue a subject's whole training on SLURM: a job per stage and feature; a feature's fine-tuning waits for its
-# pretraining, the scores for all. Flags go to every training:
-#   SUBJ=1 bash scripts/slurm/submit.sh --wandb_log        SBATCH_PARTITION=gpu FEATS="c z" bash scripts/slurm/submit.sh
+# pretraining, the scores for all. Flags go to every training.
+#
+#   SUBJ=1 bash scripts/slurm/submit.sh --wandb_log
+#   SBATCH_PARTITION=gpu FEATS="c z" bash scripts/slurm/submit.sh      sbatch reads its own settings from SBATCH_...
+#
+# Knobs, in front of the command, are those of train.sh but STAGES: bash scripts/train.sh --help
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/../common.sh"
 cd "$REPO" # (strict mode: common.sh)

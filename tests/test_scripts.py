@@ -1,0 +1,153 @@
+"""The bash scripts' knobs and --help, with a program in place of Python that writes down what it is called with."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(REPO.glob("scripts/*.sh"), key=lambda file: file.name)
+SHOWING = [file for file in [*SCRIPTS, REPO / "scripts/slurm/submit.sh"] if file.name not in ("common.sh", "help.sh")]
+RUNNING = ["check_data", "download", "evaluate", "features", "recon", "score", "train"]  # that take knobs
+FIRST = {"features": "img2feat.py", "train": "train_c.py", "score": "score_c.py"}  # where their names differ
+G = [f"g_{k}" for k in (2, 4, 6, 8, 10, 12)]
+
+
+@pytest.fixture
+def call(tmp_path):
+    """Run scripts/NAME.sh; returns the finished process, with the words of every call of Python as `calls`."""
+    log, program = tmp_path / "calls", tmp_path / "program"
+    program.write_text(f'#!/usr/bin/env bash\nprintf "%q " "$@" >>{log}; echo >>{log}\n')
+    program.chmod(0o755)
+
+    def call(name, *flags, **knobs):
+        log.write_text("")
+        environment = {"PATH": os.environ["PATH"], "ROOT": str(tmp_path), "PYTHON": str(program), **knobs}
+        done = subprocess.run(["bash", REPO / f"scripts/{name}.sh", *flags], env=environment, cwd=tmp_path, text=True,
+                              capture_output=True, check=False)
+        done.calls = [shlex.split(line) for line in log.read_text().splitlines()]
+        return done
+
+    return call
+
+
+def after(words, flag):
+    """The words that follow a flag, up to the next one."""
+    words = words[words.index(flag) + 1:]
+    return words[:next((i for i, word in enumerate(words) if word.startswith("--")), len(words))]
+
+
+def names(calls):
+    return [Path(words[0]).name for words in calls]
+
+
+@pytest.mark.parametrize("name", RUNNING)
+@pytest.mark.parametrize(("knob", "value", "words"), [
+    ("FEATS", "g2", "g2 is not a feature; wanted c, z, g_2 ... g_12"), ("FEATS", "c q", "q is not a feature"),
+    ("FEATS", "c,z", "c,z is not a feature"), ("FEATS", "g_3", "g_3 is not a feature"),
+    ("STAGES", "fine-tune", "fine-tune is not a stage; wanted pretrain, finetune"),
+    ("SUBJ", "9", "9 is not a subject; wanted 1 ... 8"), ("SUBJ", "sub-01", "is not a subject"),
+    ("DRY_RUN", "yes", "yes is not a setting; wanted 1 (yes) or 0 (no)"), ("WANDB_LOG", "true", "true is not"),
+    ("PYTHON", "/nowhere/python", "/nowhere/python is not a program"), ("LAUNCH", "acelerate x", "acelerate is not"),
+])
+def test_a_wrong_value_of_a_knob_is_one_line_and_nothing_runs(call, name, knob, value, words):
+    done = call(name, **{knob: value})
+    assert done.returncode == 2 and not done.calls and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {knob}: ") and words in line
+
+
+def test_features_in_every_script_that_lists_them(call):
+    for feats, wanted in (("g", G), ("c g_4 c", ["c", "g_4"]), ("g_14 z", ["g_14", "z"])):
+        (words,) = call("features", FEATS=feats).calls
+        assert after(words, "--feats") == wanted
+    (words,) = call("features").calls
+    assert "--feats" not in words  # all
+    (words,) = call("features", "--feats", "z", FEATS="c").calls
+    assert words[-2:] == ["--feats", "z"], "the user's flag is the last, and wins"
+    (words,) = call("check_data", FEATS="c").calls
+    assert after(words, "--feats") == ["c"]
+    for name in ("train", "score"):
+        made = call(name, FEATS="g z", STAGES="finetune").calls
+        assert names(made) == [f"{name}_z.py", f"{name}_g.py"] and after(made[1], "--feat") == G
+    assert names(call("score", FEATS=" ").calls) == ["score_c.py", "score_z.py", "score_g.py"]  # empty: all
+
+
+def test_stages(call):
+    made = call("train", FEATS="c", STAGES="pretrain ridge gnet").calls
+    assert names(made) == ["train_c.py", "train_c.py", "train_gnet.py"]
+    assert "--multi_subject" in made[0] and after(made[1], "--model") == ["ridge"]
+    for stages, run in (("pretrain", "pretrain"), ("finetune ridge", "ridge"), ("scratch", "scratch")):
+        (words,) = call("score", FEATS="c", STAGES=stages).calls
+        assert after(words, "--run") == [run]
+    for stages in ("pretrain finetune", "finetune"):
+        (words,) = call("score", FEATS="c", STAGES=stages).calls
+        assert "--run" not in words  # the default
+    assert names(call("score", STAGES="gnet").calls) == ["score_gnet.py"]
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_subject_root_and_dry_run(call, name, tmp_path):
+    for subj in ("3", "subj03"):
+        for words in call(name, SUBJ=subj, DRY_RUN="1").calls:
+            assert after(words, "--root") == [str(tmp_path)] and "--dry_run" in words
+            assert ("--subj" not in words) if name in ("check_data", "download", "features") else (
+                after(words, "--subj") == [subj])
+
+
+def test_logging_to_wandb(call):
+    for name in ("train", "recon", "evaluate"):
+        for value, wanted in (("1", True), ("0", False), ("", False)):
+            assert all(("--wandb_log" in words) == wanted for words in call(name, WANDB_LOG=value).calls)
+
+
+def test_flags_of_the_environment_stand_before_the_users(call):
+    knobs = {f"{name}_FLAGS": f"--of {name.lower()}" for name in (
+        "TRAIN", "PRETRAIN", "FINETUNE_Z", "TRAIN_GNET", "SCORE", "SCORE_GNET", "RECON", "EVALUATE", "FEATURES",
+        "CHECK_DATA", "DOWNLOAD")}
+    for name in RUNNING:
+        made = call(name, "--mine", STAGES="pretrain finetune gnet", FEATS="c z", **knobs).calls
+        found = [[after(words[i:], "--of")[0] for i, word in enumerate(words) if word == "--of"] for words in made]
+        assert all(words[-1] == "--mine" for words in made)
+        assert found == {"train": [["train", "pretrain"], ["train", "pretrain"], ["train"], ["train", "finetune_z"],
+                                   ["train_gnet"]],
+                         "score": [["score_gnet"], ["score"], ["score"]]}.get(name, [[name]])
+    (words,) = call("recon", RECON_FLAGS="--a 1\n  --b  2").calls
+    assert words[-4:] == ["--a", "1", "--b", "2"]
+
+
+def test_the_demos_settings(call, tmp_path):
+    """After `source demo/settings.sh`, from any folder, scripts get flags that their parsers take."""
+    for name in ("features", "train", "score", "recon", "evaluate", "check_data"):
+        command = f'source "{REPO}/demo/settings.sh"; bash "{REPO}/scripts/{name}.sh"'
+        done = subprocess.run(["bash", "-c", f'{command} --dry_run --hidden_dim 8' if name in (
+            "train", "score", "recon", "evaluate") else f"{command} --dry_run"], cwd=tmp_path, text=True,
+            capture_output=True, check=False, env={"PATH": os.environ["PATH"], "PYTHON": os.environ.get("PYTHON", "")})
+        assert done.returncode == 0, done.stderr
+        assert f"--root {REPO}/demo" in done.stdout
+
+
+@pytest.mark.parametrize("script", SHOWING, ids=lambda file: file.stem)
+def test_help_is_a_screen_and_runs_nothing(script, tmp_path):
+    """Even where there is no Python, with knobs that are wrong."""
+    (tmp_path / "bin").mkdir()
+    for tool in ("bash", "sed", "dirname"):
+        (tmp_path / "bin" / tool).symlink_to(subprocess.check_output(["which", tool], text=True).strip())
+    for flag in ("--help", "-h"):
+        done = subprocess.run(["bash", script, flag], env={"PATH": str(tmp_path / "bin"), "FEATS": "q"}, cwd=tmp_path,
+                              capture_output=True, text=True, check=False)
+        lines = done.stdout.splitlines()
+        assert done.returncode == 0 and not done.stderr
+        assert 3 < len(lines) <= 40 and max(map(len, lines)) <= 120
+        assert not any("#" in line or "shellcheck" in line for line in lines)
+        assert f"bash scripts/{script.relative_to(REPO / 'scripts')}" in done.stdout
+    assert not list(tmp_path.glob("[!b]*"))
+    if script.stem in RUNNING:
+        work = script.read_text().partition("source ")[2]
+        used = {"ROOT", "DRY_RUN", "PYTHON", *re.findall(r"\b(SUBJ|FEATS|LAUNCH|STAGES)\b", work)}
+        used |= {"WANDB_LOG"} if "LOGGED" in work else set()
+        assert set(re.findall(r"^  ([A-Z]+(?:_LOG|_RUN)?)=\S", done.stdout, re.MULTILINE)) >= used
+        assert f"python3 src/{FIRST.get(script.stem, script.stem)}" in done.stdout and " --help" in done.stdout
