@@ -1,7 +1,7 @@
 """Sum up a demo run: what the tiny CLIP recognises in the reconstructions, and the metrics of evaluate.py.
 
     python demo/summarise.py --root demo --clip demo/models/clip --real DIR --shuffled DIR --unguided DIR \\
-        --ground_truth DIR --seconds seconds.json
+        --seen DIR --seconds seconds.json
 
 Reads index.csv and metrics.json of each folder (reconstructed and evaluated before), demo_attributes.json and the
 stimuli; prints the table and writes ROOT/summary.json.
@@ -35,8 +35,8 @@ def get_parser():
     for name, what in (("real", "guided reconstructions"), ("shuffled", "reconstructions from trial-shuffled fMRI"),
                        ("unguided", "reconstructions without guidance")):
         parser.add_argument(f"--{name}", required=True, metavar="DIR", help=f"{what}, evaluated")
-    parser.add_argument("--ground_truth", required=True, metavar="DIR|FILE",
-                        help="metrics.json of evaluate.py --ground_truth, or its folder")
+    parser.add_argument("--seen", required=True, metavar="DIR|FILE",
+                        help="metrics.json of evaluate.py --seen, or its folder")
     parser.add_argument("--clip", required=True, metavar="DIR", help="the CLIP that judges")
     parser.add_argument("--seconds", metavar="DIR|FILE",
                         help="JSON {stage: seconds}, or a folder with a file of that name and number per stage")
@@ -58,8 +58,7 @@ def main(argv=None):
         pictures = torch.cat([as_float(read_png(files[0])[None]) for files in images.files])  # (N, 3, H, W)
         summary[name] = judge(pictures, images.image_ids, attributes, args.clip) | read_metrics(images.folder)
     ids = read_images(Path(args.real)).image_ids
-    seen = judge(as_float(stimuli[ids]), ids, attributes, args.clip)
-    summary["ground_truth"] = seen | read_metrics(args.ground_truth)
+    summary["seen"] = judge(as_float(stimuli[ids]), ids, attributes, args.clip) | read_metrics(args.seen)
     summary["seconds"] = read_seconds(Path(args.seconds)) if args.seconds else {}
 
     file = Path(args.summary or paths.root / "summary.json")
@@ -94,7 +93,7 @@ def read_seconds(path):
 
 def format_summary(summary, n_images):
     """The table: a row per measure, a column per set of images, and chance."""
-    titles = {"ground_truth": "true images", "real": "from fMRI", "unguided": "unguided", "shuffled": "shuffled fMRI"}
+    titles = {"seen": "seen images", "real": "from fMRI", "unguided": "unguided", "shuffled": "shuffled fMRI"}
     words = {"background": "right background", "object": "right object", "colour": "right colour",
              "place": "right place", "clip_two_way": "CLIP two-way", "pixcorr": "PixCorr", "ssim": "SSIM"}
     heading = f"{f'{n_images} test images':<18}" + "".join(f"{title:>15}" for title in (*titles.values(), "chance"))

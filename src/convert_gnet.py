@@ -10,7 +10,6 @@ the betas. Reads MindEyeV2/mindeyev2/gnet_multisubject.pt; writes train_logs/gne
 
 import argparse
 import sys
-from pathlib import Path
 
 import options
 import utils
@@ -34,7 +33,7 @@ def main(argv=None):
     from nsd.rows import open_betas
 
     paths = Paths.from_args(args)
-    file = Path(args.file or paths.data_path / "gnet_multisubject.pt")
+    file = paths.find(args.file) if args.file else paths.data_path / "gnet_multisubject.pt"
     target = paths.run("gnet_published") / "best.pth"
     if target.exists() and not args.overwrite:
         raise utils.UserError(f"{target}: already converted; --overwrite converts it again")

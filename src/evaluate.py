@@ -5,7 +5,7 @@ PNGs + index.csv of recon.py, stimuli -> protocol `mindeye2` -> a value per metr
     python src/evaluate.py --subj 1 --guidance_scale 300000 --guidance_strength 0.2
     python src/evaluate.py --images outputs_all/subj01/cp_4096_v1/300000/0.2 --compare shuffled=DIR unguided=DIR
     python src/evaluate.py --subjects 1 2 5 7        # a row for each, and their mean
-    python src/evaluate.py --images DIR --ground_truth     # the seen images against themselves: every metric's best
+    python src/evaluate.py --images DIR --seen     # the seen images against themselves: every metric's best
 
 Reads index.csv and config.json of the images, nsd_stimuli.hdf5, retrieval.npy of the scores behind them and, for brain
 correlation, betas and the GNet of --gnet_run. Beside the images it writes
@@ -14,8 +14,8 @@ correlation, betas and the GNet of --gnet_run. Beside the images it writes
     compared.json          each --compare and control: its values, and the difference, images paired
     report/index.html      all of it, to browse  contact_sheet.png       seen and reconstructed
 Values of several samples of one image are averaged first. Intervals: 95 %, bootstrap over images. What was extracted is
-kept in outputs_all/.features, by content; an interrupted one continues. Protocol, controls and how to read a
-report: docs/evaluation.md.
+kept in outputs_all/.features, by content; an interrupted one continues. A folder or file is looked for from the current
+folder, then from --root. Protocol, controls and how to read a report: docs/evaluation.md.
 """
 
 import argparse
@@ -36,11 +36,10 @@ def get_parser():
     options.add_control(parser)
     options.add_guidance_folder(parser)
     options.add_gnet(parser)
-    parser.add_argument("--images", metavar="DIR",
-                        help="folder of reconstructions, from --root; instead of naming it by flags")
-    parser.add_argument("--outdir", metavar="DIR", help="where the results go, from --root (beside the images)")
-    parser.add_argument("--ground_truth", action=argparse.BooleanOptionalAction, default=False,
-                        help="score the seen images themselves; results go to ground_truth/ beside the images")
+    parser.add_argument("--images", metavar="DIR", help="folder of reconstructions; instead of naming it by flags")
+    parser.add_argument("--outdir", metavar="DIR", help="where the results go (beside the images)")
+    parser.add_argument("--seen", action=argparse.BooleanOptionalAction, default=False,
+                        help="measure the seen images themselves; results go to seen/ beside the images")
     parser.add_argument("--eval_clip", default=sources.EVAL_CLIP, metavar="NAME|DIR",
                         help="the CLIP that judges; none: leave it out")
     parser.add_argument("--weights_dir", metavar="DIR",
@@ -86,15 +85,16 @@ def main(argv=None):
 
 def evaluate(args, paths):
     """Measure one folder and write all results beside it; returns {metric: entry}."""
+    from disk.hub import find_model
     from evaluation import controls
     from evaluation.decoded import check_rows, effective_ranks, retrieval, run_behind
     from evaluation.gallery import sheet_of
     from evaluation.measuring import Findings, Scale, brain_of, unmeasured
     from evaluation.networks import FeatureStore, load_networks
-    from evaluation.picture_sets import PictureSet, check_ids, of_the_same_images, read_compared
+    from evaluation.picture_sets import MADE, SEEN, PictureSet, check_ids, of_the_same_images, read_compared
     from evaluation.results import check_writable
     from nsd.rows import open_stimuli
-    from sampling.folders import read_images
+    from sampling.folders import name_of, read_images
 
     # which pictures, and which run's scores they were drawn from
     images = read_images(images_folder(args, paths))
@@ -102,15 +102,20 @@ def evaluate(args, paths):
     check_ids(images, stimuli)
     run, no_run = run_behind(images)
     check_rows(images, run, paths)
-    compared = {} if args.ground_truth else read_compared(args.compare, paths.root)
-    outdir = images.folder / "ground_truth" if args.ground_truth else images.folder
-    outdir = paths.root.joinpath(args.outdir) if args.outdir else outdir
+    compared = {} if args.seen else read_compared(args.compare, paths.find, taken=(SEEN, MADE, *controls.LABELS))
+    outdir = images.folder / "seen" if args.seen else images.folder
+    outdir = paths.find(args.outdir) if args.outdir else outdir
     for folder in (outdir, outdir / "report"):
         check_writable(folder)
 
     # who judges: networks, and the subject's own responses
     device = utils.pick_device(args.device)
-    networks, missing = load_networks(args.eval_clip, device, args.weights_dir)
+    eval_clip = args.eval_clip
+    if eval_clip != "none" and args.weights_dir is None:
+        hint = " or ".join(filter(None, (sources.how_to_fetch(eval_clip), "leave it out (--eval_clip none)")))
+        eval_clip = find_model(eval_clip, paths, "--eval_clip", hint)
+    weights_dir = paths.find(args.weights_dir) if args.weights_dir else None
+    networks, missing = load_networks(eval_clip, device, weights_dir)
     if len(images.image_ids) == 1:
         missing |= dict.fromkeys((name for name in networks if name.endswith("_two_way")), "needs at least two images")
     subj = (images.config or {}).get("subj", args.subj)
@@ -119,13 +124,13 @@ def evaluate(args, paths):
         missing["brain_correlation"] = no_brain
 
     # the reconstructions, and the features that they were drawn from
-    seen = PictureSet.of_stimuli("seen", images.image_ids, stimuli)
-    made = seen if args.ground_truth else PictureSet.of_folder("reconstructed", images)
+    seen = PictureSet.of_stimuli(SEEN, images.image_ids, stimuli)
+    made = seen if args.seen else PictureSet.of_folder(MADE, images)
     store = FeatureStore(paths.root / "outputs_all/.features", args.batch_size)
     scale = Scale(seen, networks, store, brain, args.seed)
     measured = {made.label: scale.measure(made)}
     found = measured[made.label].results
-    if not args.ground_truth:
+    if not args.seen:
         entries, reasons = retrieval(run, no_run, paths, args.retrieval_feat, args.seed)
         found |= entries | effective_ranks(run, paths, args.retrieval_feat)
         missing |= reasons
@@ -133,19 +138,20 @@ def evaluate(args, paths):
 
     # what they are compared with: other folders, null controls, ceilings
     others, absent = {label: PictureSet.of_folder(label, other) for label, other in compared.items()}, {}
-    if args.controls and not args.ground_truth:
+    if args.controls and not args.seen:
         drawn, absent = controls.drawn(images, [other.folder for other in compared.values()])
         plain, reasons = controls.without_decoder(seen, run, no_run, paths, args.retrieval_feat, store, device)
         others |= drawn | plain
         absent |= reasons
         absent["baseline: ridge"] = "score and draw it with --run ridge --method NAME, and give it as --compare"
-    others, lacking = of_the_same_images(others, images.image_ids)
-    measured |= {label: scale.measure(pictures) for label, pictures in others.items()}
-    differences = {label: scale.differences(measured[made.label], measured[label]) for label in others}
+    whole, lacking = of_the_same_images(others, images.image_ids)
+    measured |= {label: scale.measure(pictures) for label, pictures in whole.items()}
+    differences = {label: scale.differences(measured[made.label], measured[label]) for label in whole}
 
-    sheet = sheet_of(images, compared, stimuli, found, args.sheet_images, made=not args.ground_truth)
+    shown = {} if args.seen else {MADE: made, **others}
+    sheet = sheet_of(name_of(images.folder), seen, shown, found, args.sheet_images)
     note = brain.note((images.config or {}).get("gnet_run")) if brain else None
-    write(outdir, Findings(images, {"seen": seen, made.label: made, **others}, measured, differences, absent | lacking),
+    write(outdir, Findings(images, {SEEN: seen, made.label: made, **whole}, measured, differences, absent | lacking),
           sheet, note, paths, args)
     return found
 
@@ -153,7 +159,7 @@ def evaluate(args, paths):
 def write(outdir, findings, sheet, note, paths, args):
     """Everything that was found: to files, to the report, to W&B and to the terminal."""
     from evaluation import report
-    from evaluation.results import format_table, table_of, write_results
+    from evaluation.results import format_sets, format_table, table_of, write_results
     from sampling.folders import name_of
     from training.tracking import Tracker
 
@@ -170,6 +176,8 @@ def write(outdir, findings, sheet, note, paths, args):
     tracker.log_images("eval/contact_sheet", [sheet], [str(folder)], step=0)
     tracker.finish()
     print(format_table(results))
+    if len(findings.measured) > 1:
+        print(f"\n{format_sets(findings.measured)}\n")
     if note:
         print(f"brain_correlation: {note}")
     for label, why in findings.absent.items():
@@ -181,16 +189,21 @@ def write(outdir, findings, sheet, note, paths, args):
 def images_folder(args, paths):
     """--images, or the folder the flags name (recon.py's rules); without --guidance_scale the only one there is."""
     if args.images:
-        return paths.root.joinpath(args.images)  # an absolute path stays as it is
-    if args.guidance_scale is not None:
-        return paths.images_of(vars(args))
-    sets = paths.images_of({**vars(args), "guidance_scale": 0}).parent.parent
-    found = sorted(sets.glob(f"*/{args.guidance_strength:g}/index.csv"))
-    if len(found) != 1:
-        scales = ", ".join(path.parent.parent.name for path in found) or "none"
-        raise utils.UserError(f"--guidance_scale: not given, and {sets} has reconstructions of: {scales} (strength "
-                              f"{args.guidance_strength:g}); name one, or reconstruct first (bash scripts/recon.sh)")
-    return found[0].parent
+        return paths.find(args.images)
+    named = args.guidance_scale is not None
+    folder = paths.images_of({**vars(args), "guidance_scale": args.guidance_scale if named else 0})
+    found = [folder] if named else sorted(
+        file.parent for file in folder.parent.parent.glob(f"*/{args.guidance_strength:g}/index.csv"))
+    if len(found) == 1 and (found[0] / "index.csv").exists():
+        return found[0]
+    from disk.hints import pictures_like
+
+    there = pictures_like(paths, vars(args))
+    what = f"{folder}: reconstructions (index.csv) not found" if named else (
+        f"--guidance_scale: not given, and {folder.parent.parent} has {len(found)} sets of strength "
+        f"{args.guidance_strength:g}, wanted one")
+    raise utils.UserError(f"{what}; " + (f"{there}: give the flags of one, or " if there else "")
+                          + "reconstruct first (bash scripts/recon.sh)")
 
 
 if __name__ == "__main__":

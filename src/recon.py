@@ -115,7 +115,8 @@ def layer_or_none(text):
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    resolve(args)
+    paths = Paths.from_args(args)
+    resolve(args, paths)
 
     from sampling import drawing, folders
     from sampling.inputs import pick_rows, read_scores
@@ -124,7 +125,6 @@ def main(argv=None):
 
     check_tracking(args.wandb_log)
     utils.reproducible_products()
-    paths = Paths.from_args(args)
     team = Team.assemble(args.device, args.precision, timedelta(days=1))  # shares may take hours longer than others
     resolve_device(args, team)
 
@@ -134,7 +134,7 @@ def main(argv=None):
     jobs = [(row, sample) for row in rows for sample in range(args.num_samples)]
     config = config_of(args, {**files, **guide_files(paths, args), "image_ids": files["c"].parent / "image_ids.npy"})
 
-    folder = Path(args.outdir).resolve() if args.outdir else paths.images_of(vars(args))
+    folder = paths.find(args.outdir) if args.outdir else paths.images_of(vars(args))
     name = f"recon_{args.subj}_{folders.name_of(folder)}".replace(" ", "_")
     tracker = partial(Tracker, folder, name, vars(args), args.wandb_log, args.wandb_project)
     with drawing.memory_advice(args.batch_size):
@@ -142,18 +142,29 @@ def main(argv=None):
                      args.overwrite)
     if team.is_main:
         folders.write_index(folder, image_ids, args.seed)
+        print(f"pictures       {folder}")
 
 
 # --- what is drawn from -----------------------------------------------------------------------------------------------
 
 
 def score_files(paths, args):
-    """{feature: file} of the scores that are drawn from: c, the g_k that guide, and z unless paths start from noise."""
-    def scores_of(feat):
-        return paths.scores(args.subj, scores_name(vars(args), feat), feat) / "nsdgeneral.npy"
+    """{feature: file} of the scores that are drawn from: c, the g_k that guide, and z unless paths start from noise.
 
-    files = {feat: scores_of(feat) for feat in ("c", *args.feats)}
-    return files if args.z == "none" else {**files, "z": scores_of("z") if args.z == "scores" else Path(args.z)}
+    Raises UserError for scores that are not there, which names those that are.
+    """
+    from disk.hints import scores_like
+
+    feats = ["c", *args.feats, *(["z"] if args.z == "scores" else [])]
+    files = {feat: paths.scores(args.subj, scores_name(vars(args), feat), feat) / "nsdgeneral.npy" for feat in feats}
+    without = {"z": ", or start from noise (--z none)"} | dict.fromkeys(args.feats, ", or leave it out of --feats")
+    for feat, file in files.items():
+        there = scores_like(paths, vars(args), feat) if not file.exists() else ""
+        utils.require(file, f"scores of {feat}", (f"{there}: give the flags of one, or " if there else "")
+                      + "run the score stage with these flags (bash scripts/score.sh)" + without.get(feat, ""))
+    if args.z not in ("scores", "none"):
+        files["z"] = utils.require(args.z, "--z: latents", "give scores, none, or an .npy beside its image_ids.npy")
+    return files
 
 
 def guide_files(paths, args):
@@ -170,14 +181,21 @@ def guide_files(paths, args):
 
 def load_sampler(args, paths, scores, image_ids, team):
     """The pipeline, what it draws from, and what guides it: CLIP with --feats, the brain with --use_gnet."""
+    from disk.hub import find_model
     from sampling.decoders import load_guidance_decoder
     from sampling.drawing import Sampler, Settings
     from sampling.pipeline import load_pipeline
 
+    find_model(args.sd_model, paths, "--sd_model", sources.how_to_fetch(args.sd_model), "model_index.json")
+    if args.feats:
+        find_model(args.clip_model, paths, "--clip_model", sources.how_to_fetch(args.clip_model))
     brain = [brain_guide(args, paths, image_ids, team)] if args.use_gnet else []  # first: it checks what the user gave
     pipe = load_pipeline(args.sd_model, team.device, team.precision, args.offload, args.compile)
     pipe.set_progress_bar_config(desc="steps", leave=False, disable=not team.is_main)
-    decoder = load_guidance_decoder(args.guidance_decoder, pipe) if args.feats or args.use_gnet else None
+    guided = args.feats or args.use_gnet
+    if guided and args.guidance_decoder not in ("full", "half"):
+        find_model(args.guidance_decoder, paths, "--guidance_decoder", "full or half")
+    decoder = load_guidance_decoder(args.guidance_decoder, pipe) if guided else None
     clip = [clip_guide(args, scores, team.device)] if args.feats else []
     return Sampler(pipe, scores, image_ids, [*clip, *brain], decoder, Settings.of(vars(args)), team.device)
 
@@ -210,13 +228,13 @@ def brain_guide(args, paths, image_ids, team):
 # --- flags ----------------------------------------------------------------------------------------------------------
 
 
-def resolve(args):
+def resolve(args, paths):
     """Replace what the flags leave open (None, none) by what will be used; wrong values raise UserError."""
     args.feats = sorted({feat for feat in args.feats if feat}, key=lambda feat: int(feat.removeprefix("g_")))
     if args.guidance_scale is None:
         args.guidance_scale = DEFAULT_SCALE[args.guidance_rule]
     if args.use_gnet:
-        resolve_gnet(args)
+        resolve_gnet(args, paths)
     elif not args.feats:
         args.guidance_scale = 0.0
     if not args.guidance_scale * args.guidance_strength:
@@ -233,18 +251,21 @@ def resolve(args):
     if args.guidance_rule == "norm" and args.guidance_scale > options.MAX_SHIFT:
         raise utils.UserError(f"--guidance_scale {args.guidance_scale:g}: with --guidance_rule norm wanted at most "
                               f"{options.MAX_SHIFT}, the share of the noise level by which a step moves its prediction")
-    for name in ("sd_model", "clip_model"):  # a folder is the same however it is written
-        if Path(getattr(args, name)).is_dir():
-            setattr(args, name, str(Path(getattr(args, name)).resolve()))
+    for name in ("sd_model", "clip_model", "guidance_decoder"):  # a folder is the same however it is written
+        folder = paths.find(getattr(args, name))
+        if folder.is_dir() and getattr(args, name) not in ("full", "half"):
+            setattr(args, name, str(folder))
     if args.z == "none":
         args.strength = 1.0  # all steps are run
-    elif args.z != "scores" and not args.z.endswith(".npy"):
-        raise utils.UserError(f"--z {args.z}: wanted scores, none, or an .npy file beside its image_ids.npy")
+    elif args.z != "scores":
+        if not args.z.endswith(".npy"):
+            raise utils.UserError(f"--z {args.z}: wanted scores, none, or an .npy file beside its image_ids.npy")
+        args.z = str(paths.find(args.z))
     if args.compile and args.sag_scale:
         raise utils.UserError("--compile: cannot watch the UNet's attention for --sag_scale; give one of them")
 
 
-def resolve_gnet(args):
+def resolve_gnet(args, paths):
     """Check the flags of guidance by the brain, against each other too."""
     if not 0 <= args.gnet_kappa < float("inf"):
         raise utils.UserError(f"--gnet_kappa {args.gnet_kappa:g}: wanted a number from 0")
@@ -258,7 +279,7 @@ def resolve_gnet(args):
         raise utils.UserError("--gnet_kappa 0 with --feats none: nothing would guide; change one of them")
     args.gnet_run = args.gnet_run or run_name("scratch", args.subj, "gnet", None)
     if args.target_fmri_npy:
-        args.target_fmri_npy = str(Path(args.target_fmri_npy).resolve())
+        args.target_fmri_npy = str(paths.find(args.target_fmri_npy))
 
 
 def resolve_device(args, team):

@@ -29,8 +29,8 @@ def get_parser():
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--ids", type=id_range, nargs="+", metavar="ID|FIRST-LAST",
                        help="0-based 73k ids of stimuli (the subject's test images)")
-    which.add_argument("--images", metavar="DIR", help="a folder of pictures, from --root")
-    parser.add_argument("--outdir", metavar="DIR", help="write there instead, from --root")
+    which.add_argument("--images", metavar="DIR", help="a folder of pictures")
+    parser.add_argument("--outdir", metavar="DIR", help="write there instead")
     parser.add_argument("--batch_size", type=options.whole, default=50, metavar="IMAGES")
     parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False)
     options.add_compute(parser)
@@ -64,7 +64,7 @@ def main(argv=None):
     encoder = load_encoder(paths, args.subj, args.gnet_run, args.seed, utils.pick_device(args.device))
     files, name = [], encoder.run
     if args.images:
-        pictures = paths.root / args.images
+        pictures = paths.find(args.images)
         image_ids, files = folders.list_pictures(pictures)
         batches = folders.in_batches(map(folders.read_png, files), args.batch_size)
         name += "_" + folders.name_of(pictures).replace(" ", "_")
@@ -80,7 +80,7 @@ def main(argv=None):
             image_ids = np.unique(load_trials(paths, args.subj, "new_test")["image_id"])
         batches = stimuli.batches(image_ids, args.batch_size)
 
-    folder = paths.root / (args.outdir or f"scores_all/{args.subj}/{name}")
+    folder = paths.find(args.outdir) if args.outdir else paths.scores_all / args.subj / name
     config = {"run": encoder.run, "feat": "voxels", "subj": args.subj, "images": args.images,
               "checkpoint_sha256": file_hash(encoder.file)}
     if (folder / "config.json").exists() and not args.overwrite:

@@ -377,6 +377,6 @@ def test_brain_correlation_is_pearsons_r_across_a_regions_voxels(world, encoder,
     assert results["brain_correlation_V1"]["value"] == pytest.approx(np.mean(found), abs=1e-5)
     assert {"brain_correlation_V2", "brain_correlation_nsd_general"} <= results.keys()
     assert "gnet_subj01 guided these pictures" in capsys.readouterr().out
-    evaluate.main([*words, "--ground_truth"])
-    best = json.loads((folder / "ground_truth/metrics.json").read_text())
+    evaluate.main([*words, "--seen"])
+    best = json.loads((folder / "seen/metrics.json").read_text())
     assert best["brain_correlation_V1"]["value"] > 0.8 > results["brain_correlation_V1"]["value"]

@@ -140,9 +140,9 @@ def test_the_order_of_the_index_does_not_matter(root):
     assert [int(row["image_id"]) for row in load_csv(folder / "metrics_per_image.csv", "", "")] == IDS
 
 
-def test_ground_truth_reaches_the_best_of_everything(root, clip):
-    run(root, "--subj", 1, "--ground_truth", "--eval_clip", clip)
-    found = metrics_in(images_of(root) / "ground_truth")
+def test_the_seen_images_reach_the_best_of_everything(root, clip):
+    run(root, "--subj", 1, "--seen", "--eval_clip", clip)
+    found = metrics_in(images_of(root) / "seen")
     for name in ("pixcorr", "ssim", "clip_two_way", "clip_two_way_gt_to_rec", "clip_top1", "clip_median_rank"):
         assert found[name]["value"] == pytest.approx(1), name
     assert not (images_of(root) / "metrics.json").exists()
@@ -182,11 +182,15 @@ def test_folder_of_flags(root):
     paths = Paths.from_args(args)
     assert evaluate.images_folder(args, paths) == images_of(root)  # the only one there is
     write_set(images_of(root).parent.parent / "100/0.2", stimuli_of(root)[IDS])
-    with pytest.raises(utils.UserError, match="--guidance_scale.*100, 300000"):
+    with pytest.raises(utils.UserError, match="--guidance_scale: not given.*2 sets.*0.2 .--guidance_scale 100.*300000"):
         evaluate.images_folder(args, paths)
     for words, expected in (("--guidance_scale 3e5", "cp_4096_v1/300000/0.2"), ("--guidance_scale 0", "cp_4096_v1/0/0"),
                             ("--guidance_scale 9 --control noise --guidance_strength 1", "cp_4096_v1_noise/9/1")):
         args = evaluate.get_parser().parse_args(["--root", str(root), *words.split()])
+        if not (paths.outputs_all / "subj01" / expected).exists():
+            with pytest.raises(utils.UserError, match=f"{expected}: .* there are: .*--guidance_scale 100"):
+                evaluate.images_folder(args, paths)
+            write_set(paths.outputs_all / "subj01" / expected, stimuli_of(root)[IDS])
         assert evaluate.images_folder(args, paths) == paths.root / "outputs_all/subj01" / expected
 
 
@@ -240,7 +244,7 @@ def test_sheet_takes_images_at_even_distances_and_compared_sets_by_id(root, monk
                         lambda rows, names, *_: seen.update(rows=rows, names=names) or Image.new("RGB", (1, 1)))
     other = write_set(root / "other", stimuli_of(root)[IDS[:5]])
     run(root, "--subj", 1, "--eval_clip", "none", "--sheet_images", 3, "--compare", f"perfect={other}")
-    assert seen["names"] == ["3", "7", "20"] and list(seen["rows"]) == ["seen", "reconstructed", "perfect"]
+    assert seen["names"] == ["3", "7", "20"] and list(seen["rows"])[:3] == ["seen images", "reconstructed", "perfect"]
     np.testing.assert_array_equal(seen["rows"]["perfect"][1], stimuli_of(root)[7])
     assert seen["rows"]["perfect"][2] is None
 
@@ -263,14 +267,14 @@ def test_summary_judges_each_set_against_its_scenes(root, monkeypatch, clip, cap
         save_json(folder / "metrics.json", {name: {"value": k + i / 10} for i, name in enumerate(names)})
     save_json(root / "seconds.json", {"data": 12.0, "train": 60.0})
     words = [word for name, folder in folders.items() for word in (f"--{name}", str(folder))]
-    argv = ["--root", str(root), *words, "--ground_truth", str(root / "truth"), "--clip", str(clip),
+    argv = ["--root", str(root), *words, "--seen", str(root / "truth"), "--clip", str(clip),
             "--seconds", str(root / "seconds.json")]
     summarise.main(argv)
     summary = json.loads((root / "summary.json").read_text())
-    assert list(summary) == ["real", "shuffled", "unguided", "ground_truth", "seconds"]
+    assert list(summary) == ["real", "shuffled", "unguided", "seen", "seconds"]
     assert list(summary["real"]) == ["background", "object", "colour", "place", "clip_two_way", "pixcorr", "ssim"]
-    assert [summary[name]["object"] for name in ("real", "shuffled", "unguided", "ground_truth")] == [1, 0, 0, 1]
-    assert summary["ground_truth"]["ssim"] == 3.2 and summary["seconds"] == {"data": 12.0, "train": 60.0}
+    assert [summary[name]["object"] for name in ("real", "shuffled", "unguided", "seen")] == [1, 0, 0, 1]
+    assert summary["seen"]["ssim"] == 3.2 and summary["seconds"] == {"data": 12.0, "train": 60.0}
     out = capsys.readouterr().out
     assert "12.5%" in out and "8.3%" in out and "33.3%" in out and "contact_sheet.png" in out
 

@@ -21,10 +21,14 @@ DEFAULTS = {"test_split": "new_test", "repeats": "mean", "control": None}
 
 
 def runs_like(paths, flags, feat):
-    """Say which runs of a feature there are, and the flags that lead to each; '' where there are none."""
+    """Say which runs of a feature there are, and the flags that lead to each; '' where there are none.
+
+    Of a g_k also those of all layers together.
+    """
+    feat = rf"(?:{feat}|g(?!_\d{{1,2}}_))" if feat.startswith("g_") else feat
     found = []
     for file in paths.run("").glob("*/last.pth"):
-        name = re.fullmatch(RUN.format(feat=re.escape(feat)), file.parent.name)
+        name = re.fullmatch(RUN.replace("{feat}", feat), file.parent.name)
         if name:
             found.append((file.parent.name, differences(flags, run_flags(name, flags["subj"]))))
     return listed(found)
@@ -32,7 +36,7 @@ def runs_like(paths, flags, feat):
 
 def scores_like(paths, flags, feat):
     """Say which scores of a feature there are, of any subject, and the flags that lead to each; '' for none."""
-    pattern = f"(?:{RUN}|{CEILING}){HEAD}{VARIANT}".format(feat=re.escape(feat))
+    pattern = f"(?:{RUN}|{CEILING}){HEAD}{VARIANT}".replace("{feat}", feat)
     below = f"Linear-{feat[2:]}/" if feat.startswith("g_") else ""
     found = []
     for file in paths.scores_all.glob(f"subj*/*/{below}nsdgeneral.npy"):

@@ -8,6 +8,7 @@ import torch
 import options
 import utils
 from disk.checkpoints import load_checkpoint
+from disk.hints import encoders_there
 from disk.names import run_name
 from models import GNet, restore
 from nsd.rows import open_betas
@@ -40,9 +41,11 @@ class Encoder(NamedTuple):
 
 def encoder_file(paths, run):
     """The checkpoint of an encoding model; UserError when there is none."""
-    return utils.require(paths.run(run) / "best.pth", f"--gnet_run: the brain encoding model {run}",
-                         "train one (STAGES=gnet bash scripts/train.sh), or convert the published one "
-                         "(src/convert_gnet.py) and give --gnet_run gnet_published")
+    file = paths.run(run) / "best.pth"
+    there = "" if file.exists() else encoders_there(paths)
+    hint = ("train one (STAGES=gnet bash scripts/train.sh), or convert the published one (src/convert_gnet.py) and "
+            "give --gnet_run gnet_published")
+    return utils.require(file, f"--gnet_run: the brain encoding model {run}", (f"{there}; or " if there else "") + hint)
 
 
 def load_encoder(paths, subj, run, seed, device):

@@ -30,6 +30,10 @@ DRAWN = {
 }
 
 
+PLAIN = ("control: mean image", "control: nearest training image", "ceiling: VAE round trip")  # no decoder draws these
+LABELS = (*DRAWN, *PLAIN)
+
+
 def drawn(images, known):
     """The controls that recon.py drew with the settings of `images`, an ImageSet.
 
@@ -52,11 +56,10 @@ def without_decoder(seen, run, no_run, paths, feat, store, device):
     run: the flags that name the scores behind the reconstructions, or None and why; feat: the feature whose embeddings
     are retrieved; store: a FeatureStore, for what is expensive to make. Returns {label: PictureSet}, {label: why not}.
     """
-    makers = {
-        "control: mean image": lambda label: mean_image(label, seen, run, paths),
-        "control: nearest training image": lambda label: nearest_image(label, seen, run, paths, feat),
-        "ceiling: VAE round trip": lambda label: vae_round_trip(label, seen, run["sd_model"], store, device),
-    }
+    makers = dict(zip(PLAIN, (
+        lambda label: mean_image(label, seen, run, paths),
+        lambda label: nearest_image(label, seen, run, paths, feat),
+        lambda label: vae_round_trip(label, seen, run["sd_model"], store, device)), strict=True))
     if run is None:
         return {}, dict.fromkeys(makers, no_run)
     sets, absent = {}, {}

@@ -62,7 +62,7 @@ def retrieval(run, no_run, paths, feat, seed):
     """Retrieve images by the brain's embeddings of a feature and the reverse, over all test images of these scores.
 
     Returns the entries of metrics.json and {metric: why it is missing}; no_run: why `run` is None. Galleries of
-    metrics.GALLERY images, and (`_of_all`) of all.
+    metrics.GALLERY images, and (`_of_all`) of all. "of" says whose the n queries are: more than the drawn images.
     """
     names = ("brain_to_image_top1", "image_to_brain_top1")
     if run is None:
@@ -80,7 +80,7 @@ def retrieval(run, no_run, paths, feat, seed):
     for suffix, gallery in (("", min(metrics.GALLERY, len(ids))), ("_of_all", len(ids))):
         hits, drawn = metrics.retrieval_counts(brain, seen[ids], gallery, seed=seed)
         found |= {name + suffix: {**summarise(partial(ratio, hits[name], drawn), len(ids), seed),
-                                  "gallery": gallery} for name in names}
+                                  "of": scored(ids), "gallery": gallery} for name in names}
     return found, {}
 
 
@@ -96,8 +96,14 @@ def effective_ranks(run, paths, feat):
         return {}
     ids, predicted = load_scores(folder)
     true = open_feature(paths, feat)[ids]
-    return {f"effective_rank_{feat}{suffix}": {"value": metrics.effective_rank(rows), "ci_low": None, "ci_high": None,
-                                               "n": len(ids)} for suffix, rows in (("", predicted), ("_true", true))}
+    ranks = {suffix: metrics.effective_rank(rows) for suffix, rows in (("", predicted), ("_true", true))}
+    return {f"effective_rank_{feat}{suffix}": {"value": rank, "ci_low": None, "ci_high": None, "n": len(ids),
+                                               "of": scored(ids)} for suffix, rank in ranks.items()}
+
+
+def scored(ids):
+    """Whose values those of decoded features are: drawn or not."""
+    return f"all {len(ids)} scored images"
 
 
 def ratio(hits, drawn, index):

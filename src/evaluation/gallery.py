@@ -3,35 +3,32 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sampling.folders import name_of, read_png
+from evaluation.picture_sets import MADE, SEEN
 
 TILE, GAP, MARGIN = 136, 8, 28  # pixels
 BAND_GAP, CAPTION, LABEL_WIDTH = 22, 22, 138
 INK, FAINT, PAPER, SEEN_BACKGROUND = "#1c1e21", "#6b7178", "#ffffff", "#e3e9f2"
 
 
-def sheet_of(images, compared, stimuli, results, at_most, made=True):
+def sheet_of(title, seen, sets, results, at_most):
     """The contact sheet of an evaluation; of a set larger than `at_most`, images at even distances: none is picked.
 
-    images: ImageSet of the reconstructions; compared: {label: ImageSet}, of which first samples are shown; stimuli:
-    Rows, by image id; results: {metric: entry}; made: False leaves the reconstructions themselves out.
+    seen: PictureSet of the seen images; sets: {label: PictureSet} to show under them, the reconstructions with all
+    their samples, others by their first samples, where they have them; results: {metric: entry}.
     """
-    n = len(images.image_ids)
+    n = len(seen.image_ids)
     chosen = np.unique(np.linspace(0, n - 1, min(n, at_most)).round().astype(int))
-    ids = images.image_ids[chosen]
-    rows = {"seen": list(stimuli[ids])}
-    if made:
-        for k in range(len(images.files[0])):
-            label = f"sample {k + 1}" if k else "reconstructed"
-            rows[label] = [read_png(images.files[i][k]) for i in chosen]
-    for label, other in compared.items():
-        first_samples = {image_id: files[0] for image_id, files in zip(other.image_ids, other.files, strict=True)}
-        rows[label] = [read_png(first_samples[i]) if i in first_samples else None for i in ids]
+    ids = seen.image_ids[chosen]
+    rows = {SEEN: [seen.read(i, 0) for i in chosen]}
+    for label, pictures in sets.items():
+        for k in range(pictures.n_samples if label == MADE else 1):
+            at = {image_id: i for i, image_id in enumerate(pictures.image_ids)}
+            rows[f"sample {k + 1}" if k else label] = [pictures.read(at[i], k) if i in at else None for i in ids]
     which = f"all {n} images" if len(ids) == n else f"{len(ids)} of {n} images, at even distances by id"
-    shown = [f"{title} {results[name]['value']:.3f}" for name, title in
+    shown = [f"{name} {results[metric]['value']:.3f}" for metric, name in
              (("clip_two_way", "CLIP two-way"), ("pixcorr", "PixCorr"), ("ssim", "SSIM"))
-             if results.get(name, {}).get("n")]
-    return contact_sheet(rows, [f"{i}" for i in ids], name_of(images.folder), "   ·   ".join([which, *shown]))
+             if results.get(metric, {}).get("n")]
+    return contact_sheet(rows, [f"{i}" for i in ids], title, "   ·   ".join([which, *shown]))
 
 
 def contact_sheet(rows, names, title, subtitle="", columns=10):

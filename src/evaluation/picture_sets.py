@@ -9,6 +9,7 @@ import utils
 from evaluation.metrics import resize
 from sampling.folders import name_of, read_images, read_png
 
+SEEN, MADE = "seen images", "reconstructed"  # labels of the images themselves, and of what is evaluated
 SIDE = 256  # pixels: of both pictures of a pair, before any metric
 
 
@@ -67,14 +68,24 @@ def check_ids(images, stimuli):
                               f"({stimuli.path.parent}); give the --root they were made with")
 
 
-def read_compared(words, root):
-    """{label: ImageSet} of --compare: [LABEL=]DIR, from root; without a label it is named by its folder."""
-    compared = {}
+def read_compared(words, find, taken=()):
+    """{label: ImageSet} of --compare: [LABEL=]DIR; without a label it is named by its folder.
+
+    find: path of a DIR (disk.names.Paths.find). Raises UserError for a label given twice, and for one of `taken`.
+    """
+    folders = {}
     for word in words:
         label, _, folder = word.rpartition("=")
-        folder = root.joinpath(folder)
-        compared[label or name_of(folder)] = read_images(folder)
-    return compared
+        folder = find(folder)
+        label = label or name_of(folder)
+        if label in taken:
+            raise utils.UserError(f"--compare {word}: {label!r} is the label of a set that is measured anyway; give "
+                                  "another, LABEL=DIR")
+        if label in folders:
+            raise utils.UserError(f"--compare {word}: {label!r} is the label of {folders[label]}, too; give each its "
+                                  "own, LABEL=DIR")
+        folders[label] = folder
+    return {label: read_images(folder) for label, folder in folders.items()}
 
 
 def of_the_same_images(sets, image_ids):

@@ -63,7 +63,8 @@ def write(folder, findings, config, paths):
         f"<p class=faint>{n} images, {config['n_samples']} sample{'s' * (config['n_samples'] > 1)} of each · protocol "
         f"{escape(config['protocol'])} · commit {escape(str(config['git_commit'])[:12])}</p>",
         "<nav aria-label=Sections><a href=#results>Results</a><a href=#gallery-section>Gallery</a>"
-        "<a href=#brain>Brain</a><a href=#training>Training</a><a href=#settings>Settings</a></nav>",
+        + "<a href=#brain>Brain</a>" * bool(config["brain_correlation"])
+        + "<a href=#training>Training</a><a href=#settings>Settings</a></nav>",
         results_section(findings, len(open_stimuli(paths))),
         gallery_section(shown, per_image),
         brain_section(findings.measured, config["brain_correlation"]),
@@ -153,7 +154,12 @@ def results_section(findings, n_stimuli):
              "(k-means of the seen images' CLIP features); knowing only the kind scores 50 % there.</p>",
              table(rows, here, "set", main), "<h2>Beyond the protocol</h2>", table(rows, beyond, "set", main)]
     if whole:
-        parts += ["<h2>Retrieval and features</h2>", table({main: found}, whole, "set", main)]
+        of = ", ".join(dict.fromkeys(found[metric]["of"] for metric in whole if "of" in found[metric]))
+        galleries = [f"{title_of(metric)} among {found[metric]['gallery']}" for metric in whole
+                     if "gallery" in found[metric]]
+        note = f"Measured on the decoded features, {of}, drawn or not; " + "; ".join(galleries)
+        parts += ["<h2>Retrieval and features</h2>", f"<p class=faint>{escape(note)}.</p>" if of else "",
+                  table({main: found}, whole, "set", main)]
     if findings.differences:
         parts += ["<h2>Reconstructions minus the other sets, images paired</h2>",
                   table(findings.differences, here + beyond, "minus")]
@@ -191,9 +197,9 @@ def gallery_section(shown, per_image):
 
 
 def brain_section(measured, note):
-    """Correlation with the measured response by region; note: what its reader must know, None where there is none."""
+    """Correlation with the measured response by region; note: what its reader must know, None: nothing was measured."""
     if not note:
-        return "<section id=brain></section>"
+        return ""
     from matplotlib.figure import Figure
 
     rois = [metric for metric in next(iter(measured.values())).per_image if metric.startswith("brain_correlation_")]

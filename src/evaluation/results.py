@@ -4,7 +4,7 @@ import numpy as np
 
 from disk.files import atomic_path, save_json, save_together, write_csv, write_json
 from evaluation.metrics import LOWER_IS_BETTER
-from evaluation.report import latex_row
+from evaluation.report import PROTOCOL, TITLES, latex_row
 from utils import UserError
 
 
@@ -66,7 +66,27 @@ def format_table(results):
             lines.append(f"{name:<{width}} missing: {entry['missing']}")
             continue
         better = "  (lower is better)" if name in LOWER_IS_BETTER else ""
-        gallery = f"  (of {entry['gallery']})" if "gallery" in entry else ""
         interval = "" if entry["ci_low"] is None else f"{entry['ci_low']:.3f} .. {entry['ci_high']:.3f}"
-        lines.append(f"{name:<{width}}{entry['value']:>8.3f}   {interval:<18}{entry['n']:>6}{gallery}{better}")
+        lines.append(f"{name:<{width}}{entry['value']:>8.3f}   {interval:<18}{entry['n']:>6}{whose(entry)}{better}")
+    return "\n".join(lines)
+
+
+def whose(entry):
+    """Say of which images a value is, and among how many they are sought, where these are not the drawn ones."""
+    among = f", each among {entry['gallery']}" if "gallery" in entry else ""
+    return f"  ({entry['of']}{among})" if "of" in entry else ""
+
+
+def format_sets(measured):
+    """The protocol's metrics, and the rank, of all sets that were measured {label: Measured}, as aligned text."""
+    metrics = [metric for metric in (*PROTOCOL, "clip_median_rank") if any(metric in m.per_image for m in
+                                                                           measured.values())]
+    titles = [TITLES[metric] + " (low)" * (metric in LOWER_IS_BETTER) for metric in metrics]
+    width = max(len(label) for label in ("set", *measured)) + 2
+    lines = [f"{'set':<{width}}" + "".join(f"{title:>{len(title) + 3}}" for title in titles)]
+    for label, found in measured.items():
+        values = [found.results.get(metric) for metric in metrics]
+        cells = [f"{entry['value']:.3f}" if entry and entry["n"] else "-" for entry in values]
+        lines.append(f"{label:<{width}}" + "".join(f"{cell:>{len(title) + 3}}" for cell, title in
+                                                   zip(cells, titles, strict=True)))
     return "\n".join(lines)

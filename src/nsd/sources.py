@@ -87,6 +87,12 @@ def _from(group, origin):
     return lambda remote: Wanted(group, origin, remote, remote)
 
 
+def how_to_fetch(model):
+    """Say how a model of a group is fetched; '' of any other model."""
+    groups = [group for group in GROUPS if weights_of(group) and weights_of(group)[0] == model]
+    return f"fetch it where there is a network (bash scripts/download.sh --what {groups[0]})" if groups else ""
+
+
 def weights_of(group):
     """Return (repository, patterns of its files) of a group of weights on the hub; None of any other group."""
     weights = {"sd": (SD_MODEL, SD_FILES), "clip": (CLIP_MODEL, CLIP_FILES), "eval_clip": (EVAL_CLIP, CLIP_FILES)}

@@ -13,9 +13,6 @@ def read_scores(files):
     """
     scores, image_ids = {}, None
     for feat, file in files.items():
-        if feat == "z" and not file.exists():
-            raise utils.UserError(f"{file}: no decoded latents; score z (bash scripts/score.sh), or start from noise: "
-                                  "--z none")
         ids, scores[feat] = load_scores(file.parent, file.stem)
         image_ids = ids if image_ids is None else image_ids
         if not np.array_equal(ids, image_ids):

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import utils
@@ -41,6 +42,7 @@ def load_pipeline(model, device, dtype=torch.float32, offload=False, compiled=Fa
     if lacking:
         raise utils.UserError(f"--sd_model {model}: has no {', '.join(lacking)}; give a Stable Diffusion 1.x folder "
                               f"with {', '.join(COMPONENTS)}, or a hub id")
+    diffusers_logging.disable_progress_bar()  # of loading: seconds at most
     try:
         pipe = GuidedPipeline.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError) as error:
@@ -137,6 +139,10 @@ class GuidedPipeline(DiffusionPipeline):
         image = self.decode(latents).float()
         self.maybe_free_model_hooks()
         return image
+
+    def progress_bar(self, iterable=None, total=None):
+        """The bar of one batch's steps, as set_progress_bar_config says: ours (utils.progress)."""
+        return utils.progress(iterable, total=total, **getattr(self, "_progress_bar_config", {}))
 
     # --- where the path starts -----------------------------------------------------------------------------------
 
