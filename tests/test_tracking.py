@@ -120,6 +120,14 @@ tracker.finish()
 """
 
 
+def test_an_offline_run_says_where_it_lies_and_nothing_else(tmp_path):
+    code = "import sys; from training.tracking import Tracker; Tracker(sys.argv[1], 'x', {}, wandb_log=True).finish()"
+    result = in_a_process(code, tmp_path / "a b", WANDB_MODE="offline")
+    (line,) = (result.stdout + result.stderr).splitlines()
+    (folder,) = tmp_path.glob("a b/wandb/offline-run-*")
+    assert line == f"W&B (offline): {folder}; to send it: wandb sync '{folder}'"
+
+
 def test_losing_wandb_does_not_stop_a_training(tmp_path):
     """All that a training does with W&B, and the service killed under it after the first epoch."""
     result = in_a_process(KILLING_THE_SERVICE, tmp_path, WANDB_MODE="offline")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,9 +10,12 @@ from disk.files import atomic_path
 from utils import UserError
 
 
+OFFLINE = ("offline", "dryrun")  # values of WANDB_MODE that keep runs on this disk
+
+
 def check_tracking(wandb_log):
     """Raise UserError, before any work, when --wandb_log cannot log in."""
-    if wandb_log and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+    if wandb_log and os.environ.get("WANDB_MODE") not in (*OFFLINE, "disabled"):
         import wandb
 
         if not wandb.login(prompt=False, verify=False):
@@ -50,7 +54,8 @@ class Tracker:
             try:
                 self.wandb_run = wandb.init(project=wandb_project, id=name, name=name, config=config,
                                             resume="allow" if resume_after else None, dir=str(folder),
-                                            settings=wandb.Settings(init_timeout=120, finish_timeout=300))
+                                            settings=wandb.Settings(init_timeout=120, finish_timeout=300,
+                                                                    silent=os.environ.get("WANDB_MODE") in OFFLINE))
             except wandb.Error as error:
                 raise UserError(f"--wandb_log: W&B could not start ({str(error).splitlines()[0]}); run `wandb login "
                                 "--relogin`, or set WANDB_MODE=offline") from None
@@ -91,7 +96,11 @@ class Tracker:
         self._to_wandb(send)
 
     def finish(self):
+        """Send what is left to W&B; where it is offline, say in which folder the run lies and how it is sent later."""
         self._to_wandb(lambda run: run.finish())
+        if self.wandb_run is not None and self.wandb_run.settings.mode in OFFLINE:
+            folder = self.wandb_run.settings.sync_dir
+            print(f"W&B (offline): {folder}; to send it: wandb sync {shlex.quote(folder)}")
 
     def _to_wandb(self, send):
         if self.wandb_run is None:
