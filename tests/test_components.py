@@ -146,7 +146,7 @@ def test_memory_is_bounded(monkeypatch):
     rows, largest, addmm = Array(spectrum(200, 120)), [], torch.Tensor.addmm_
     monkeypatch.setattr(torch.Tensor, "addmm_", lambda self, a, b: largest.append(max(a.numel(), b.numel()))
                         or addmm(self, a, b))
-    with components.tqdm(disable=True) as bar:
+    with utils.progress(disable=True) as bar:
         follow(Blocks(rows, np.arange(200), torch.device("cpu"), bar), 10, 0)
     assert max(largest) <= 120 * (10 + components.OVERSAMPLING)
 

@@ -17,6 +17,7 @@ import tiny_sd
 import utils
 from features import extraction
 from features.makers import TextFeatures
+from nsd.components import open_components
 from nsd.rows import open_feature
 from tiny_features import FEATS, saw, stored, words, written
 
@@ -84,9 +85,12 @@ def test_files_by_another_model_or_of_other_stimuli_are_refused(paths, extract, 
         extract(feats=["z"])
 
 
-@pytest.mark.parametrize("chunks", [None, (1, 1, 64)])
+@pytest.mark.parametrize("chunks", [None, (1, 1, 1024)])
 def test_a_file_of_neuraldiffuser_is_kept_and_read(paths, extract, capsys, chunks):
-    """(N, 1, width) float32 of Stable Diffusion 1.x and ViT-B/32, whatever models are given; chunked or not."""
+    """(N, 1, width) float32 of Stable Diffusion 1.x and ViT-B/32, whatever models are given; chunked or not.
+
+    Its components are written beside it.
+    """
     rng = np.random.default_rng(0)
     for feat, shape in (("g_2", (50, 768)), ("z", (4, 64, 64)), ("c", (77, 768))):
         array = rng.standard_normal((24, 1, np.prod(shape))).astype(np.float32)
@@ -97,6 +101,11 @@ def test_a_file_of_neuraldiffuser_is_kept_and_read(paths, extract, capsys, chunk
         kept = f"{feat}_all.hdf5: kept (24 of 24 rows are there, float32, made by another program)"
         assert kept in capsys.readouterr().out and paths.feature(feat).read_bytes() == before
         np.testing.assert_array_equal(open_feature(paths, feat)[[3, 1]], array[[3, 1]].reshape(2, *shape))
+        components = open_components(paths, feat)
+        assert components.k == 19 and components.shape == shape and components.kept == pytest.approx(1, abs=1e-4)
+        fitted = next(i for i in range(24) if i not in tiny_nsd.SHARED)
+        np.testing.assert_allclose(components.reconstruct(components.coefficients[[fitted]]).ravel(), array[fitted, 0],
+                                   atol=1e-3)
 
 
 def test_a_file_of_another_program_is_kept_when_its_rows_suit_the_models(paths, extract, capsys):

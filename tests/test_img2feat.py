@@ -20,9 +20,14 @@ import utils
 from features import extraction
 from features.makers import TextFeatures
 from nsd.captions import load_captions
+from nsd.components import open_components
 from nsd.rows import open_feature
 from tiny_features import FEATS, images, saw, stored, words, written
 from training.team import Team
+
+
+def interrupt(*inputs):
+    raise KeyboardInterrupt
 
 
 def test_c_is_the_mean_over_the_captions(paths, tiny_models, extract):
@@ -126,7 +131,8 @@ def test_the_images_a_subject_saw_then_the_others(nsd, extract, monkeypatch, cap
 def test_two_processes_write_what_one_writes(paths, tiny_models, extract, one_launch, monkeypatch):
     """bash scripts/features.sh under a launcher. All of c is one block: one process has nothing to do there."""
     extract()
-    whole = {feat: paths.feature(feat).read_bytes() for feat in FEATS}
+    files = [file(feat) for feat in FEATS for file in (paths.feature, paths.components)]
+    whole = {file: file.read_bytes() for file in files}
     launch = f"{sys.executable} -m accelerate.commands.launch"  # accelerate launch, wherever it is installed
     config = f"--config_file {utils.REPOSITORY}/scripts/accelerate/ddp.yaml --num_processes 2"
     environment = {**os.environ, "LAUNCH": f"{launch} {config}", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
@@ -134,7 +140,8 @@ def test_two_processes_write_what_one_writes(paths, tiny_models, extract, one_la
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("wrote 24 rows, 24 of 24 are there") == 4  # by one of them
-    assert {feat: paths.feature(feat).read_bytes() for feat in FEATS} == whole
+    assert done.stdout.count(" of the variance (fitted on 20 images)") == 4
+    assert {file: file.read_bytes() for file in files} == whole
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -156,6 +163,37 @@ def test_every_block_belongs_to_one_process(paths, extract, monkeypatch, size):
     for parts in shares:
         assert sorted(int(i) for part in parts for ids in part for i in ids) == list(range(24))
     assert len(shares) == 3 and all(np.array_equal(stored(paths, feat), whole[feat]) for feat in FEATS)
+
+
+def test_components_follow_the_features(nsd, extract, capsys):
+    """Of files that were there already, too; of more images later; anew when a feature is."""
+    paths, shown = nsd
+    extract("--components", "0", "--subj", "1")
+    assert not list(paths.stimuli.glob("*_components.hdf5"))
+    extract("--components", "6", "--subj", "1")
+    printed = capsys.readouterr().out
+    for feat in FEATS:
+        found = open_components(paths, feat)
+        assert found.there().tolist() == saw(shown, "subj01") and found.n_fitted == 10 and 1 <= found.k <= 6
+        assert f"{feat}: {found.k} components keep {100 * found.kept:.1f} % of the variance (fitted on 10" in printed
+    first = open_components(paths, "g_4")
+    extract("--components", "6", feats=["g_4"])
+    later = open_components(paths, "g_4")
+    assert later.digest == first.digest and len(later.there()) == 24
+    assert "kept; 6 components keep" in capsys.readouterr().out
+    with pytest.raises(utils.UserError, match="g_4_components.hdf5: written with --components 6, wanted 1024"):
+        extract(feats=["g_4"])
+    extract("--overwrite", feats=["g_4"])
+    assert open_components(paths, "g_4").n_fitted == 20
+
+
+def test_an_overwritten_feature_takes_its_components_with_it(paths, extract, monkeypatch):
+    """Whatever stops the run after that: components of rows that are no more would be trained on."""
+    extract(feats=["g_2", "g_4"])
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(models.ClipFeatures, "forward", interrupt)
+        extract("--overwrite", feats=["g_2"])
+    assert [file.name for file in paths.stimuli.glob("*_components.hdf5")] == ["g_4_components.hdf5"]
 
 
 def test_trials_of_another_data_set(paths, extract):

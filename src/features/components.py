@@ -10,7 +10,6 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import utils
 from disk.files import atomic_path
@@ -57,8 +56,8 @@ def fit_components(rows, ids, k=COMPONENTS, seed=42, device="cpu", max_images=FI
                               "fit components to; write more of the feature")
     k, exact = min(k, width, len(ids) - 1), width <= EXACT_WIDTH
     n_passes = 2 if exact else POWER_ITERATIONS + 3
-    with tqdm(total=n_passes * len(ids), desc=f"{rows.path.stem}: components", unit="image", disable=not show,
-              delay=2) as bar:
+    with utils.progress(total=n_passes * len(ids), desc=f"{rows.path.stem}: components", unit="image", delay=2,
+                        disable=not show) as bar:
         blocks = Blocks(rows, ids, torch.device(device), bar)
         variances, basis, total = (decompose if exact else follow)(blocks, k, seed)
     real = max(1, int((variances > 1e-7 * variances[0]).sum()))
@@ -100,8 +99,8 @@ def read_block(rows, ids, device):
 
 
 def decompose(blocks, k, seed):
-    """Take the exact way: eigenvectors of the covariance (F, F), in float64. Returns as follow does."""
-    covariance = sum(block.double().T @ block.double() for block in blocks) / len(blocks)
+    """Take the exact way: eigenvectors of the covariance (F, F). Returns as follow does."""
+    covariance = sum((block.T @ block).double() for block in blocks) / len(blocks)
     values, vectors = torch.linalg.eigh(covariance)  # ascending
     return values.flip(0)[:k], vectors.flip(1).T[:k].contiguous(), float(covariance.trace())
 
@@ -113,7 +112,7 @@ def follow(blocks, k, seed):
     X' A' A X (l, l) turn X into components. Returns variances (k,), basis (k, F), the total variance.
     """
     n, device = len(blocks), blocks.device
-    n_directions = min(k + OVERSAMPLING, blocks.width)
+    n_directions = min(k + OVERSAMPLING, blocks.width, n)
     generator = torch.Generator().manual_seed(utils.derive_seed(seed))
     directions = torch.randn(blocks.width, n_directions, generator=generator).to(device)  # (F, l)
     for _ in range(POWER_ITERATIONS + 1):
@@ -198,8 +197,8 @@ def write_coefficients(rows, components, file, blocks, team):
     if not blocks:
         return
     mean, basis = (torch.from_numpy(array).to(team.device) for array in (components.mean, components.basis))
-    with tqdm(total=sum(map(len, blocks)), desc=f"{components.feat}: coefficients", unit="image", delay=2,
-              disable=not team.is_main) as bar:
+    with utils.progress(total=sum(map(len, blocks)), desc=f"{components.feat}: coefficients", unit="image", delay=2,
+                        disable=not team.is_main) as bar:
         for ids in blocks:
             file.write(ids, ((read_block(rows, ids, team.device) - mean) @ basis.T).cpu())
             bar.update(len(ids))
