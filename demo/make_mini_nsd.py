@@ -13,18 +13,21 @@ came out are measured from the written betas' repeats and printed.
 import argparse
 import io
 import json
+import sys
 import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))  # for its bars; the formats are written by hand
 
 import h5py
 import numpy as np
 import pandas as pd
 from scipy import fft, ndimage, stats
 from scipy.io import savemat
-from tqdm import tqdm
 
+import utils
 from scenes import ATTRIBUTES, BACKGROUNDS, COLOURS, KINDS, captions, render, sample_scene
 
 WORLD_VERSION = 2  # raise it when the same seed gives other files
@@ -107,7 +110,7 @@ def write_world(root, world, seed):
 
     features = image_features(images, scenes)
     masks, ceilings = {}, {roi: [] for roi in ROI_SHARES}
-    for s in tqdm(range(N_SUBJECTS), desc="subjects"):
+    for s in utils.progress(range(N_SUBJECTS), desc="subjects"):
         rng = np.random.default_rng([seed, 3, s])
         image_ids = design.trial_images(s)
         masks[subject_name(s)] = rois = draw_rois(world.n_voxels[s], rng)
@@ -133,7 +136,7 @@ def draw_images(n, rng):
     """n scenes, their captions (n lists of N_CAPTIONS) and pictures (n, IMAGE_SIZE, IMAGE_SIZE, 3) uint8."""
     scenes = [sample_scene(rng) for _ in range(n)]
     texts = [captions(scene, rng, N_CAPTIONS) for scene in scenes]
-    images = np.stack([render(scene, IMAGE_SIZE) for scene in tqdm(scenes, desc="images")])
+    images = np.stack([render(scene, IMAGE_SIZE) for scene in utils.progress(scenes, desc="images")])
     return scenes, texts, images
 
 
@@ -154,7 +157,7 @@ def image_features(images, scenes):
     curvature with the figure enhanced, "kind": (N, 12 * 5) and "hue": (N, 10 * 5) things at places, "scene": (N, 8)}.
     """
     batches = np.array_split(np.arange(len(images)), -(-len(images) // 256))
-    pairs = [_batch_features(images[batch]) for batch in tqdm(batches, desc="image features")]
+    pairs = [_batch_features(images[batch]) for batch in utils.progress(batches, desc="image features")]
     early, colour = (np.concatenate(part) for part in zip(*pairs, strict=True))
     colour /= colour.std(axis=(0, 1))  # channels of equal strength
     colour *= 0.4 + figure_map(scenes)[:, :, None]

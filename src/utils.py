@@ -177,6 +177,7 @@ QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 # {logger: messages of it that ask nothing of the user}; every other message of a library stays
 NOISE = {
     "transformers.modeling_utils": r"LOAD REPORT(?!.*(MISSING|MISMATCH|CONVERSION))",  # weights that nobody asked for
+    "DeepSpeed": r"Setting accelerator to CPU",
     "transformers.utils.import_utils": r"requires torchvision \(not installed\); falling back",
 }
 LOG_INTERVAL = 60  # seconds between two lines of a bar in a log file

@@ -166,7 +166,7 @@ def test_one_image_and_absent_scores_give_reasons_not_numbers(root, clip, capsys
     found = metrics_in(folder)
     assert found["clip_two_way"]["value"] is None and "two images" in found["clip_two_way"]["missing"]
     assert "config.json" in found["brain_to_image_top1"]["missing"]
-    assert "missing: needs at least two images" in capsys.readouterr().out
+    assert "missing, needs at least two images" in capsys.readouterr().out
 
 
 def test_retrieval_follows_the_images_config_not_the_flags(root):

@@ -58,17 +58,18 @@ def write_subjects(file, found):
 
 
 def format_table(results):
-    """The metrics as aligned text; what is missing says why."""
+    """The metrics as aligned text, and a line for each reason why some are missing."""
     width = max(map(len, results)) + 2
     lines = [f"{'metric':<{width}}{'value':>8}   {'95 % interval':<18}{'n':>6}"]
+    missing = {}
     for name, entry in results.items():
         if "missing" in entry:
-            lines.append(f"{name:<{width}} missing: {entry['missing']}")
+            missing.setdefault(entry["missing"], []).append(name)
             continue
         better = "  (lower is better)" if name in LOWER_IS_BETTER else ""
         interval = "" if entry["ci_low"] is None else f"{entry['ci_low']:.3f} .. {entry['ci_high']:.3f}"
         lines.append(f"{name:<{width}}{entry['value']:>8.3f}   {interval:<18}{entry['n']:>6}{whose(entry)}{better}")
-    return "\n".join(lines)
+    return "\n".join(lines + [f"{', '.join(names)}: missing, {why}" for why, names in missing.items()])
 
 
 def whose(entry):
