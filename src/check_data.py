@@ -42,6 +42,8 @@ def main(argv=None):
     from nsd import checks
 
     world = checks.World(Paths.from_args(args))
+    for flag in ("sd_model", "clip_model", "eval_clip"):
+        setattr(args, flag, world.paths.model(getattr(args, flag)))
     looks = utils.progress(list(everything_to_look_at(world, args)), desc="looking", leave=False, disable=None)
     findings = [checks.examine(what, mend, look) for what, mend, look in looks]
     if checks.report(findings):

@@ -64,6 +64,7 @@ def main(argv=None):
     from training.team import Team
 
     paths = Paths.from_args(args)
+    args.sd_model, args.clip_model = map(paths.model, (args.sd_model, args.clip_model))
     team = Team.assemble(args.device, "fp32", timedelta(days=1))  # shares may take hours longer than others
     write = partial(extract, paths=paths, team=team, subjects=args.subj, dtype=args.dtype,
                     num_workers=args.num_workers, overwrite=args.overwrite)

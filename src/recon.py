@@ -251,10 +251,9 @@ def resolve(args, paths):
     if args.guidance_rule == "norm" and args.guidance_scale > options.MAX_SHIFT:
         raise utils.UserError(f"--guidance_scale {args.guidance_scale:g}: with --guidance_rule norm wanted at most "
                               f"{options.MAX_SHIFT}, the share of the noise level by which a step moves its prediction")
-    for name in ("sd_model", "clip_model", "guidance_decoder"):  # a folder is the same however it is written
-        folder = paths.find(getattr(args, name))
-        if folder.is_dir() and getattr(args, name) not in ("full", "half"):
-            setattr(args, name, str(folder))
+    args.sd_model, args.clip_model = map(paths.model, (args.sd_model, args.clip_model))
+    if args.guidance_decoder not in ("full", "half"):
+        args.guidance_decoder = paths.model(args.guidance_decoder)
     if args.z == "none":
         args.strength = 1.0  # all steps are run
     elif args.z != "scores":

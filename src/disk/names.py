@@ -33,6 +33,11 @@ class Paths:
         path = Path(given).expanduser()
         return path.resolve() if path.exists() else self.root / path
 
+    def model(self, given):
+        """Return the folder of a network that a flag names (`find`); a name that is no folder as it is, a hub id."""
+        folder = self.find(given)
+        return str(folder) if folder.is_dir() else given
+
     @property
     def stimuli(self):
         """Folder of NSD's stimuli, their captions and their features."""
