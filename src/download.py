@@ -1,6 +1,7 @@
 """Fetch the data and weights: NSD's design, stimuli and regions, MindEye2's betas and shards, captions, networks.
 
-    python src/download.py --dry_run                   # what would be fetched, how large it is and where to
+    python src/download.py --dry_run                   # what would be fetched, how large it is and where to; without
+                                                       # a network by the published sizes
     python src/download.py --subj 1 --to /big/disk     # subject 1 alone, to another disk, linked into the root
     python src/download.py --what betas trials --verify
 
@@ -55,6 +56,10 @@ def main(argv=None):
     groups = [group for group in sources.GROUPS if group in args.what]
     with transfer.connect() as client:
         servers = downloads.Servers(client, args.nsd_url, args.coco_url, args.parts)
+        if args.dry_run and (silent := downloads.silent_servers(groups, args.subjects, servers)):
+            print(f"no answer from {', '.join(silent)}: sizes as published, files under 10 MB not counted")
+            downloads.show(list(downloads.known_plan(groups, args.subjects, disk)), groups)
+            return
         plan = downloads.make_plan(groups, args.subjects, disk, servers)
         if args.verify:
             plan = downloads.without_damaged(plan)

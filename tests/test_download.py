@@ -140,7 +140,7 @@ def test_an_empty_disk_becomes_a_world(ask, world, site, monkeypatch):
     words, asked = ("--subj", 1, 2, "--feats", "c"), len(site.asked)
     with monkeypatch.context() as offline:
         offline.setattr(constants, "HF_HUB_OFFLINE", True)
-        assert "1 fail" in ask(*words, main=check_data.main, wanted=1)
+        assert "bash scripts/features.sh" in ask(*words, main=check_data.main, wanted=1)
         ask("--feats", "c", "--num_workers", 0, main=img2feat.main)
         assert "0 fail" in ask(*words, main=check_data.main)
     assert len(site.asked) == asked  # the weights came from the cache
@@ -225,6 +225,28 @@ def test_without_network(ask, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     line = ask("--what", "betas", wanted=2)
     assert "HF_HUB_OFFLINE" in line
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_the_plan_without_network_is_of_published_sizes(ask, site, monkeypatch, offline):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    folder = ask.root / "MindEyeV2/mindeyev2"
+    folder.mkdir()
+    (folder / "betas_all_subj01_fp32_renorm.hdf5").write_bytes(b"something")
+    said, _, *rows, total = ask("--dry_run").splitlines()
+    assert said == "no answer from 127.0.0.1: sizes as published, files under 10 MB not counted"
+    rows = {row.split()[0]: row.split()[1:] for row in rows}
+    assert list(rows) == sources.DEFAULT_GROUPS and rows["stimuli"][1:3] == ["39.6", "GB"]
+    assert rows["betas"][:4] == ["8", "12.3", "GB", "1"] and rows["trials"][:3] == ["300", "3.0", "GB"]
+    assert rows["sd"][1:3] == ["4.3", "GB"] and total == "to fetch: 335 files, 59.8 GB"
+    assert "to fetch: 42 files, 419.5 MB" in ask("--dry_run", "--subj", 1, "--what", "trials")
+    assert not site.asked
+
+
+def test_the_plan_of_servers_that_answer_is_theirs(ask):
+    assert "no answer" not in ask("--dry_run", "--what", "stimuli")
+    assert "sizes as published" in ask("--dry_run", "--what", "stimuli", "--nsd_url", "http://127.0.0.1:9")
 
 
 def test_a_full_disk_is_seen_before(ask, site, monkeypatch, capsys):

@@ -29,10 +29,9 @@ def find_model(given, paths, flag, hint, file="config.json"):
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"{flag} {given}: no such folder, and it could not be loaded from the hub's cache "
                         f"({constants.HF_HUB_CACHE}; HF_HUB_OFFLINE is set); {give}")
-    address = urlsplit(constants.ENDPOINT)
-    if not _answers(address.hostname, address.port or (443 if address.scheme == "https" else 80)):
+    if not answers(constants.ENDPOINT):
         raise UserError(f"{flag} {given}: no such folder, not in the hub's cache ({constants.HF_HUB_CACHE}), and "
-                        f"{address.hostname} does not answer; {give}")
+                        f"{urlsplit(constants.ENDPOINT).hostname} does not answer; {give}")
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{flag} {given}: not in the hub's cache yet, fetched now", flush=True)
     return given
@@ -43,12 +42,14 @@ def _is_hub_id(given):
     return given.count("/") <= 1 and not given.startswith((".", "~", "/")) and not given.endswith("/") and bool(given)
 
 
-def _answers(host, port):
+def answers(url):
     """Say whether a server takes connections; behind a proxy its name need not be known here: then yes."""
+    address = urlsplit(url)
     if {"http", "https", "all"} & getproxies().keys():
         return True
     try:
-        socket.create_connection((host, port), PATIENCE).close()
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname, port), PATIENCE).close()
     except OSError:
         return False
     return True

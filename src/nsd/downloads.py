@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import utils
 from disk.files import file_hash
+from disk.hub import answers
 from disk.names import Paths
 from nsd import sources, transfer
 from nsd.captions import write_captions
@@ -59,6 +61,36 @@ def make_plan(groups, subjects, paths, servers):
     wanted = [file for group in groups for file in sources.files_of(group, subjects)]
     plan = [*_plan_of_hub(wanted, paths), *_plan_of_servers(wanted, paths, servers)]
     return plan + [item for group in groups for item in _plan_of_weights(group)]
+
+
+def silent_servers(groups, subjects, servers):
+    """List the hosts among those that a plan asks which do not answer."""
+    from huggingface_hub import constants
+
+    origins = {file.origin for group in groups for file in sources.files_of(group, subjects)}
+    origins |= {"hub" for group in groups if sources.weights_of(group)}
+    urls = {"hub": constants.ENDPOINT, "nsd": servers.nsd_url, "coco": servers.coco_url}
+    offline = {"hub"} if constants.HF_HUB_OFFLINE else set()
+    return [urlsplit(url).hostname for origin, url in urls.items()
+            if origin in origins and (origin in offline or not answers(url))]
+
+
+def known_plan(groups, subjects, paths):
+    """List the Items of some groups of files as published, without asking any server (sources.known_files)."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    for group in groups:
+        for file in sources.files_of(group, subjects):
+            for remote, size in sources.known_files(file).items():
+                path = paths.data_path / remote if file.origin == "hub" else paths.root / file.local
+                yield Item(group, file.origin, remote, path, size, None, path.is_file())
+        repository, patterns = sources.weights_of(group) or (None, [])
+        for name in patterns:
+            size = sources.SIZES.get(name, sources.SIZES.get(f"{repository}/{name}"))
+            if size:
+                there = try_to_load_from_cache(repository, name)
+                folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots/main")
+                yield Item(group, repository, name, folder / name, size, None, isinstance(there, str))
 
 
 def _plan_of_hub(wanted, paths):

@@ -5,6 +5,8 @@ A group of files (`GROUPS`) has one name in download.py --what, in check_data.py
 
 from typing import NamedTuple
 
+import options
+
 DOWNLOAD = "download it (bash scripts/download.sh)"  # what to do about a file that is not there
 HUB_DATA = "pscotti/mindeyev2"  # MindEye2's prepared NSD, a data set on the hub
 NSD_URL = "https://natural-scenes-dataset.s3.amazonaws.com"
@@ -52,6 +54,17 @@ SUBJECTS = list(PUBLISHED)
 N_IMAGES = 73000  # of NSD: the facts above hold for a table of so many stimuli
 
 
+# bytes of files and weights over 10 MB, as published or as they follow from published numbers (parameters in float32)
+TRIAL_IN_SHARDS = 12_800
+SIZES = {
+    "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5": N_IMAGES * 425 * 425 * 3, COCO_CAPTIONS: 241 << 20,
+    "gnet_multisubject.pt": 1_271_493_801,
+    "unet/diffusion_pytorch_model.safetensors": 4 * 859_520_964, "text_encoder/model.safetensors": 4 * 123_060_480,
+    "vae/diffusion_pytorch_model.safetensors": 4 * 83_653_863,
+    f"{CLIP_MODEL}/model.safetensors": 4 * 151_277_313, f"{EVAL_CLIP}/model.safetensors": 4 * 427_616_513,
+}
+
+
 class Wanted(NamedTuple):
     """One file to have; of the hub's, also a pattern of files."""
 
@@ -81,6 +94,18 @@ def files_of(group, subjects):
         return [nsd(f"nsddata/ppdata/{subj}/func1pt8mm/roi/{name}.nii.gz") for subj in subjects
                 for name in ("nsdgeneral", "prf-visualrois")]
     return [hub("gnet_multisubject.pt")] if group == "gnet" else []
+
+
+def known_files(file):
+    """Return the files that a Wanted stands for, {remote path: bytes}, as published; smaller ones than 10 MB have 0."""
+    for subj, (trials, voxels, new_test, test) in PUBLISHED.items():
+        if file.remote == f"betas_all_{subj}_fp32_renorm.hdf5":
+            return {file.remote: trials * voxels * 4}
+        if file.remote.startswith(f"wds/{subj}/"):
+            sizes = {"train": (trials - new_test, options.SESSIONS[subj]), "new_test": (new_test, 1), "test": (test, 1)}
+            n_trials, n_files = sizes[file.remote.split("/")[2]]
+            return {file.remote.replace("*", str(i)): n_trials * TRIAL_IN_SHARDS // n_files for i in range(n_files)}
+    return {file.remote: SIZES.get(file.remote, 0)}
 
 
 def _from(group, origin):

@@ -9,7 +9,6 @@ from pathlib import Path
 from disk.files import atomic_path
 from utils import UserError
 
-
 OFFLINE = ("offline", "dryrun")  # values of WANDB_MODE that keep runs on this disk
 
 
