@@ -95,6 +95,10 @@ def everything_to_look_at(world, args):
             again = f" --feats {feat} --overwrite" if paths.feature(feat).exists() else ""
             look = partial(checks.look_at_feature, world, feat, args.subjects, args.deep)
             yield f"feature: {feat}", f"{root}bash scripts/features.sh{again}", look
+            file = paths.components(feat)
+            mend = f"{root}bash scripts/features.sh" + (f" --feats {feat}" if again else "")
+            look = partial(checks.look_at_components, world, feat, args.subjects, args.deep)
+            yield f"components: {feat}", (f"rm {file}; " if file.exists() else "") + mend, look
     room = partial(checks.look_at_disk, world, args.feats, args.stages)
     yield "disk", "make room, or put ROOT on another disk", room
     yield "memory", "", checks.look_at_memory

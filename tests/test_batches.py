@@ -1,5 +1,7 @@
 """Training batches: every trial once, no image twice in a batch, the rows of its trials."""
 
+from itertools import combinations
+
 import h5py
 import numpy as np
 import pytest
@@ -118,6 +120,95 @@ def test_persistent_workers_see_a_new_epoch(nsd):
         batches.set_epoch(epoch)
         expected = [batches[i]["image_ids"].tolist() for i in range(len(batches))]
         assert [batch["image_ids"].tolist() for batch in loader] == expected
+
+
+# --- averages of repeats ------------------------------------------------------------------------------------------
+
+
+class Numbers:
+    """Stands in for Rows of betas: trial t responds with 2**t, so that a mean says which trials it is of."""
+
+    path = "betas.hdf5"
+
+    def __getitem__(self, rows):
+        return np.exp2(np.asarray(rows, np.float32))[:, None]
+
+
+def averaged(tables, seed=0, epoch=0, rank=0, size=1, batch_size=6):
+    betas = {subj: Numbers() for subj in tables}
+    batches = EpochBatches(tables, betas, {}, batch_size, seed, rank, size, average=True)
+    batches.set_epoch(epoch)
+    return batches
+
+
+def subsets_of(rows):
+    """{mean response of Numbers: these rows of it}, of every choice among rows (m,)."""
+    return {np.add.reduce(np.exp2(some, dtype=np.float32)) / np.float32(n): some
+            for n in range(1, len(rows) + 1) for some in combinations(rows.tolist(), n)}
+
+
+def test_a_row_is_the_mean_of_a_trial_and_some_others_of_its_image():
+    """With m trials, 1..m are averaged, each number equally often; another subject's trials never are."""
+    image_ids = np.array([4, 9, 4, 4, 9, 7])
+    tables = {"subj01": table(image_ids), "subj02": table(image_ids[::-1].copy(), first_row=6)}
+    known = {(subj, image_id): subsets_of(group["row"].to_numpy()) for subj, trials in tables.items()
+             for image_id, group in trials.groupby("image_id")}
+    counts, company = {}, {}
+    for epoch in range(400):
+        batches, anchors = averaged(tables, epoch=epoch), []
+        for index in range(len(batches)):
+            batch, plan = batches[index], batches.plan()
+            for subj, trials in tables.items():
+                rows, ids = trials["row"].to_numpy(), trials["image_id"].to_numpy()
+                for trial, mean in zip(plan[subj][index], batch["voxels"][subj][:, 0].numpy(), strict=True):
+                    found = known[subj, ids[trial]][mean]
+                    assert rows[trial] in found
+                    anchors.append(rows[trial])
+                    counts.setdefault((ids == ids[trial]).sum(), []).append(len(found))
+                    for other in set(found) - {rows[trial]}:
+                        company[rows[trial], other] = company.get((rows[trial], other), 0) + 1
+        assert sorted(anchors) == list(range(12))  # each trial once, as ever
+    assert set(counts[1]) == {1}
+    for m in (2, 3):
+        share = np.bincount(counts[m], minlength=m + 1)[1:] / len(counts[m])
+        np.testing.assert_allclose(share, np.full(m, 1 / m), atol=0.05)
+    assert all(abs(n / 400 - 0.5) < 0.1 for n in company.values()) and len(company) == 2 * (6 + 2)
+
+
+def test_averages_depend_on_seed_epoch_and_batch_alone():
+    rng = np.random.default_rng(0)
+    tables = {"subj01": table(rng.permutation(np.repeat(np.arange(7), 3))), "subj02": table(np.repeat(np.arange(9), 2))}
+
+    def batch(index=2, **settings):
+        return {subj: rows.tolist() for subj, rows in averaged(tables, **settings)[index]["voxels"].items()}
+
+    assert batch() == batch() and batch() != batch(seed=1) and batch() != batch(epoch=1) and batch() != batch(index=3)
+    resumed = averaged(tables, epoch=5)
+    for epoch in (5, 0):
+        resumed.set_epoch(epoch)
+    assert {subj: rows.tolist() for subj, rows in resumed[2]["voxels"].items()} == batch()
+    for index in range(len(resumed)):
+        whole = batch(index)
+        joint = [(subj, mean) for subj, rows in whole.items() for mean in rows]
+        for rank in range(3):
+            own = [(subj, mean) for subj, rows in batch(index, rank=rank, size=3).items() for mean in rows]
+            assert own == joint[rank::3]
+
+
+def test_without_average_trials_stay_single(nsd):
+    paths, _ = nsd
+    trials, betas = load_trials(paths, "subj01", "train"), open_betas(paths, "subj01")
+    single, mean = (EpochBatches({"subj01": trials}, {"subj01": betas}, {}, 5, seed=0, average=average)
+                    for average in (False, True))
+    rows, groups = trials["row"].to_numpy(), trials.groupby("image_id")["row"]
+    for index in range(len(single)):
+        chosen = single.plan()["subj01"][index]
+        np.testing.assert_array_equal(single[index]["voxels"]["subj01"], betas[rows[chosen]])
+        for trial, voxels in zip(chosen, mean[index]["voxels"]["subj01"].numpy(), strict=True):
+            others = [row for row in groups.get_group(trials["image_id"][trial]) if row != rows[trial]]
+            subsets = [[rows[trial], *some] for n in range(len(others) + 1) for some in combinations(others, n)]
+            assert any(np.allclose(voxels, betas[subset].mean(0), atol=1e-6) for subset in subsets)
+    assert single[0]["image_ids"].tolist() == mean[0]["image_ids"].tolist()  # the plan is the same
 
 
 def test_a_row_of_nan_is_named(nsd):

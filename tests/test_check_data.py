@@ -18,8 +18,10 @@ import check_data
 import tiny_nsd
 import utils
 from disk.names import Paths
+from features.components import Fit, create_file, write_components
 from nsd import sources
 from nsd.checks import SAMPLE
+from nsd.components import source_of
 from nsd.regions import PRF_LABELS
 from nsd.trials import load_trials, read_shard
 
@@ -35,6 +37,7 @@ def whole(small_nsd, tmp_path_factory):
     paths = Paths(root, root / "MindEyeV2/mindeyev2")
     for feat, shape in FEATS.items():
         write_feature(paths, feat, np.random.default_rng(0).standard_normal((240, *shape)).astype(np.float16))
+        write_components(paths, feat, 8)
     return paths
 
 
@@ -213,6 +216,16 @@ DEFECTS = {  # what is broken: (how, words of the line that names it, words of t
     "a feature that is unfinished": (
         lambda p: edit_hdf5(p.feature("c"), lambda f: f.create_dataset("written", data=np.arange(240) > 0)),
         ["feature: c", "239 of 240 rows"], "features.sh --feats c"),
+    "components that are missing": (lambda p: p.components("c").unlink(), ["components: c", "not found"],
+                                    "-> ROOT bash scripts/features.sh --feats c"),
+    "components of another feature file": (
+        lambda p: write_feature(p, "c", np.ones((240, 20, 64), np.float16)),
+        ["components: c", "made from a feature file of rows"], "c_components.hdf5; ROOT bash scripts/features.sh"),
+    "components that are unfinished": (
+        lambda p: edit_hdf5(p.components("c"), lambda f: f["written"].write_direct(np.arange(240, dtype=np.uint8) % 2)),
+        ["components: c", "120 of 240 rows"], "-> ROOT bash scripts/features.sh --feats c"),
+    "NaN in coefficients": (lambda p: nan_in(p.components("g_2"), "data", 0), ["components: g_2", "row 0", "NaN"],
+                            "g_2_components.hdf5; ROOT bash scripts/features.sh --feats g_2", "--deep"),
     "a feature that is missing": (lambda p: p.feature("g_2").unlink(), ["feature: g_2", "not found"],
                                   "bash scripts/features.sh"),
     "weights are cut": (lambda p: folder_without(p, "vae/diffusion_pytorch_model.safetensors"),
@@ -240,6 +253,7 @@ def drop_row(paths):
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_defect_is_found_and_mended_by_a_command(paths, capsys, defect):
     break_it, words, command, *flags = DEFECTS[defect]
+    command = command.replace("ROOT", f"ROOT={paths.root}")
     break_it(paths)
     status, lines = examine(paths, capsys, *(flag.replace("ROOT", str(paths.root)) for flag in flags))
     failed = [number for number, line in enumerate(lines) if line.startswith("fail")]
@@ -301,6 +315,11 @@ def real(tmp_path_factory):
     looked_at = seen[np.unique(np.linspace(0, len(seen) - 1, SAMPLE).astype(int))]
     for feat, width in (("c", 59136), ("g_2", 38400)):
         sparse_hdf5(paths.feature(feat), "data", (73000, width), np.float16, looked_at)
+        fit = Fit(np.zeros(width), np.zeros((4, width), np.float32), np.ones(4), 5.0, 20000)
+        settings = {"source": source_of(paths.feature(feat)), "seed": 0, "wanted": 4}
+        create_file(paths, feat, fit, 73000, (width // 768, 768), settings)
+        with h5py.File(paths.components(feat), "r+") as file:
+            file["data"][...] = file["written"][...] = 1
     np.save(paths.data_path / "shared1000.npy", np.isin(np.arange(73000), shared))
     with h5py.File(paths.data_path / "COCO_73k_subj_indices.hdf5", "w") as file:
         file["subj04"] = shown[:n]
@@ -337,7 +356,8 @@ def test_files_of_the_real_sizes(real, capsys):
     assert status == 0, "\n".join(lines)
     found = "\n".join(lines)
     for words in ("(22500, 13153) float32", "(73000, 425, 425, 3) uint8", "(73000, 77, 768) float16",
-                  "146000 captions of 73000 images", "30 sessions", "1985 trials", "checkpoints 12.0 GB"):
+                  "4 keep 80.0 % of the variance", "146000 captions of 73000 images", "30 sessions", "1985 trials",
+                  "checkpoints 12.0 GB"):
         assert words in found, words
 
 
@@ -360,4 +380,4 @@ def test_missing_features_of_nsd_need_room(real, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1e9}))
     status, lines = examine(real, capsys, "--subj", "4", "--feats", "z")
     assert status == 1
-    assert any(line.startswith("fail  disk") and "features to write 2.4 GB" in line for line in lines), lines
+    assert any(line.startswith("fail  disk") and "features to write 2.8 GB" in line for line in lines), lines

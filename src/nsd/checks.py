@@ -16,6 +16,7 @@ import options
 import utils
 from nsd import sources
 from nsd.captions import load_captions
+from nsd.components import open_components
 from nsd.design import check_shared_images, check_trial_images, load_stimulus_table
 from nsd.regions import roi_masks
 from nsd.rows import open_betas, open_feature, open_stimuli
@@ -63,7 +64,7 @@ class Doubt(Exception):
 
 
 class Unfinished(utils.UserError):
-    """An unfinished feature file, which the command that began it can continue."""
+    """An unfinished file of features or components, which the command that began it can continue."""
 
 
 def examine(what, mend, look):
@@ -73,7 +74,8 @@ def examine(what, mend, look):
     except Doubt as doubt:
         return Finding("warn", what, str(doubt), mend)
     except Unfinished as defect:
-        return Finding("fail", what, str(defect), mend.removesuffix(" --overwrite"))
+        go_on = mend.rpartition("; ")[2].removesuffix(" --overwrite")  # without what would lose what is done
+        return Finding("fail", what, str(defect), go_on)
     except (utils.UserError, OSError) as defect:
         return Finding("fail", what, str(defect), mend)
 
@@ -219,15 +221,27 @@ def look_at_masks(paths, subj):
 def look_at_feature(world, feat, subjects, deep):
     """Every image that the subjects saw has its row."""
     rows = open_feature(world.paths, feat)
+    look_at_seen(world, rows, subjects, deep)
+    return f"{rows.shape} {rows.dtype}, {looked(deep)}"
+
+
+def look_at_components(world, feat, subjects, deep):
+    """Every image that the subjects saw has its coefficients, and they are of the feature file that is there."""
+    components = open_components(world.paths, feat)
+    look_at_seen(world, components.rows, subjects, deep)
+    return f"{components.k} keep {100 * components.kept:.1f} % of the variance, {looked(deep)}"
+
+
+def look_at_seen(world, rows, subjects, deep):
+    """Look at the rows of the images that the subjects saw."""
     expect(rows.path, "rows", len(rows), world.n_images)
     seen = [world.trials(subj, split)["image_id"] for subj in subjects for split in ("train", "new_test")]
     seen = np.unique(np.concatenate(seen))
     try:
         rows.require(seen)
-    except utils.UserError as error:  # making the file again would waste what is done
+    except utils.UserError as error:
         raise Unfinished(str(error)) from None
     look_at_rows(rows, deep, seen)
-    return f"{rows.shape} {rows.dtype}, {looked(deep)}"
 
 
 def look_at_weights(group, name):
@@ -257,9 +271,12 @@ def look_at_weights(group, name):
 
 def look_at_disk(world, feats, stages):
     """Room for the features that are not there and for the checkpoints of a full plan."""
-    width = {"c": 59136, "z": 16384}
-    features = sum(2 * sources.N_IMAGES * width.get(feat, 38400) for feat in feats
-                   if not world.paths.feature(feat).exists()) if "features" in stages and world.is_nsd else 0
+    width, k = {"c": 59136, "z": 16384}, 1024  # of float16 numbers; components, in float32
+    features = 0
+    for feat in feats if "features" in stages and world.is_nsd else ():
+        f = width.get(feat, 38400)
+        features += 2 * sources.N_IMAGES * f if not world.paths.feature(feat).exists() else 0
+        features += 4 * k * (sources.N_IMAGES + f) if not world.paths.components(feat).exists() else 0
     runs = RUN_BYTES * len(feats) if "train" in stages and world.is_nsd else 0
     free = shutil.disk_usage(world.paths.root).free
     plan = f"{utils.in_bytes(free)} free; features to write {utils.in_bytes(features)}, checkpoints " \

@@ -28,14 +28,15 @@ class Components:
     .source        what the feature file said of itself
     .digest        short hash that tells one basis from another
     .coefficients  (N, k) float32, by image id, read whole when first asked for (0.3 GB on NSD)
+    .rows          the same on disk, as Rows
     """
 
     def __init__(self, path, feat):
         """Raises UserError when the file is missing or not readable."""
         again = f"write them with bash scripts/features.sh --feats {feat}"
         self.path, self.feat = path, feat
-        self._rows = Rows(path, "data", f"components of {feat}", again,
-                          go_on=f"continue with bash scripts/features.sh --feats {feat}")
+        self.rows = Rows(path, "data", f"components of {feat}", again,
+                         go_on=f"continue with bash scripts/features.sh --feats {feat}")
         try:
             with h5py.File(path, "r") as file:
                 self.mean, self.variances = file["mean"][()], file["variances"][()]
@@ -45,7 +46,7 @@ class Components:
                 self.total, self.kept = float(known["total"]), float(known["kept"])
                 self.n_fitted, self.seed, self.wanted = (int(known[name]) for name in ("n_fitted", "seed", "wanted"))
                 self.source, self.digest = str(known["source"]), str(known["digest"])
-            if not self.k == len(self.variances) == self._rows.shape[1] or \
+            if not self.k == len(self.variances) == self.rows.shape[1] or \
                     not width == len(self.mean) == np.prod(self.shape):
                 raise OSError("its parts are of different sizes")
         except (OSError, KeyError) as error:
@@ -53,7 +54,7 @@ class Components:
             raise utils.UserError(f"{path}: not readable as components ({reason}); delete it and {again}") from None
 
     def __len__(self):
-        return len(self._rows)
+        return len(self.rows)
 
     @cached_property
     def basis(self):
@@ -69,11 +70,11 @@ class Components:
 
     def require(self, ids):
         """Raise UserError unless the coefficients of all these images (n,) are there."""
-        self._rows.require(np.asarray(ids, np.int64))
+        self.rows.require(np.asarray(ids, np.int64))
 
     def there(self):
         """List the images whose coefficients are there, (n,) ids, ascending."""
-        return self._rows.there()
+        return self.rows.there()
 
     def reconstruct(self, coefficients):
         """Make rows (n, *shape) float32 of coefficients: (n, k), or (n, fewer), those of the first components."""
