@@ -36,7 +36,7 @@ def get_parser():
     parser.add_argument("--verify", action="store_true", help="also check the checksums of files that are there; "
                                                               "those that differ are fetched again")
     parser.add_argument("--parts", type=options.whole, default=8, metavar="CONNECTIONS",
-                        help="in parallel, for a file of NSD's bucket (8)")
+                        help="in parallel, for a file of NSD's bucket")
     parser.add_argument("--nsd_url", default=sources.NSD_URL, metavar="URL", help="NSD's bucket, or a mirror of it")
     parser.add_argument("--coco_url", default=sources.COCO_URL, metavar="URL", help="COCO's server, or a mirror of it")
     return parser

@@ -18,15 +18,50 @@ RULES, GRADS, X0S = ("raw", "norm"), ("xt", "x0"), ("cond", "cfg")
 MAX_SHIFT = 0.6  # --guidance_rule norm moves the predicted image by at most this many sigma (rms)
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """A line for each flag, with its default in brackets."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28)
+
+    def _format_action_invocation(self, action):
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0].replace("--", "--[no-]", 1)
+        if action.nargs == 0:
+            return ", ".join(action.option_strings)
+        return f"{action.option_strings[0]} {self._format_args(action, action.dest.upper())}"  # without --subject, ...
+
+    def _get_help_string(self, action):
+        default = shown(action.default)
+        said = action.help.startswith("[") or isinstance(action.default, list) and action.help.endswith(")")
+        return action.help if said or not default else f"{action.help} [{default}]"
+
+
+def shown(default):
+    """Write a flag's default as it would be given; '' of one that is off or says nothing."""
+    if default is None or default is False or default in ("", [], argparse.SUPPRESS):
+        return ""
+    if isinstance(default, list):
+        return " ".join(map(str, default))
+    return "on" if default is True else f"{default:g}" if isinstance(default, float) else str(default)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with the house's rules: no abbreviations, dashes accepted for underscores, docstring as --help."""
 
     def __init__(self, doc, dry_run_stops=True):
         """dry_run_stops: --dry_run prints the options and ends the program; else it is left to the script."""
         self.dry_run_stops = dry_run_stops
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(description=doc, formatter_class=Help, allow_abbrev=False,
+                         usage="%(prog)s [flags]      (below, defaults are in brackets)")
         self.add_argument("--dry_run", action=argparse.BooleanOptionalAction, default=False,
                           help="print the resolved options and stop" if dry_run_stops else "show the plan and stop")
+
+    def format_help(self):
+        for action in self._actions:
+            if not action.help and shown(action.default):  # of no help argparse shows no default, either
+                action.help = f"[{shown(action.default)}]"
+        return super().format_help()
 
     def error(self, message):
         """One line and exit 2, without argparse's page of usage."""
