@@ -143,6 +143,8 @@ def add_subject(parser):
 
 def add_run(parser):
     """Flags that, with the subject and the feature, name a run."""
+    parser.epilog = ("How --subj, --num_sessions, --hidden_dim and --tag name a run, its scores and pictures: "
+                     "docs/data.md, Names on disk.")
     parser.add_argument("--hidden_dim", type=whole, default=1024, metavar="UNITS", help="width of the shared space")
     add_sessions(parser)
 
