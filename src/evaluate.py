@@ -105,15 +105,15 @@ def evaluate(args, paths):
     compared = {} if args.seen else read_compared(args.compare, paths.find, taken=(SEEN, MADE, *controls.LABELS))
     outdir = images.folder / "seen" if args.seen else images.folder
     outdir = paths.find(args.outdir) if args.outdir else outdir
+    eval_clip = args.eval_clip
+    if eval_clip != "none" and args.weights_dir is None:
+        hint = " or ".join(filter(None, (sources.how_to_fetch(eval_clip), "leave it out (--eval_clip none)")))
+        eval_clip = find_model(eval_clip, paths, "--eval_clip", hint)
     for folder in (outdir, outdir / "report"):
         check_writable(folder)
 
     # who judges: networks, and the subject's own responses
     device = utils.pick_device(args.device)
-    eval_clip = args.eval_clip
-    if eval_clip != "none" and args.weights_dir is None:
-        hint = " or ".join(filter(None, (sources.how_to_fetch(eval_clip), "leave it out (--eval_clip none)")))
-        eval_clip = find_model(eval_clip, paths, "--eval_clip", hint)
     weights_dir = paths.find(args.weights_dir) if args.weights_dir else None
     networks, missing = load_networks(eval_clip, device, weights_dir)
     if len(images.image_ids) == 1:

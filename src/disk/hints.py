@@ -15,8 +15,8 @@ RUN = (r"(?P<prefix>multisubject|pretrained|scratch|ridge)_(?P<of>subj\d\d)(?:_(
 CEILING = r"(?P<ceiling>ground_truth)_(?P<seen_by>subj\d\d)_{feat}"
 HEAD = r"(?:_adapt(?P<adapted>\d+)sess|_head(?P<lent>\d\d))?"
 VARIANT = r"(?:_(?P<test_split>test|val))?(?:_(?P<repeats>single))?(?:_(?P<control>shuffle|noise|mean))?"
-PICTURES = (r"(?P<method>.+?)(?P<ceiling>_ground_truth)?(?:_gnet_(?P<gnet_roi>\w+?)_(?P<gnet_kappa>[\d.e+-]+))?"
-            + VARIANT)
+PICTURES = (r"(?P<method>.+?)(?P<ceiling>_ground_truth)?"
+            r"(?:_gnet_(?P<gnet_roi>[A-Za-z0-9]+|higher_vis|nsd_general)_(?P<gnet_kappa>[\d.e+-]+))?" + VARIANT)
 DEFAULTS = {"test_split": "new_test", "repeats": "mean", "control": None}
 
 
