@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compute the true features of the stimuli: c (the text embedding), z (the VAE latent) and g_2 ... g_12 (layers of CLIP).
 #
-#   bash scripts/features.sh                  all features of all images: 45 GB, about an hour on a GPU
+#   bash scripts/features.sh                  all features of all images: 49 GB, about an hour on a GPU
 #   bash scripts/features.sh --subj 1         only the images that subject 1 saw; run again, it adds what is missing
 #   FEATS="c z" bash scripts/features.sh      only these
 #   LAUNCH="accelerate launch --config_file scripts/accelerate/ddp.yaml" bash scripts/features.sh   GPUs share the images
