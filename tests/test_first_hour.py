@@ -65,7 +65,7 @@ SET, OURS = "cp_4096_v1/300/0.5", ["--images", "a/mine"]
 HUB = "nobody/no-such-model"
 MISTAKES = [  # what went wrong, script, its flags, words of the line: what there is, what mends it
     ("no flag of the training given", recon, ["--z", "none"], f"{C} (--num_sessions 3 --hidden_dim 8)"),
-    ("another width", recon, [*DRAW, "--hidden_dim", "9"], "scores of c not found; there are:", f"{C} (--hidden_dim 8)"),
+    ("another width", recon, [*DRAW, "--hidden_dim", "9"], "scores of c not found; there are", f"{C} (--hidden_dim 8)"),
     ("other sessions", recon, [*DRAW, "--num_sessions", "2"], f"{C} (--num_sessions 3)"),
     ("another subject", recon, [*DRAW, "--subj", "2"], f"subj01/{C} (--subj 1)"),
     ("another stage", recon, [*DRAW, "--run", "pretrain"], f"{C} (--run finetune)"),
