@@ -2,7 +2,7 @@
 # Fetch data and weights. The same command continues a download that was interrupted.
 #
 #   bash scripts/download.sh --dry_run                       the plan: what, how large, where to; needs no network
-#   bash scripts/download.sh                                 everything for all eight subjects: 61 GB
+#   bash scripts/download.sh                                 everything for all eight subjects: 62 GB
 #   bash scripts/download.sh --subj 1 --to /big/disk         one subject (49 GB) to another disk, linked into ROOT
 #   bash scripts/download.sh --what betas trials --verify    groups of files, also compared with published checksums
 #

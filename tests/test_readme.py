@@ -25,8 +25,8 @@ SCRIPTS = [*sorted(REPO.glob("scripts/*.sh")), REPO / "scripts/slurm/submit.sh"]
 PAGES = [README, *sorted(REPO.glob("docs/*.md")), *sorted(REPO.glob("[a-zA-Z]*/README.md"))]
 RUN_ELSEWHERE = {"demo.sh", "test.sh", "setup.sh", "submit.sh"}  # by CI; submit.sh by test_slurm.py
 COMMAND = re.compile(r"^(?P<knobs>(?:[A-Z_]+=(?:\"[^\"]*\"|\S*) +)*)"
-                     r"(?P<words>(?:bash )?(?:scripts/)?(?:slurm/)?\w+\.sh\b.*"
-                     r"|(?:\.venv/bin/)?(?:python3?|hf|wandb) .*)$")
+                     r"(?P<words>(?:bash )?(?:scripts/)?(?:slurm/)?(?!settings)\w+\.sh\b.*"
+                     r"|source \S+|(?:\.venv/bin/)?(?:python3?|hf|wandb) .*)$")
 FLAGS_HERE = "FLAGS_OF_THE_COMMAND"
 LIGHT = {"options", "utils", "nsd", "disk", "scenes"}  # import the standard library and NumPy at most
 
@@ -138,7 +138,9 @@ def check_command(knobs, words, calls_of):
     """Raise AssertionError or SystemExit unless a command of a page is real."""
     words = shlex.split(words)
     tool = Path(words[0]).name
-    if tool in ("wandb", "hf"):
+    if tool == "source":
+        assert (REPO / words[1]).exists(), words[1]
+    elif tool in ("wandb", "hf"):
         check_tool(tool, words)
     elif tool in ("python", "python3"):
         parse(REPO / words[1], words[2:])
@@ -179,7 +181,7 @@ def test_commands_are_real(page, calls_of):
 def test_a_wrong_command_is_found(calls_of):
     for knobs, words in (("", "bash scripts/recon.sh --no_such_flag"), ("", "bash scripts/nothing.sh"),
                          ("STAGES=gnet ", "bash scripts/train.sh --prior_scale 3"), ("", "python src/recon.py --ids"),
-                         ("", "python src/nothing.py"), ("", "wandb no_such_command"),
+                         ("", "python src/nothing.py"), ("", "wandb no_such_command"), ("", "source demo/nothing.sh"),
                          ('LAUNCH="accelerate launch --config_file scripts/accelerate/no.yaml" ', "train.sh")):
         with pytest.raises(AssertionError):
             check_command(knobs, words, calls_of)
