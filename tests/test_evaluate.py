@@ -1,6 +1,7 @@
 """evaluate.py and the demo's summary on a world of 24 images: files in, files out, and what is refused."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import h5py
@@ -249,6 +250,36 @@ def test_sheet_takes_images_at_even_distances_and_compared_sets_by_id(root, monk
     assert seen["rows"]["perfect"][2] is None
 
 
+def test_controls_that_were_drawn_are_in_the_table_and_on_the_sheet(root, monkeypatch, capsys):
+    shown, contact_sheet = {}, gallery.contact_sheet
+    monkeypatch.setattr(gallery, "contact_sheet", lambda rows, *rest: shown.update(rows) or contact_sheet(rows, *rest))
+    config = json.loads((images_of(root) / "config.json").read_text()) | {"method": "cp_4096_v1"}
+    save_json(images_of(root) / "config.json", config)
+    write_set(root / "outputs_all/subj01/cp_4096_v1_shuffle/300000/0.2", np.roll(stimuli_of(root)[IDS], 1, axis=0))
+    run(root, "--images", images_of(root), "--eval_clip", "none")
+    assert list(shown) == ["seen images", "reconstructed", "control: shuffled responses"]
+    np.testing.assert_array_equal(shown["control: shuffled responses"][1], stimuli_of(root)[IDS[0]])
+    out = capsys.readouterr().out
+    rows = dict(re.findall(r"^(set|reconstructed|control: shuffled responses) {2,}(.*)$", out, re.MULTILINE))
+    assert rows["set"].split() == ["PixCorr", "SSIM"]
+    controlled = json.loads((images_of(root) / "compared.json").read_text())["control: shuffled responses"]["results"]
+    for label, found in (("reconstructed", metrics_in(images_of(root))), ("control: shuffled responses", controlled)):
+        assert rows[label].split() == [f"{found[name]['value']:.3f}" for name in ("pixcorr", "ssim")]
+
+
+def test_what_is_of_all_scored_images_says_so(root, capsys):
+    """Two pictures are drawn, six images have scores. Without an encoding model the page has no section for it."""
+    folder = write_set(root / "two", stimuli_of(root)[IDS[:2]])
+    run(root, "--images", folder, "--eval_clip", "none")
+    found = metrics_in(folder)
+    assert found["pixcorr"]["n"] == 2 and "of" not in found["pixcorr"]
+    assert found["brain_to_image_top1"]["n"] == 6 and found["brain_to_image_top1"]["of"] == "all 6 scored images"
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("brain_to_image_top1 "))
+    assert line.endswith("6  (all 6 scored images, each among 6)")
+    page = (folder / "report/index.html").read_text()
+    assert "all 6 scored images, drawn or not" in page and "id=brain" not in page and "#brain" not in page
+
+
 def test_summary_judges_each_set_against_its_scenes(root, monkeypatch, clip, capsys):
     attributes = [{"background": i} for i in range(24)]
     save_json(root / "demo_attributes.json", attributes)
@@ -328,7 +359,8 @@ def test_an_evaluation_keeps_what_it_extracted(root, clip, monkeypatch):
 def test_wandb_gets_values_table_and_sheet(root, monkeypatch):
     """By its own classes, but without its service, which test_tracking.py starts."""
     logged, finished = {}, []
-    begun = SimpleNamespace(log=lambda values, step: logged.update(values), finish=lambda: finished.append(True))
+    begun = SimpleNamespace(log=lambda values, step: logged.update(values), finish=lambda: finished.append(True),
+                            settings=SimpleNamespace(mode="online"))
     monkeypatch.setattr(wandb, "init", lambda **settings: begun)
     monkeypatch.setenv("WANDB_MODE", "offline")
     run(root, "--subj", 1, "--eval_clip", "none", "--wandb_log")
