@@ -174,7 +174,6 @@ def write(outdir, findings, sheet, note, paths, args):
     tracker.log({f"eval/{metric}": entry["value"] for metric, entry in results.items() if entry["n"]}, step=0)
     tracker.log_table("eval/metrics", table_of(findings.measured), step=0)
     tracker.log_images("eval/contact_sheet", [sheet], [str(folder)], step=0)
-    tracker.finish()
     print(format_table(results))
     if len(findings.measured) > 1:
         print(f"\n{format_sets(findings.measured)}\n")
@@ -184,6 +183,7 @@ def write(outdir, findings, sheet, note, paths, args):
         print(f"{label}: not measured, {why}")
     print(f"metrics        {outdir / 'metrics.json'}\ncontact sheet  {outdir / 'contact_sheet.png'}\n"
           f"report         {outdir / 'report/index.html'}")
+    tracker.finish()
 
 
 def images_folder(args, paths):
