@@ -9,25 +9,20 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")" && pwd) # folders below are looke
 export ROOT SUBJ=1 HF_HUB_OFFLINE=1
 
 # features.sh: the models that stand in for Stable Diffusion and CLIP
-export FEATURES_FLAGS="--sd_model models/sd --clip_model models/clip"
+export FEATURES_FLAGS="--sd_model models/sd --clip_model models/clip --components 256"
 export CHECK_DATA_FLAGS="--sd_model models/sd --clip_model models/clip --eval_clip models/clip"
 
-# train.sh: the networks, and the schedule of each stage and feature
-export TRAIN_FLAGS="--hidden_dim 384 --n_blocks 2 --prior_depth 2 --batch_size 70 --num_workers 0"
-export PRETRAIN_C_FLAGS="--num_epochs 5 --max_lr 1.5e-3"
-export FINETUNE_C_FLAGS="--num_epochs 10 --max_lr 1e-3"
-export PRETRAIN_G_FLAGS="--num_epochs 2 --max_lr 1.5e-3"
-export FINETUNE_G_FLAGS="--num_epochs 6 --max_lr 1e-3"
-export PRETRAIN_Z_FLAGS="--num_epochs 3 --max_lr 1.5e-3 --decoder_channels 32 64 128"
-export FINETUNE_Z_FLAGS="--num_epochs 8 --max_lr 1e-3 --decoder_channels 32 64 128"
+# train.sh: the decoders, and how long they learn from seven brains (fine-tuning has the default schedule)
+export TRAIN_FLAGS="--hidden_dim 512 --batch_size 70 --num_workers 0"
+export PRETRAIN_C_FLAGS="--num_epochs 6" PRETRAIN_G_FLAGS="--num_epochs 6" PRETRAIN_Z_FLAGS="--num_epochs 6"
 export TRAIN_GNET_FLAGS="--num_epochs 8 --batch_size 32"
 
-# score.sh: one step of the prior predicts the mean, which so small a UNet draws better than a sample
-export SCORE_FLAGS="--hidden_dim 384 --prior_steps 1"
+# score.sh: which decoders
+export SCORE_FLAGS="--hidden_dim 512"
 
 # recon.sh: guidance as benchmarks/README.md recommends (a scale of 300000 suits 512 pixels; at 64 the gradient is larger)
-export RECON_FLAGS="--hidden_dim 384 --sd_model models/sd --clip_model models/clip --num_inference_steps 25
+export RECON_FLAGS="--hidden_dim 512 --sd_model models/sd --clip_model models/clip --num_inference_steps 25
     --cfg_scale 5 --strength 0.7 --guidance_scale 300 --guidance_strength 0.4 --guidance_grad x0"
 
 # evaluate.sh: the pictures of recon.sh, and the CLIP that judges
-export EVALUATE_FLAGS="--hidden_dim 384 --guidance_scale 300 --guidance_strength 0.4 --eval_clip models/clip"
+export EVALUATE_FLAGS="--hidden_dim 512 --guidance_scale 300 --guidance_strength 0.4 --eval_clip models/clip"

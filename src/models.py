@@ -669,32 +669,64 @@ class LatentModel(nn.Module):
         return {"nsdgeneral": self(voxels)[0]}
 
 
-class RidgeModel(nn.Module):
-    """The linear baseline: one ridge regression per target value (training/ridge.py), of one subject."""
+class Decoder(nn.Module):
+    """Voxels -> components of one or several features, by regression: one voxel encoder and one trunk serve them all.
 
-    def __init__(self, n_voxels, target_shape):
+    Predictions are estimates of least squared error, in units of each feature's standard deviation: the coefficients
+    (K,) of its principal components over the square root of its total variance.
+    """
+
+    def __init__(self, n_voxels, hidden_dim, components, n_blocks=2, dropout=0.3, contrast=()):
+        """n_voxels: {subject: V}; components: {feature: K}; n_blocks: 0 leaves a linear map through hidden_dim units.
+
+        contrast: features that have a second head, whose prediction retrieves the image.
+        """
         super().__init__()
-        self.target_shape = tuple(target_shape)
-        ((self.subject, voxels),) = n_voxels.items()
-        self.linear = nn.Linear(voxels, math.prod(target_shape))
+        self.sizes = {"hidden_dim": hidden_dim, "components": dict(components), "n_blocks": n_blocks,
+                      "dropout": dropout, "contrast": list(contrast)}
+        self.voxelenc = VoxelEncoder(n_voxels, hidden_dim)
+        self.blocks = nn.ModuleList(mixer_block(hidden_dim, dropout) for _ in range(n_blocks))
+        self.out = nn.Sequential(nn.LayerNorm(hidden_dim), nn.Dropout(dropout)) if n_blocks else nn.Identity()
+        self.heads = nn.ModuleDict({feat: nn.Linear(hidden_dim, k) for feat, k in components.items()})
+        self.contrast = nn.ModuleDict({feat: nn.Linear(hidden_dim, components[feat]) for feat in contrast})
+        for head in self.heads.values():  # it starts from the mean image, whose error is the variance
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
 
     @property
     def model_args(self):
-        return {"kind": "ridge", "n_voxels": {self.subject: self.linear.in_features},
-                "target_shape": list(self.target_shape)}
+        return {"kind": "components", "n_voxels": self.voxelenc.n_voxels, **self.sizes}
 
     def forward(self, voxels):
-        """{subject: (B, V)} -> (B, *target_shape)."""
-        return self.linear(voxels[self.subject]).unflatten(-1, self.target_shape)
+        """{subject: (b, V)} -> coefficients {feature: (B, K)} and those for the contrast, {feature: (B, K)}."""
+        x = self.voxelenc(voxels)  # (B, H)
+        for block in self.blocks:
+            x = x + block(x)
+        x = self.out(x)
+        return ({feat: head(x) for feat, head in self.heads.items()},
+                {feat: head(x) for feat, head in self.contrast.items()})
 
-    @torch.no_grad()
-    def predict(self, voxels, prior_steps=None, generators=None):
-        """Scores (B, *target_shape): the prediction is what is retrieved, too."""
-        prediction = self(voxels)
-        return {"nsdgeneral": prediction, "retrieval": prediction}
+
+class RidgeDecoder(nn.Module):
+    """The linear baseline of the Decoder: one ridge regression per component (training/ridge.py), of one subject."""
+
+    def __init__(self, n_voxels, components):
+        """n_voxels: {subject: V}, one subject; components: {feature: K}."""
+        super().__init__()
+        self.n_voxels, self.components = dict(n_voxels), dict(components)
+        ((self.subject, voxels),) = n_voxels.items()
+        self.heads = nn.ModuleDict({feat: nn.Linear(voxels, k) for feat, k in components.items()})
+
+    @property
+    def model_args(self):
+        return {"kind": "ridge", "n_voxels": self.n_voxels, "components": self.components}
+
+    def forward(self, voxels):
+        """{subject: (B, V)} -> coefficients {feature: (B, K)}, as Decoder's; nothing for a contrast."""
+        return {feat: head(voxels[self.subject]) for feat, head in self.heads.items()}, {}
 
 
-MODELS = {"brain": BrainModel, "latent": LatentModel, "ridge": RidgeModel, "gnet": GNet}
+MODELS = {"components": Decoder, "ridge": RidgeDecoder, "brain": BrainModel, "latent": LatentModel, "gnet": GNet}
 
 
 def build_model(model_args):

@@ -18,6 +18,14 @@ RULES, GRADS, X0S = ("raw", "norm"), ("xt", "x0"), ("cond", "cfg")
 MAX_SHIFT = 0.6  # --guidance_rule norm moves the predicted image by at most this many sigma (rms)
 
 
+# of the flags that depend on --model: chosen on validation images (benchmarks/decoders.md), and as published but for
+# the length of the training (docs/method.md, Deviations from MindEye2)
+COMPONENTS_DEFAULTS = {"n_blocks": 2, "dropout": 0.3, "batch_size": 64, "num_epochs": 25, "max_lr": 1e-3,
+                       "weight_decay": 0.1, "clip_scale": 0.02, "mixup_pct": 0.0}
+MINDEYE2_DEFAULTS = {"n_blocks": 4, "dropout": 0.15, "batch_size": 42, "num_epochs": 30, "max_lr": 3e-4,
+                     "weight_decay": 0.01, "clip_scale": 1.0, "mixup_pct": 0.33}
+
+
 class Help(argparse.RawDescriptionHelpFormatter):
     """A line for each flag, with its default in brackets."""
 
@@ -51,7 +59,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc, dry_run_stops=True):
         """dry_run_stops: --dry_run prints the options and ends the program; else it is left to the script."""
-        self.dry_run_stops = dry_run_stops
+        self.dry_run_stops, self.resolve = dry_run_stops, None
         super().__init__(description=doc, formatter_class=Help, allow_abbrev=False,
                          usage="%(prog)s [flags]      (below, defaults are in brackets)")
         self.add_argument("--dry_run", action=argparse.BooleanOptionalAction, default=False,
@@ -73,6 +81,8 @@ class Parser(argparse.ArgumentParser):
         parsed = super().parse_args(words, namespace)
         if "num_sessions" in parsed and parsed.num_sessions is None:
             parsed.num_sessions = SESSIONS[parsed.subj]
+        if self.resolve is not None:
+            self.resolve(parsed)
         if parsed.dry_run and self.dry_run_stops:
             print(json.dumps(vars(parsed), indent=1, default=str))
             self.exit(0)
@@ -264,27 +274,50 @@ def training_parser(doc):
     stage.add_argument("--multisubject_ckpt", metavar="RUN",
                        help="fine-tune from this pretraining run: a name, or `auto` for that of --subj and the feature")
     network = parser.add_argument_group("network")
-    network.add_argument("--model", choices=["network", "ridge"], default="network",
-                         help="ridge: the linear baseline, fitted in closed form to --subj's repeat-averaged responses")
-    network.add_argument("--n_blocks", type=whole, default=4, metavar="N", help="residual MLP blocks")
-    network.add_argument("--dropout", type=float, default=0.15, metavar="P")
+    network.add_argument("--model", choices=["components", "mindeye2", "ridge"], default="components",
+                         help="components: regression of the features' principal components; mindeye2: the published "
+                              "networks; ridge: the linear baseline, in closed form")
+    network.add_argument("--n_blocks", type=whole, metavar="N", help="residual MLP blocks" + by_model("n_blocks"))
+    network.add_argument("--dropout", type=float, metavar="P", help="of the blocks" + by_model("dropout"))
     network.add_argument("--prior_depth", type=whole, default=6, metavar="N",
-                         help="layers of the diffusion prior (c and g; z has none)")
-    optimum = add_loop(parser)
-    optimum.add_argument("--clip_scale", type=float, default=1.0, metavar="W", help="weight of the contrast")
+                         help="layers of mindeye2's diffusion prior (c and g)")
+    optimum = add_loop(parser, by_model)
+    optimum.add_argument("--weight_decay", type=float, metavar="W", help="AdamW's" + by_model("weight_decay"))
+    optimum.add_argument("--clip_scale", type=float, metavar="W",
+                         help="weight of the contrast" + by_model("clip_scale"))
     optimum.add_argument("--prior_scale", type=float, default=30.0, metavar="W",
-                         help="weight of the prior's MSE (c and g)")
-    optimum.add_argument("--mixup_pct", type=float, default=0.33, metavar="FRACTION", help="epochs with MixCo")
+                         help="weight of the MSE of mindeye2's prior (c and g)")
+    optimum.add_argument("--mixup_pct", type=float, metavar="FRACTION",
+                         help="epochs with MixCo" + by_model("mixup_pct"))
+    parser.resolve = resolve_training
     return parser
 
 
-def add_loop(parser):
-    """Add the flags of the loop itself, and what is validated on; returns the group of the optimisation."""
+def by_model(name):
+    """Say a flag's default, which depends on --model."""
+    return f" (components: {COMPONENTS_DEFAULTS[name]}, mindeye2: {MINDEYE2_DEFAULTS[name]})"
+
+
+def resolve_training(args):
+    """Give the flags that depend on --model, and were not given, their defaults."""
+    for name, value in (MINDEYE2_DEFAULTS if args.model == "mindeye2" else COMPONENTS_DEFAULTS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def add_loop(parser, by_model=None):
+    """Add the flags of the loop itself, and what is validated on; returns the group of the optimisation.
+
+    by_model: where their defaults depend on --model, the function that says so.
+    """
+    default, note = (MINDEYE2_DEFAULTS.get, lambda name: "") if by_model is None else (lambda name: None, by_model)
     optimum = parser.add_argument_group("optimisation")
-    optimum.add_argument("--batch_size", type=whole, default=42, metavar="TRIALS",
-                         help="over all subjects and all processes")
-    optimum.add_argument("--num_epochs", type=whole, default=30, metavar="N")
-    optimum.add_argument("--max_lr", type=float, default=3e-4, metavar="LR", help="peak of the one-cycle schedule")
+    optimum.add_argument("--batch_size", type=whole, default=default("batch_size"), metavar="TRIALS",
+                         help="over all subjects and all processes" + note("batch_size"))
+    optimum.add_argument("--num_epochs", type=whole, default=default("num_epochs"), metavar="N",
+                         help="of training" + note("num_epochs"))
+    optimum.add_argument("--max_lr", type=float, default=default("max_lr"), metavar="LR",
+                         help="peak of the one-cycle schedule" + note("max_lr"))
     optimum.add_argument("--val_fraction", type=float, default=VAL_FRACTION, metavar="FRACTION",
                          help="of the training images")
     keeping = parser.add_argument_group("checkpoints")
@@ -315,6 +348,9 @@ def scoring_parser(doc):
                         help="epochs to fit a new voxel encoder for (--head adapt)")
     parser.add_argument("--prior_steps", type=whole, default=20, metavar="N",
                         help="DDIM steps of the prior (c, g): 20 draws a sample, 1 predicts the mean")
+    parser.add_argument("--stack", action=argparse.BooleanOptionalAction, default=True,
+                        help="average with the ridge's prediction where a ridge run is there (STAGES=ridge), weighted "
+                             "on validation images")
     parser.add_argument("--batch_size", type=whole, default=100, metavar="IMAGES")
     parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False)
     return parser

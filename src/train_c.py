@@ -1,15 +1,16 @@
 """Train the encoder of c: from fMRI voxels to the CLIP text embedding of the seen image's captions.
 
-voxels (B, V) -> VoxelEncoder, one per subject -> (B, H) -> mixer backbone -> tokens (B, T, D)
-    -> contrast: retrieval of the image's c in the batch (MixCo-NCE, then SoftCLIP)
-    -> diffusion prior: c itself, (B, T, D); for Stable Diffusion v1.4 T = 77, D = 768
+voxels (B, V) -> VoxelEncoder, one per subject -> (B, H) -> residual MLP
+    -> coefficients of c's principal components (B, K), squared error; for Stable Diffusion v1.4 c is (77, 768)
+    -> contrast: retrieval of the image's coefficients in the batch (SoftCLIP)
+--model mindeye2 trains the published network instead: backbone, contrast and diffusion prior on whole tokens.
 
     python src/train_c.py --subj 1 --multi_subject                        # pretrain on subjects 2-8
     python src/train_c.py --subj 1 --multisubject_ckpt auto               # fine-tune on subject 1
     python src/train_c.py --subj 1 --multisubject_ckpt auto --num_sessions 1 --wandb_log
     python src/train_c.py --subj 1 --model ridge                          # the linear baseline
 
-Reads betas, wds/*/train and c_all.hdf5; writes train_logs/<run>/.
+Reads betas, wds/*/train and c_components.hdf5 (mindeye2: c_all.hdf5); writes train_logs/<run>/.
 """
 
 import sys
@@ -24,6 +25,7 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
+    from training.components import train_decoder
     from training.mindeye2 import train_tokens
     from training.objectives import BrainObjective
     from training.ridge import train_ridge
@@ -31,7 +33,10 @@ def main(argv=None):
 
     plan = Plan.from_args(args)  # whose trials; --val_fraction of their images validate
     if args.model == "ridge":
-        return train_ridge(plan, "c")
+        return train_ridge(plan, "c", ["c"])
+    if args.model == "components":
+        sizes = {"hidden_dim": args.hidden_dim, "n_blocks": args.n_blocks, "dropout": args.dropout}
+        return train_decoder(plan, "c", ["c"], sizes, ["c"], args.clip_scale, args.mixup_pct)
     sizes = {"hidden_dim": args.hidden_dim, "n_blocks": args.n_blocks, "dropout": args.dropout,
              "prior_depth": args.prior_depth}
     train_tokens(plan, "c", sizes, BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct))

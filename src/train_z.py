@@ -1,14 +1,15 @@
 """Train the encoder of z: from fMRI voxels to the VAE latent of the seen image, the layout the diffusion starts from.
 
-voxels (B, V) -> VoxelEncoder, one per subject -> (B, H) -> residual MLP -> map (B, 64, h/4, w/4)
-    -> VAE decoder, four times as large: z (B, 4, h, w), L1; for Stable Diffusion v1.4 h = w = 64
-    -> contrast of the map with the image's CLIP patch tokens (layer g_12): MixCo-NCE, then SoftCLIP
+voxels (B, V) -> VoxelEncoder, one per subject -> (B, H) -> residual MLP
+    -> coefficients of z's principal components (B, K), squared error; for Stable Diffusion v1.4 z is (4, 64, 64)
+--model mindeye2 trains MindEye1's low-level branch instead: a map, upsampled by a VAE decoder, L1 on latents, and a
+contrast of the map with the image's CLIP patch tokens (layer g_12).
 
     python src/train_z.py --subj 1 --multi_subject                        # pretrain on subjects 2-8
     python src/train_z.py --subj 1 --multisubject_ckpt auto               # fine-tune on subject 1
     python src/train_z.py --subj 1 --model ridge                          # the linear baseline
 
-Reads betas, wds/*/train, z_all.hdf5 and g_12_all.hdf5; writes train_logs/<run>/.
+Reads betas, wds/*/train and z_components.hdf5 (mindeye2: z_all.hdf5 and g_12_all.hdf5); writes train_logs/<run>/.
 """
 
 import sys
@@ -21,7 +22,7 @@ def get_parser():
     parser = options.training_parser(__doc__)
     parser.set_defaults(clip_scale=0.1)  # beside an L1 loss of about one
     parser.add_argument("--decoder_channels", type=options.whole, nargs=3, default=[64, 128, 256], metavar="N",
-                        help="widths of the VAE decoder, last level first; multiples of 32")
+                        help="widths of mindeye2's VAE decoder, last level first; multiples of 32")
     return parser
 
 
@@ -30,6 +31,7 @@ def main(argv=None):
     if any(width < 32 or width % 32 for width in args.decoder_channels):
         raise utils.UserError(f"--decoder_channels {args.decoder_channels}: wanted multiples of 32")
     from models import LatentModel
+    from training.components import train_decoder
     from training.loop import fit
     from training.objectives import LatentObjective
     from training.ridge import train_ridge
@@ -38,7 +40,10 @@ def main(argv=None):
 
     plan = Plan.from_args(args)  # whose trials; --val_fraction of their images validate
     if args.model == "ridge":
-        return train_ridge(plan, "z")
+        return train_ridge(plan, "z", ["z"])
+    if args.model == "components":
+        sizes = {"hidden_dim": args.hidden_dim, "n_blocks": args.n_blocks, "dropout": args.dropout}
+        return train_decoder(plan, "z", ["z"], sizes)
     run = open_run(plan, "z", tokens="g_12")
     if run is None:
         return

@@ -18,13 +18,14 @@ import train_g
 import train_z
 from disk.checkpoints import save_checkpoint
 from models import BrainModel, build_model
+from nsd.components import open_components
 from nsd.rows import open_feature
 from nsd.trials import load_trials, split_by_image
 from tiny_nsd import N_VOXELS
 from tiny_runs import FINETUNED, PRETRAINED, SCRATCH, checkpoint, copy_world, stopped_at, train, write_world
 from training.loop import weight_decay_groups
 from training.objectives import BrainObjective, LatentObjective
-from training.ridge import RIDGE_ALPHAS
+from training.ridge import RIDGE_ALPHAS, decompose, solve
 from training.runs import target_statistics
 
 TIMES = {"train/samples_per_s", "train/data_wait_pct"}
@@ -166,13 +167,13 @@ def test_a_full_disk_leaves_the_old_checkpoint(paths, capsys, monkeypatch, limit
     assert [row["step"] for row in records(paths)] == [1, 2, 3, 4]
 
 
-def test_overwrite_starts_anew_even_when_told_to_resume(paths, monkeypatch):
+def test_overwrite_starts_anew_even_when_told_to_resume(paths, monkeypatch, capsys):
     """train.sh always says --resume; a job that SLURM queued again goes on with what it had begun."""
     with stopped_at(6):
         assert train(paths, "--num_epochs", 3) == 143
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert train(paths, "--num_epochs", 3, "--resume", "--overwrite") == 0
-    assert checkpoint(paths)["optimizer"]["step"] == 12
+    assert "resumed after epoch 1, step 2" in capsys.readouterr().out
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     assert train(paths, "--num_epochs", 1, "--n_blocks", 2, "--resume", "--overwrite") == 0
     assert checkpoint(paths)["epoch"] == 1 and len(records(paths)) == 1
@@ -280,7 +281,7 @@ def test_target_statistics_are_those_of_the_training_images(paths):
 
 def test_no_weight_decay_on_biases_and_norms():
     model = BrainModel({"subj01": 5}, 8, 3, 6, prior_depth=1)
-    decayed, free = weight_decay_groups(model)
+    decayed, free = weight_decay_groups(model, 1e-2)
     names = {id(p): name for name, p in model.named_parameters()}
     assert len(decayed["params"]) + len(free["params"]) == len(names)
     expected = {name for name, p in model.named_parameters() if "bias" in name or p.ndim == 1}
@@ -291,25 +292,39 @@ def test_no_weight_decay_on_biases_and_norms():
 # --- the linear baseline ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("script", "feat"), [(train_c, "c"), (train_g, "g_2"), (train_z, "z")])
-def test_ridge_is_scikit_learns(paths, script, feat, monkeypatch):
-    monkeypatch.setattr("training.ridge.RIDGE_COLUMNS", 5)  # several blocks
-    more = ["--feat", feat] if script is train_g else []
+@pytest.mark.parametrize(("script", "name", "feats"), [(train_c, "c", ["c"]), (train_g, "g", ["g_2", "g_12"])])
+def test_ridge_is_scikit_learns(paths, script, name, feats):
+    more = ["--feat", *feats] if script is train_g else []
     assert train(paths, "--model", "ridge", *more, script=script) == 0
-    state = checkpoint(paths, f"ridge_subj01_3sess_ext1_{feat}")
+    state = checkpoint(paths, f"ridge_subj01_3sess_ext1_{name}")
     trials = split_by_image(load_trials(paths, "subj01", "train", 3), 0.2, 42)[0]
-    with h5py.File(paths.betas("subj01")) as betas, h5py.File(paths.feature(feat)) as features:
-        images = sorted(set(trials["image_id"]))
+    images = sorted(set(trials["image_id"]))
+    with h5py.File(paths.betas("subj01")) as betas:
         voxels = np.stack([betas["betas"][()][trials["row"][trials["image_id"] == i]].mean(axis=0) for i in images])
-        target = features["data"][images].astype(np.float64)
-    expected = RidgeCV(RIDGE_ALPHAS, alpha_per_target=True).fit(voxels, target)
     model = build_model(state["model_args"])
     model.load_state_dict(state["model"])
     new = np.random.default_rng(0).standard_normal((3, N_VOXELS["subj01"])).astype(np.float32)
-    found = model.predict({"subj01": torch.from_numpy(new)})["nsdgeneral"].reshape(3, -1)
-    np.testing.assert_allclose(found, expected.predict(new), rtol=1e-3, atol=1e-3)
-    assert {"val/r2", "val/fwd_pct_correct", "val/bwd_pct_correct"} < records(paths, state["config"]["run"])[0].keys()
+    found = model({"subj01": torch.from_numpy(new)})[0]
+    for feat in feats:
+        known = open_components(paths, feat)
+        wanted = known.coefficients[images].astype(np.float64)
+        expected = RidgeCV(RIDGE_ALPHAS, alpha_per_target=True).fit(voxels, wanted).predict(new)
+        np.testing.assert_allclose(found[feat].detach() * known.total ** 0.5, expected, rtol=1e-3, atol=1e-3)
+        assert f"val/r2_{feat}" in records(paths, state["config"]["run"])[0]
+        assert state["errors"][feat].shape == (known.k + 1,)
     assert train(paths, "--model", "ridge", *more, script=script) == 0  # kept
+
+
+@pytest.mark.parametrize("n_images", [12, 60])  # fewer than voxels, and more
+def test_every_penalty_of_a_ridge_is_the_one_that_scikit_learn_chooses(n_images):
+    rng = np.random.default_rng(n_images)
+    voxels = rng.standard_normal((n_images, 30)) + 3
+    targets = voxels @ rng.standard_normal((30, 4)) * [0, 0.1, 1, 10] + 5 * rng.standard_normal((n_images, 4)) - 2
+    weight, bias, alphas = solve(decompose(torch.from_numpy(voxels)), torch.from_numpy(targets))
+    expected = RidgeCV(RIDGE_ALPHAS, alpha_per_target=True).fit(voxels, targets)
+    np.testing.assert_allclose(alphas, expected.alpha_)
+    np.testing.assert_allclose(weight, expected.coef_, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(bias, expected.intercept_, rtol=1e-6, atol=1e-9)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------

@@ -16,25 +16,27 @@ import train_z
 import utils
 from disk.checkpoints import load_checkpoint
 from disk.names import Paths
+from features.components import write_components
 from tiny_nsd import N_IMAGES, write_tiny_nsd
 from training.objectives import BrainObjective
 
 SRC = Path(__file__).resolve().parent.parent / "src"
-SMALL = ["--hidden_dim", "8", "--n_blocks", "1", "--prior_depth", "1", "--batch_size", "6", "--num_workers", "0",
-         "--device", "cpu", "--num_sessions", "3", "--val_fraction", "0.2"]
+SMALL = ["--model", "mindeye2", "--hidden_dim", "8", "--n_blocks", "1", "--prior_depth", "1", "--batch_size", "6",
+         "--num_workers", "0", "--device", "cpu", "--num_sessions", "3", "--val_fraction", "0.2"]
 SHAPES = {"c": (3, 6), "g_2": (2, 4), "g_12": (5, 4), "z": (4, 8, 8)}
 SCRATCH = "scratch_subj01_3sess_ext1_c_8_mlp"
 PRETRAINED, FINETUNED = "multisubject_subj01_ext1_c_8_mlp", "pretrained_subj01_3sess_ext1_c_8_mlp"
 
 
 def write_world(root):
-    """The tiny data set and features of its images; returns Paths."""
+    """The tiny data set, features of its images and their components; returns Paths."""
     paths, _ = write_tiny_nsd(root)
     rng = np.random.default_rng(1)
     for feat, shape in SHAPES.items():
         with h5py.File(paths.feature(feat), "w") as file:
             file["data"] = 5 * rng.standard_normal((N_IMAGES, np.prod(shape))).astype(np.float16)
             file["data"].attrs["shape"] = shape
+        write_components(paths, feat)
     return paths
 
 

@@ -26,13 +26,14 @@ import train_g
 import train_gnet
 import train_z
 import utils
+from features.components import write_components
 from tiny_brain import write_brain
 from tiny_nsd import N_IMAGES
 from tiny_sd import LATENT, TOKENS, WIDTH
 
 SHAPES = {"c": (TOKENS, WIDTH), "g_2": (5, 12), "g_12": (5, 12), "z": (4, LATENT, LATENT)}
 LOOP = ["--num_workers", 0, "--val_fraction", 0.3, "--num_epochs", 1, "--num_sessions", 3, "--device", "cpu"]
-NETWORK = [*LOOP, "--hidden_dim", 8, "--n_blocks", 1, "--prior_depth", 1, "--batch_size", 6]
+NETWORK = [*LOOP, "--model", "mindeye2", "--hidden_dim", 8, "--n_blocks", 1, "--prior_depth", 1, "--batch_size", 6]
 SCORED = ["--hidden_dim", 8, "--num_sessions", 3, "--device", "cpu"]
 SMALL_Z, SMALL_GNET = ["--decoder_channels", 32, 32, 32], ["--trunk_width", 4, "--pass_through", 4, "--batch_size", 4]
 # what is given to every script before the flags of a case; --tag new: a training that has no folder yet
@@ -76,6 +77,7 @@ def build(root, models):
         with h5py.File(paths.feature(feat), "w") as file:
             file["data"] = rng.standard_normal((N_IMAGES, np.prod(shape))).astype(np.float16)
             file["data"].attrs["shape"] = shape
+        write_components(paths, feat)
     for script in (train_c, train_g, train_z):
         assert run(script, root, models, "--tag", "", "--multi_subject") == 0
         assert run(script, root, models, "--tag", "", "--multisubject_ckpt", "auto") == 0

@@ -20,17 +20,31 @@ PICTURES = (r"(?P<method>.+?)(?P<ceiling>_ground_truth)?"
 DEFAULTS = {"test_split": "new_test", "repeats": "mean", "control": None}
 
 
-def runs_like(paths, flags, feat):
+def how_to_train(flags, feat):
+    """Return the command that trains the run which flags (--run of --subj, ...) mean, its knobs in front."""
+    stage, _, subj = flags["run"].partition(":")
+    subj = subj or flags["subj"]
+    stages = '"pretrain finetune"' if stage == "finetune" else stage
+    named = [] if stage == "ridge" else [f"--hidden_dim {flags['hidden_dim']}"]
+    if stage != "pretrain" and flags["num_sessions"] != SESSIONS[subj]:
+        named.append(f"--num_sessions {flags['num_sessions']}")
+    named += [f"--tag {flags['tag']}"] if flags["tag"] else []
+    return f"SUBJ={int(subj[-2:])} STAGES={stages} FEATS={feat} bash scripts/train.sh {' '.join(named)}".rstrip()
+
+
+def runs_like(paths, flags, feat, stage=None):
     """Say which runs of a feature there are, and the flags that lead to each; '' where there are none.
 
-    Of a g_k also those of all layers together.
+    Of a g_k also those of all layers together. stage: "pretrain", for the runs that --multisubject_ckpt takes alone.
     """
     feat = rf"(?:{feat}|g(?!_\d{{1,2}}_))" if feat.startswith("g_") else feat
     found = []
     for file in paths.run("").glob("*/last.pth"):
         name = re.fullmatch(RUN.replace("{feat}", feat), file.parent.name)
-        if name:
-            found.append((file.parent.name, differences(flags, run_flags(name, flags["subj"]))))
+        if name and stage in (None, STAGES[name["prefix"]]):
+            words = differences(flags, run_flags(name, flags["subj"]))
+            other = stage is not None and any(word.startswith("--run ") for word in words)  # of another subject
+            found.append((file.parent.name, [f"--multisubject_ckpt {file.parent.name}"] if other else words))
     return listed(found)
 
 

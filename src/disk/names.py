@@ -123,6 +123,11 @@ def run_of(flags, feat):
     return run_name(stage, subj or flags["subj"], feat, flags["hidden_dim"], flags["num_sessions"], flags["tag"])
 
 
+def runs_of(flags, feat):
+    """List the runs that these flags may mean for a feature: of a g_k that of all layers together, then its own."""
+    return [run_of(flags, name) for name in (["g", feat] if feat.startswith("g_") else [feat])]
+
+
 def head_of(flags):
     """Say whose voxel encoder reads --subj: 'own', 'adapt' (a new one) or the subject it is borrowed from.
 

@@ -6,15 +6,18 @@ from disk.files import load_npy, save_together, write_json, write_npy
 from utils import UserError
 
 
-def save_scores(folder, image_ids, arrays, config):
+def save_scores(folder, image_ids, arrays, config, beside=None):
     """Write `arrays` {file stem: (N, ...)} as float32 beside image_ids.npy and config.json (docs/data.md).
 
+    beside: further arrays of any length, {file stem: array}.
     Scores that are there already stay until the disk has taken all of the new ones.
     """
     files = {folder / "config.json": write_json(config),  # in place last: it says whose scores these are
              folder / "image_ids.npy": write_npy(np.asarray(image_ids, np.int64))}
     for stem, array in arrays.items():
         assert len(array) == len(image_ids), f"{stem}: {len(array)} rows for {len(image_ids)} ids"
+        files[folder / f"{stem}.npy"] = write_npy(np.asarray(array, np.float32))
+    for stem, array in (beside or {}).items():
         files[folder / f"{stem}.npy"] = write_npy(np.asarray(array, np.float32))
     save_together(files)
 

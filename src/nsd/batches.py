@@ -50,7 +50,7 @@ class EpochBatches(torch.utils.data.Dataset):
         for ids in self.image_ids.values():
             for rows in targets.values():
                 rows.require(ids)
-        self.repeats = {subj: _trials_by_image(ids) for subj, ids in self.image_ids.items()} if average else {}
+        self.repeats = {subj: _repeats(ids) for subj, ids in self.image_ids.items()} if average else {}
         # enough for the shares, and one for each trial of the image that is repeated most often
         repeats = np.unique(np.concatenate(list(self.image_ids.values())), return_counts=True)[1].max()
         self.n_batches = max(-(-max(map(len, tables.values())) // share), int(repeats))
@@ -80,8 +80,9 @@ class EpochBatches(torch.utils.data.Dataset):
         chosen = {subj: batches[index] for subj, batches in self.plan().items()}
         image_ids = np.concatenate([self.image_ids[subj][trials] for subj, trials in chosen.items()])
         parts = self._own_parts(chosen)
-        groups = self._groups(chosen, index)
-        voxels = {subj: self._responses(subj, groups[subj][part]) for subj, part in zip(chosen, parts, strict=True)}
+        drawn = self._draw(chosen, index)
+        voxels = {subj: self._responses(subj, *(array[part] for array in drawn[subj]))
+                  for subj, part in zip(chosen, parts, strict=True)}
         own_ids = image_ids[self.rank::self.size]
         targets = {name: rows[own_ids].astype(np.float32, copy=False) for name, rows in self.targets.items()}
         return {
@@ -91,24 +92,28 @@ class EpochBatches(torch.utils.data.Dataset):
             "sizes": {subj: len(trials) for subj, trials in chosen.items()},
         }
 
-    def _groups(self, chosen, index):
-        """Return {subject: list of the trials, (m,), whose mean is a row of the joint batch}."""
+    def _draw(self, chosen, index):
+        """Draw the trials whose mean is a row of the joint batch: {subject: members (b_s, m), sizes (b_s,)}.
+
+        Of a row of members, the first ones are averaged, as many as its size says; the trial itself is the first.
+        """
         if not self.average:
-            return {subj: list(trials[:, None]) for subj, trials in chosen.items()}
-        rng = np.random.default_rng(utils.derive_seed(self.seed, self._epoch.item(), index + 1))
-        return {subj: [self._draw(subj, trial, rng) for trial in trials] for subj, trials in chosen.items()}
+            return {subj: (trials[:, None], np.ones(len(trials), np.int64)) for subj, trials in chosen.items()}
+        rng, drawn = np.random.default_rng(utils.derive_seed(self.seed, self._epoch.item(), index + 1)), {}
+        for subj, trials in chosen.items():
+            members = self.repeats[subj][trials]
+            places = rng.random(members.shape)
+            places[members == trials[:, None]] = -1
+            places[members < 0] = 2
+            members = np.take_along_axis(members, places.argsort(axis=1), axis=1)
+            drawn[subj] = members, 1 + (rng.random(len(trials)) * (members >= 0).sum(1)).astype(np.int64)
+        return drawn
 
-    def _draw(self, subj, trial, rng):
-        """Draw which trials are averaged with one: it and some others of its image, (m,) in the order of the rows."""
-        others = self.repeats[subj][self.image_ids[subj][trial]]
-        others = rng.permutation(others[others != trial])
-        return np.sort(np.append(others[:rng.integers(len(others) + 1)], trial))
-
-    def _responses(self, subj, groups):
-        """Read the mean response of each group of trials, (len(groups), V) float32."""
-        rows = self.rows[subj][np.concatenate([*groups, np.empty(0, np.int64)])]
-        responses, counts = read_betas(self.betas[subj], rows), np.array([len(group) for group in groups])
-        return responses if len(rows) == len(groups) else AveragedRows.average(responses, counts)
+    def _responses(self, subj, members, sizes):
+        """Read the mean response of each row of members (see _draw), (b, V) float32."""
+        trials = members[np.arange(members.shape[1]) < sizes[:, None]]
+        responses = read_betas(self.betas[subj], self.rows[subj][trials])
+        return responses if len(trials) == len(sizes) else AveragedRows.average(responses, sizes)
 
     def _own_parts(self, chosen):
         """Yield the slice of each subject's trials that is this process's (training.team says which rows are whose)."""
@@ -118,11 +123,15 @@ class EpochBatches(torch.utils.data.Dataset):
             offset += len(trials)
 
 
-def _trials_by_image(image_ids):
-    """Group trials (n,) by the image that they show: {image id: (m,) trials, ascending}."""
-    order = np.argsort(image_ids, kind="stable")
-    found, first = np.unique(image_ids[order], return_index=True)
-    return dict(zip(found.tolist(), np.split(order, first[1:]), strict=True))
+def _repeats(image_ids):
+    """List the trials that show the same image, of each of n trials: (n, m), -1 where it has fewer than m."""
+    _, image, counts = np.unique(image_ids, return_inverse=True, return_counts=True)
+    order = np.argsort(image, kind="stable")
+    place = np.empty(len(order), np.int64)  # of a trial among those of its image
+    place[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    by_image = np.full((len(counts), counts.max()), -1)
+    by_image[image, place] = np.arange(len(order))
+    return by_image[image]
 
 
 def _deal(image_ids, n_batches, used, rng):

@@ -53,6 +53,8 @@ def fit(run, model, objective, loop):
     team, at = run.team, Position()
     state = load_start(run, model, loop)
     model.to(team.device)
+    if state is not None and state["epoch"] >= loop.num_epochs:
+        return
     optimizer, schedule = make_optimizer(model, loop, len(run.train))
     net = team.prepare(model, optimizer, loop.batch_size, loop.compile)
     if state is not None:
@@ -71,7 +73,7 @@ def fit(run, model, objective, loop):
             if stopping and not np.isfinite(float(at.sums.get("loss", 0))):
                 raise utils.UserError(f"the loss became NaN in epoch {at.epoch + 1}; the last checkpoint is intact")
             if stopping or (at.step == 0 and (at.epoch % loop.ckpt_every == 0 or at.epoch == loop.num_epochs)):
-                save_last(run, model, optimizer, schedule, at)
+                save_last(run, model, objective, optimizer, schedule, at, loop)
             if stopping:
                 tracker.finish()
                 team.any(False)  # no process exits while the main one writes: launchers end all when one ends
@@ -99,8 +101,8 @@ def train_epoch(run, net, objective, loop, at, schedule, loader, stop, bar):
                 loss, logs = objective(net, batch, at.epoch / loop.num_epochs, generator, team)
             team.step(loss, schedule.optimizer.param_groups)
             schedule.step()
-            add(at.sums, {"loss": loss.detach(), **logs}, len(batch["target"]))
-            n_trials += len(batch["target"])
+            add(at.sums, {"loss": loss.detach(), **logs}, len(batch["image_ids"]))
+            n_trials += len(batch["image_ids"])
             at.step += 1
             bar.update()
             if team.size == 1 or at.step % STEPS_BETWEEN_VOTES == 0:
@@ -140,7 +142,7 @@ def validate(run, net, objective, progress, seed):
             batch = join_batch(item, team)
             with team.autocast():
                 loss, logs = objective(net, batch, progress, generator, team)
-            add(sums, {"loss": loss, **logs}, len(batch["target"]))
+            add(sums, {"loss": loss, **logs}, len(batch["image_ids"]))
     return average(sums, "val", objective)
 
 
@@ -175,7 +177,7 @@ def load_start(run, model, loop):
         copied = load_trunk(model, source["model"])
     last, state = run.folder / "last.pth", None
     if loop.resume and not loop.overwrite and last.exists():
-        state = load_checkpoint(last, keys=(*RUN_KEYS, "optimizer", "schedule", *POSITION))
+        state = load_checkpoint(last, keys=(*RUN_KEYS, "epoch"))
         if state["n_voxels"] != run.n_voxels:
             raise utils.UserError(f"{last}: was trained on {state['n_voxels']} (voxels), found {run.n_voxels}; put the "
                                   "same betas there, or --overwrite to train it again")
@@ -212,8 +214,13 @@ def go_on(state, team, optimizer, schedule):
     return Position(**{key: state[key] for key in POSITION})
 
 
-def save_last(run, model, optimizer, schedule, at):
-    """Write last.pth, from which `go_on` goes on. Every process must call it."""
+def save_last(run, model, objective, optimizer, schedule, at, loop):
+    """Write last.pth, from which `go_on` goes on; of a finished training its weights alone. Every process must call it.
+    """
+    kept = getattr(objective, "kept", {})
+    if at.epoch == loop.num_epochs:
+        save(run, "last.pth", model, at, **kept)
+        return
     groups = [{key: group[key] for key in group.keys() - HOW_ADAMW_RUNS} for group in optimizer.param_groups]
     save(run, "last.pth", model, at, optimizer=run.team.optimizer_state(),
          schedule={"clock": schedule.state_dict(), "groups": groups}, step=at.step, sums=at.sums)
@@ -289,7 +296,7 @@ def join_batch(item, team):
 def make_optimizer(model, loop, steps_per_epoch):
     """Make AdamW and its one-cycle schedule, which peaks after two epochs, or halfway through a shorter training."""
     on_gpu = next(model.parameters()).device.type == "cuda"
-    optimizer = torch.optim.AdamW(weight_decay_groups(model), lr=loop.max_lr, fused=on_gpu)
+    optimizer = torch.optim.AdamW(weight_decay_groups(model, loop.weight_decay), lr=loop.max_lr, fused=on_gpu)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, loop.max_lr, total_steps=max(4, loop.num_epochs * steps_per_epoch),  # it needs at least four
         pct_start=min(0.5, 2 / loop.num_epochs))
@@ -308,7 +315,7 @@ def math_attention(device):
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
-def weight_decay_groups(model, weight_decay=1e-2):
+def weight_decay_groups(model, weight_decay):
     """Return AdamW's parameter groups: no decay of biases (of any shape) and normalisation gains (one dimension)."""
     named = [(p, p.ndim > 1 and not name.endswith("bias")) for name, p in model.named_parameters() if p.requires_grad]
     decayed, free = ([p for p, decays in named if decays is wanted] for wanted in (True, False))

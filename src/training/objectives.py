@@ -1,4 +1,4 @@
-"""What trainings minimise: one objective of c and g, one of z, one of the brain encoding model.
+"""What trainings minimise: the decoder of components; MindEye2's networks, of c and g, and of z; the encoding model.
 
 Shapes: B batch (all subjects together), b one subject's part of it, V voxels, T tokens, D width, F = T * D."""
 
@@ -19,6 +19,64 @@ def draw_prior(target, generator=None):
              torch.randn(target.shape, generator=generator, device=device),
              torch.rand(len(target), 2, generator=generator, device=device))
     return tuple(draw.to(target.device, non_blocking=True) for draw in draws)
+
+
+class ComponentObjective:
+    """What a Decoder minimises: squared errors of its features' components, and a contrast (docs/method.md, Training).
+
+    Of each feature the squared error over the feature's total variance, so that 1 - loss is the share of its variance
+    that is explained. A feature with a contrast adds clip_scale times it, between the second head's prediction and the
+    true coefficients, both whitened. Responses are mixed (MixCo) for the first mixup_pct of the training.
+    """
+
+    judge = "loss_mse"
+
+    def __init__(self, components, clip_scale=0.0, mixup_pct=0.0):
+        """components: {feature: nsd.components.Components}, of which the network predicts the first K."""
+        self.totals = {feat: known.total for feat, known in components.items()}
+        self.variances = {feat: torch.as_tensor(known.variances) for feat, known in components.items()}
+        self.clip_scale, self.mixup_pct = clip_scale, mixup_pct
+        self.kept = {}  # of the last validation: "errors" {feature: (K + 1,)}
+
+    def __call__(self, model, batch, progress, generator=None, team=ALONE):
+        """Return (loss, logs) of one joint batch, as BrainObjective does.
+
+        batch: {"voxels": {subject: (b, V)}, feature: coefficients (B, K), ...}.
+        """
+        voxels, n, mix = batch["voxels"], len(batch["image_ids"]), None
+        if model.training and progress < self.mixup_pct:
+            voxels, *mix = mixco(voxels, generator)
+        predicted, embedded = model(team.take_voxels(voxels))
+        loss, logs = 0.0, {}
+        for feat, own in predicted.items():
+            rows, k = team.join(own.float(), n), own.shape[1]
+            wanted = batch[feat][:, :k] / self.totals[feat] ** 0.5  # (B, K)
+            target = mix_rows(wanted, *mix) if mix else wanted
+            errors = (rows - target).square().mean(0)  # (K,)
+            loss = loss + errors.sum()
+            if not model.training:
+                logs[feat, "errors"] = errors.detach()
+            if feat in embedded:
+                found = team.join(embedded[feat].float(), n)
+                clip, logs_clip = contrast_loss(found, wanted, progress, self.mixup_pct, mix)
+                loss, logs = loss + self.clip_scale * clip, logs | logs_clip
+        logs["loss_mse"] = loss.detach() - self.clip_scale * logs.get("loss_clip", 0.0)
+        return loss, logs
+
+    def summarise(self, means):
+        """Turn validation's errors into r2_<feature>, and keep them in the features' own units.
+
+        The last of the K + 1 errors is what the components that are not predicted leave.
+        """
+        scalars = {key: value for key, value in means.items() if not isinstance(key, tuple)}
+        for key, errors in means.items():
+            if isinstance(key, tuple):
+                feat, total = key[0], self.totals[key[0]]
+                beyond = max(total - float(self.variances[feat][:len(errors)].sum()), 0.0)
+                kept = torch.cat([errors.cpu().float() * total, torch.tensor([beyond])])
+                self.kept.setdefault("errors", {})[feat] = kept
+                scalars[f"r2_{feat}"] = 1 - kept.sum() / total
+        return scalars
 
 
 class BrainObjective:

@@ -1,57 +1,87 @@
-"""The linear baseline: one ridge regression per value of a feature.
+"""The linear baseline: one ridge regression per component of a feature, all from one decomposition of the responses.
 
-Letters: N images, V voxels, F values of a feature."""
+Letters: N images, V voxels, K components."""
 
 import numpy as np
 import torch
 
 import utils
 from disk.checkpoints import save_checkpoint
-from models import RidgeModel
-from nsd.repeats import average_repeats
-from training.contrast import pct_correct, similarities
+from models import RidgeDecoder
 from training.loop import start_records
-from training.runs import check_finite, open_run
+from training.objectives import ComponentObjective
+from training.runs import open_component_run
 
-RIDGE_ALPHAS = np.logspace(-1, 7, 17)  # each target picks its own; betas are z-scored, so these suit any subject
-RIDGE_COLUMNS = 2048  # targets solved at once: bounds the memory
+RIDGE_ALPHAS = np.logspace(-1, 7, 17)  # each component picks its own; betas are z-scored, so these suit any subject
 
 
-def train_ridge(plan, feat):
-    """Fit one ridge regression per value of a feature; leave last.pth, metrics.jsonl and config.json behind.
+def train_ridge(plan, name, feats):
+    """Fit a ridge regression to every component of the features; leave last.pth, metrics.jsonl and config.json behind.
 
-    Repeat-averaged responses (N, V) -> targets (N, F), each with the penalty that its leave-one-out error prefers
-    (scikit-learn's RidgeCV). Validation images are left out, and scored: explained variance and retrieval. Nothing is
-    done where the folder holds this run already.
+    plan: settings.Plan; name: of the run, a feature or g. Responses averaged over an image's trials (N, V) ->
+    coefficients (N, K). Validation images are left out, and give each component's error. Nothing is done where the
+    folder holds this run already.
     """
-    run = open_run(plan, feat)
-    if run is None:
+    opened = open_component_run(plan, name, feats)
+    if opened is None:
         return
-    from sklearn.linear_model import RidgeCV
-
+    run, components = opened
     if run.team.size > 1:
         raise utils.UserError("--model ridge: runs in one process, found LAUNCH with several; leave LAUNCH empty")
-    (subj,) = run.n_voxels
-    betas, target = run.train.betas[subj], run.train.targets["target"]
-    train, val = (average_repeats(betas, run.tables[part][subj]) for part in ("train", "val"))
-    model = RidgeModel(run.n_voxels, run.shapes["target"])
-    rows = target[train.image_ids].reshape(len(train.image_ids), -1)  # (N, F) as stored
-    check_finite(target, rows)
     run.introduce()
-    for start in utils.progress(range(0, rows.shape[1], RIDGE_COLUMNS), desc=run.name, unit="block", delay=2):
-        columns = slice(start, start + RIDGE_COLUMNS)
-        solved = RidgeCV(RIDGE_ALPHAS, alpha_per_target=True).fit(train.betas, rows[:, columns].astype(np.float32))
-        model.linear.weight.data[columns] = torch.as_tensor(solved.coef_)
-        model.linear.bias.data[columns] = torch.as_tensor(solved.intercept_)
+    (subj,) = run.n_voxels
+    image_ids, responses = run.averaged("train", subj)
+    decomposed = decompose(torch.from_numpy(responses).to(run.team.device))
+    model = RidgeDecoder(run.n_voxels, {feat: known.k for feat, known in components.items()})
+    for feat, head in model.heads.items():
+        wanted = torch.from_numpy(run.train.targets[feat][image_ids]).to(run.team.device)
+        weight, bias, _ = solve(decomposed, wanted / components[feat].total ** 0.5)
+        head.weight.data, head.bias.data = weight.float().cpu(), bias.float().cpu()
+
+    image_ids, responses = run.averaged("val", subj)
+    batch = {"voxels": {subj: torch.from_numpy(responses)}, "image_ids": torch.from_numpy(image_ids),
+             **{feat: torch.from_numpy(rows[image_ids]) for feat, rows in run.val.targets.items()}}
+    objective = ComponentObjective(components)
+    with torch.no_grad():
+        logs = objective.summarise(objective(model.eval(), batch, 0.0)[1])
     tracker = start_records(run, plan.loop)
-    truth = torch.from_numpy(target[val.image_ids].astype(np.float32))
-    predicted = model.predict({subj: torch.from_numpy(val.betas)})["nsdgeneral"]
-    similarity = similarities(predicted, truth)
-    mean = torch.as_tensor(run.target_statistics[0])
-    error, spread = (predicted - truth).square().sum(), (truth - mean).square().sum()
-    tracker.log({"val/r2": float(1 - error / spread), "val/fwd_pct_correct": float(pct_correct(similarity)),
-                 "val/bwd_pct_correct": float(pct_correct(similarity.T))}, step=1)
+    tracker.log({f"val/{key}": float(value) for key, value in logs.items()}, step=1)
     tracker.finish()
     save_checkpoint(run.folder / "last.pth", {
         "model": model.state_dict(), "model_args": model.model_args, "epoch": plan.loop.num_epochs,
-        "config": run.config, "subjects": [subj], "n_voxels": run.n_voxels})
+        "config": run.config, "subjects": [subj], "n_voxels": run.n_voxels, **objective.kept})
+
+
+def decompose(responses):
+    """Decompose responses (N, V): (rows centred (N, V), their mean (V,), eigenvectors, eigenvalues of rows rows^T)."""
+    rows = responses.double()
+    mean = rows.mean(0)
+    rows = rows - mean
+    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    return rows, mean, vectors, values.clamp_min(0)
+
+
+def solve(decomposed, targets, alphas=RIDGE_ALPHAS):
+    """Solve a ridge regression for every column of targets (N, K), each with its own penalty.
+
+    The penalty is the one of `alphas` with the smallest leave-one-out error, which has a closed form: with G = rows
+    rows^T + alpha and dual coefficients c = G^-1 y, a row's error when it is left out is c_i / (G^-1)_ii (Rifkin &
+    Lippert 2007, MIT-CSAIL-TR-2007-025). The intercept is not penalised. Returns weight (K, V), bias (K,), and the
+    penalties (K,), float64.
+    """
+    rows, mean, vectors, values = decomposed
+    offset = targets.double().mean(0)
+    turned = vectors.T @ (targets.double() - offset)  # (N, K)
+    best, duals = torch.full_like(offset, float("inf")), torch.zeros(len(rows), len(offset)).to(turned)
+    chosen = torch.zeros_like(offset)
+    for alpha in alphas:
+        inverse = 1 / (values + alpha)
+        dual = vectors @ (inverse[:, None] * turned)
+        # a constant is an eigenvector of the centred kernel, of value 0: without it the intercept is free
+        diagonal = vectors.square() @ inverse - 1 / (alpha * len(rows))
+        error = (dual / diagonal[:, None]).square().mean(0)  # (K,)
+        better = error < best
+        best, chosen = torch.where(better, error, best), torch.where(better, alpha, chosen)
+        duals = torch.where(better, dual, duals)
+    weight = duals.T @ rows
+    return weight, offset - weight @ mean, chosen

@@ -10,6 +10,7 @@ import numpy as np
 import utils
 from disk.checkpoints import RUN_KEYS, load_checkpoint
 from nsd.batches import EpochBatches
+from nsd.components import CoefficientRows, open_components
 from nsd.repeats import AveragedRows
 from nsd.rows import open_betas, open_feature, open_stimuli
 from nsd.trials import list_subjects, split_trials
@@ -39,12 +40,20 @@ class Run:
         """Lines of the training and of the validation table, all subjects together."""
         return [sum(map(len, self.tables[part].values())) for part in ("train", "val")]
 
+    def averaged(self, part, subj):
+        """Read a subject's images (N,) of "train" or "val", and its mean responses to them (N, V) float32."""
+        rows = getattr(self, part).betas[subj]
+        if not isinstance(rows, AveragedRows):
+            rows = AveragedRows(rows, self.tables[part][subj])
+        return rows.image_ids, rows[np.arange(len(rows.image_ids))]
+
     def introduce(self):
         """Say what is trained on what."""
         n_train, n_val = self.sizes
         unit = "images" if self.feat == "gnet" else "trials"
-        self.say(f"{n_train} training and {n_val} validation {unit} of {', '.join(self.n_voxels)}; target {self.feat} "
-                 f"{self.shapes['target']}; {self.team}")
+        targets = ", ".join(f"{self.feat if name == 'target' else name} {shape}" for name, shape in self.shapes.items())
+        self.say(f"{n_train} training and {n_val} validation {unit} of {', '.join(self.n_voxels)}; targets {targets}; "
+                 f"{self.team}")
 
     def say(self, text, show=True):
         """Keep a line in the run's log.txt, and print it unless the progress bar shows the same."""
@@ -70,13 +79,46 @@ def open_run(plan, feat, **further):
     if config is None:
         return None
     pretrained = plan.pretrained_file(feat)
-    subjects = [plan.subj]
-    if plan.stage == "pretrain":
-        subjects = [subj for subj in list_subjects(plan.paths) if subj != plan.subj]
-        if not subjects:
-            raise utils.UserError(f"{plan.paths.data_path}: no subject but {plan.subj} has betas; --multi_subject "
-                                  "needs others")
-    return gather_run(plan, config, team, subjects, {"target": feat, **further}, pretrained)
+    return gather_run(plan, config, team, subjects_of(plan), {"target": feat, **further}, pretrained)
+
+
+def open_component_run(plan, name, feats):
+    """Read what a training of a Decoder needs, as open_run does: responses, and components of the features.
+
+    name: of the run, a feature or g; feats: its features. Returns (Run, {feature: Components}), or None. A training
+    response is the mean of a trial and of some others of its image, drawn anew in every epoch; validation images have
+    the mean of all of theirs, as test images do.
+    """
+    config, team = claim(plan, name)
+    if config is None:
+        return None
+    return gather_component_run(plan, config, team, subjects_of(plan), feats, plan.pretrained_file(name))
+
+
+def gather_component_run(plan, config, team, subjects, feats, pretrained=None):
+    """Make the Run of open_component_run; returns it and {feature: Components}."""
+    components = {feat: open_components(plan.paths, feat) for feat in feats}
+    betas, tables = {"train": {}, "val": {}}, {"train": {}, "val": {}}
+    for subj in subjects:
+        rows = open_betas(plan.paths, subj)
+        train, val = split_trials(plan.paths, subj, plan.num_sessions, plan.val_fraction, plan.loop.seed)
+        rows.require(train["row"].to_numpy())
+        averaged = AveragedRows(rows, val)
+        tables["train"][subj], betas["train"][subj] = train, rows
+        tables["val"][subj], betas["val"][subj] = averaged.table, averaged
+    targets = {feat: CoefficientRows(known) for feat, known in components.items()}
+    return make_run(plan, config, team, tables, betas, targets, pretrained, average=True), components
+
+
+def subjects_of(plan):
+    """List whose trials a plan learns from: all but its subject in pretraining, else that one alone."""
+    if plan.stage != "pretrain":
+        return [plan.subj]
+    subjects = [subj for subj in list_subjects(plan.paths) if subj != plan.subj]
+    if not subjects:
+        raise utils.UserError(f"{plan.paths.data_path}: no subject but {plan.subj} has betas; --multi_subject "
+                              "needs others")
+    return subjects
 
 
 def open_encoding_run(plan):
@@ -141,14 +183,14 @@ def gather_run(plan, config, team, subjects, targets, pretrained=None):
     return run
 
 
-def make_run(plan, config, team, tables, betas, targets, pretrained=None):
+def make_run(plan, config, team, tables, betas, targets, pretrained=None, average=False):
     """Make a Run of what was opened: tables and betas {"train", "val": {subject: ...}}, targets {name: Rows}.
 
     Seeds the random numbers, for the network that is made next.
     """
     loop, name = plan.loop, config["run"]
-    loaders = [EpochBatches(tables[part], betas[part], targets, loop.batch_size, loop.seed, team.rank, team.size)
-               for part in ("train", "val")]
+    loaders = [EpochBatches(tables[part], betas[part], targets, loop.batch_size, loop.seed, team.rank, team.size,
+                            average=average and part == "train") for part in ("train", "val")]
     n_voxels = {subj: rows.shape[1] for subj, rows in betas["train"].items()}
     shapes = {key: rows.row_shape for key, rows in targets.items()}
     utils.seed_everything(utils.derive_seed(loop.seed, 0))

@@ -14,14 +14,17 @@ import options
 import utils
 from disk.checkpoints import load_checkpoint
 from disk.files import file_hash, load_json
-from disk.names import Paths, head_of, run_of, scores_name
+from disk.hints import how_to_train, runs_like
+from disk.names import Paths, head_of, runs_of, scores_name
 from disk.scores import save_scores
 from models import build_model, load_trunk, restore
-from nsd.repeats import TestSet, load_test_set
-from nsd.rows import open_feature
+from nsd.components import open_components
+from nsd.repeats import TestSet, average_repeats, load_test_set
+from nsd.rows import open_betas, open_feature
+from nsd.trials import split_trials
 from training.loop import fit
-from training.objectives import OBJECTIVES
-from training.runs import gather_run
+from training.objectives import OBJECTIVES, ComponentObjective
+from training.runs import gather_component_run, gather_run
 from training.settings import Loop, Plan
 from training.team import Team
 
@@ -43,6 +46,7 @@ class Request:
     repeats: str
     control: str | None
     prior_steps: int
+    stack: bool  # with a ridge run, where there is one
     batch_size: int  # images
     seed: int
     device: str
@@ -88,10 +92,14 @@ def open_source(request, feat, **settings):
     scores already. Raises UserError for a missing or foreign run, and for voxel counts that do not agree.
     """
     paths, subj = request.paths, request.subj
-    run, head = run_of(request.flags, feat), head_of(request.flags)
+    names, head = runs_of(request.flags, feat), head_of(request.flags)
+    run = next((name for name in names if (paths.run(name) / f"{request.checkpoint}.pth").exists()), names[0])
     checkpoint = paths.run(run) / f"{request.checkpoint}.pth"
-    state = load_checkpoint(checkpoint, f"--run/--hidden_dim/--num_sessions/--tag: the run {run}")
-    if state["config"]["feat"] != feat:
+    there = "" if checkpoint.exists() else runs_like(paths, request.flags, feat)
+    state = load_checkpoint(checkpoint, f"--run/--hidden_dim/--num_sessions/--tag: the run {run}",
+                            (f"{there}: give the flags of one, or " if there else "")
+                            + f"train it first ({how_to_train(request.flags, feat)})")
+    if feat != state["config"]["feat"] and feat not in state["model_args"].get("components", {}):
         raise utils.UserError(f"{checkpoint}: was trained for {state['config']['feat']}, wanted {feat}; train {feat}")
     if head == "own" and subj not in state["n_voxels"]:
         raise utils.UserError(f"{checkpoint}: has voxel encoders of {', '.join(state['n_voxels'])}, wanted "
@@ -103,7 +111,13 @@ def open_source(request, feat, **settings):
               "prior_steps": request.prior_steps, "seed": request.seed, **settings}
     if head == "adapt":
         config["adapt_epochs"] = request.adapt_epochs
-    if (folder / "config.json").exists() and not request.overwrite and load_json(folder / "config.json") == config:
+    components, ridge = None, None
+    if "components" in state["model_args"]:
+        components = open_components(paths, feat)
+        config["components"] = components.digest
+        ridge = ridge_beside(request, feat, run)
+        config["stacked_with"] = file_hash(ridge) if ridge else None
+    if (folder / "config.json").exists() and not request.overwrite and same_scores(folder, config):
         print(f"{folder}: already scored with this checkpoint, kept")
         return None
 
@@ -115,8 +129,94 @@ def open_source(request, feat, **settings):
     else:
         model, whose = restore(state, checkpoint), subj if head == "own" else head
         check_head(whose, subj, test.betas.shape[1], state["n_voxels"], checkpoint)
+    if components is not None:
+        model = FeatureOf(model, components)
+        config["r2"] = validate(model, ridge, paths, subj, whose, held_out)
     model.eval().to(utils.pick_device(request.device))
     return Source(request, run, folder, config, model, whose, test, held_out)
+
+
+def same_scores(folder, config):
+    """Say whether a folder's scores were made from all that `config` says; R2, which follows from it, aside."""
+    found = load_json(folder / "config.json")
+    found.pop("r2", None)
+    return found == config
+
+
+class FeatureOf(torch.nn.Module):
+    """One feature of a network of components, as rows of that feature.
+
+    Stacked with a ridge, its coefficients are weight * the network's + (1 - weight) * the ridge's.
+    """
+
+    def __init__(self, network, components):
+        """network: models.Decoder or RidgeDecoder; components: nsd.components.Components of the feature."""
+        super().__init__()
+        self.network, self.ridge, self.weight, self.components = network, None, 1.0, components
+        self.errors = None  # on validation images: validate
+        for name in ("mean", "basis"):
+            self.register_buffer(name, torch.from_numpy(getattr(components, name)), persistent=False)
+
+    def coefficients(self, voxels):
+        """{subject: (b, V)} -> coefficients (B, K), and those for the contrast (B, K), of any length, or None."""
+        feat, scale = self.components.feat, self.components.total ** 0.5
+        found, contrast = self.network(voxels)
+        rows = found[feat] * scale
+        if self.ridge is not None:
+            (voxels,) = voxels.values()
+            rows = self.weight * rows + (1 - self.weight) * self.ridge({self.ridge.subject: voxels})[0][feat] * scale
+        return rows, contrast.get(feat)
+
+    @torch.no_grad()
+    def predict(self, voxels, prior_steps=None, generators=None):
+        """Scores (B, *shape): nsdgeneral, and retrieval, what retrieves best: the contrast's where there is one.
+
+        A contrast says nothing of its prediction's length: it gets the one that true rows have on average.
+        """
+        rows, contrast = self.coefficients(voxels)
+        retrieval = rows
+        if contrast is not None:
+            retrieval = torch.nn.functional.normalize(contrast) * self.components.total ** 0.5
+        return {name: (self.mean + found @ self.basis[:found.shape[1]]).unflatten(1, self.components.shape)
+                for name, found in (("nsdgeneral", rows), ("retrieval", retrieval))}
+
+
+def ridge_beside(request, feat, run):
+    """Find the checkpoint of the ridge to stack with: of the same subject, sessions and tag; None without one."""
+    if not request.stack or request.run.partition(":")[0] == "ridge":
+        return None
+    names = runs_of({**request.flags, "run": "ridge"}, feat)
+    files = [request.paths.run(name) / "last.pth" for name in names if name != run]
+    return next((file for file in files if file.exists()), None)
+
+
+def validate(model, ridge, paths, subj, whose, held_out):
+    """Stack a FeatureOf with the ridge of a checkpoint, if there is one, and measure it on the validation images.
+
+    The weight is the one with the least squared error there. Sets model.errors, (K + 1,): the mean squared error of
+    each coefficient, and the variance beyond them. Returns R2 {"network", "ridge", "scored"}.
+    """
+    known = model.components
+    val = average_repeats(open_betas(paths, subj), split_trials(paths, subj, *held_out)[1])
+    voxels, truth = torch.from_numpy(val.betas), torch.from_numpy(known.coefficients[val.image_ids])  # (N, V), (N, K)
+
+    def errors_of(found):
+        errors = (found - truth[:, :found.shape[1]]).square().mean(0)
+        beyond = max(known.total - float(known.variances[:len(errors)].sum()), 0.0)
+        return np.append(errors.numpy(), np.float32(beyond))
+
+    with torch.no_grad():
+        found = {"network": model.eval().coefficients({whose: voxels})[0]}
+        if ridge is not None:
+            model.ridge = restore(load_checkpoint(ridge), ridge).eval()
+            model.weight = 0.0
+            found["ridge"] = model.coefficients({whose: voxels})[0]
+            towards = found["network"] - found["ridge"]
+            weight = (towards * (truth[:, :towards.shape[1]] - found["ridge"])).sum() / towards.square().sum()
+            model.weight = float(weight.clamp(0, 1))
+        found["scored"] = model.coefficients({whose: voxels})[0]
+    model.errors = errors_of(found["scored"])
+    return {name: float(1 - errors_of(rows).sum() / known.total) for name, rows in found.items()}
 
 
 def check_head(whose, subj, n_voxels, known, checkpoint):
@@ -139,27 +239,34 @@ def adapt(request, feat, run, state, checkpoint_hash):
     The run's own objective and settings, adapt_epochs long; fitted again only when checkpoint or flags changed.
     """
     kind, trained = state["model_args"]["kind"], state["config"]
+    feats = list(state["model_args"].get("components", {}))
     if kind == "ridge":
         raise utils.UserError("--head adapt: a ridge has no shared network; fit one: --model ridge")
     name = f"{run}/head_{request.subj}_{request.num_sessions}sess"
-    config = {"run": name, "feat": feat, "num_epochs": request.adapt_epochs, "num_sessions": request.num_sessions,
-              "seed": request.seed, "checkpoint_sha256": checkpoint_hash}
+    config = {"run": name, "feat": trained["feat"], "num_epochs": request.adapt_epochs,
+              "num_sessions": request.num_sessions, "seed": request.seed, "checkpoint_sha256": checkpoint_hash}
     last = request.paths.run(name) / "last.pth"
     changed = last.exists() and load_checkpoint(last)["config"] != config
     if changed:
         last.unlink()
     loop = Loop(request.adapt_epochs, trained["max_lr"], trained["batch_size"], request.seed, request.device,
-                resume=True, overwrite=changed)
+                weight_decay=trained.get("weight_decay", 0.01), resume=True, overwrite=changed)
     plan = Plan(request.paths, "adapt", request.subj, request.num_sessions, trained["val_fraction"],
                 request.hidden_dim, request.tag, None, loop, config)
-    targets = {"target": feat} | ({"tokens": "g_12"} if kind == "latent" else {})
-    fitted = gather_run(plan, config, Team.assemble(request.device), [request.subj], targets)
+    team = Team.assemble(request.device)
+    if kind == "components":
+        fitted, components = gather_component_run(plan, config, team, [request.subj], feats)
+        objective = ComponentObjective(components, trained["clip_scale"], trained["mixup_pct"])
+    else:
+        targets = {"target": feat} | ({"tokens": "g_12"} if kind == "latent" else {})
+        fitted = gather_run(plan, config, team, [request.subj], targets)
+        scales = ("clip_scale", "mixup_pct") + (("prior_scale",) if kind == "brain" else ())
+        objective = OBJECTIVES[kind](**{key: trained[key] for key in scales})
     model = build_model({**state["model_args"], "n_voxels": fitted.n_voxels})
     load_trunk(model, state["model"])
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(key.startswith("voxelenc."))
-    scales = ("clip_scale", "mixup_pct") + (("prior_scale",) if kind == "brain" else ())
-    fit(fitted, model, OBJECTIVES[kind](**{key: trained[key] for key in scales}), loop)
+    fit(fitted, model, objective, loop)
     return model
 
 
@@ -180,10 +287,17 @@ def predict(source, betas, image_ids, what):
 
 def save(source, scores):
     """Write scores {file name: (N, ...)} of the test images to the source's folder."""
-    save_scores(source.folder, source.test.image_ids, scores, source.config)
+    errors = getattr(source.model, "errors", None)
+    save_scores(source.folder, source.test.image_ids, scores, source.config,
+                {} if errors is None else {"errors": errors})
     repeats, n_images = np.unique(source.test.n_repeats, return_counts=True)
     counts = ", ".join(f"{n} of {k} trial{'s' if k > 1 else ''}" for k, n in zip(repeats, n_images, strict=True))
-    print(f"{source.folder}: {len(source.test.image_ids)} images ({counts})")
+    head = source.config["head"]
+    whose = {"own": f"{source.request.subj}'s own", "adapt": f"a new one for {source.request.subj}"}.get(head, head)
+    print(f"{source.folder}: {len(source.test.image_ids)} images ({counts}), voxel encoder: {whose}")
+    if "r2" in source.config:
+        r2 = ", ".join(f"{name} {value:.3f}" for name, value in source.config["r2"].items())
+        print(f"{source.config['feat']}: R2 on validation images: {r2}")
 
 
 def save_ground_truth(request, feat):

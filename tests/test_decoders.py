@@ -1,0 +1,163 @@
+"""Decoders of components: trained, stopped and resumed, scored, stacked with a ridge, given a new voxel encoder."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import score_c
+import score_g
+import score_z
+import train_c
+import train_g
+import train_z
+import utils
+from models import Decoder
+from nsd.components import open_components
+from nsd.repeats import load_test_set
+from nsd.rows import open_feature
+from tiny_runs import SMALL, checkpoint, copy_world, flags_of, stopped_at, train, write_world
+from training.objectives import ComponentObjective
+
+NETWORK = ["--model", "components", "--num_epochs", 3, "--max_lr", 1e-2]
+LAYERS = ["--feat", "g_2", "g_12"]
+RUNS = {train_c: "scratch_subj01_3sess_ext1_c_8_mlp", train_z: "scratch_subj01_3sess_ext1_z_8",
+        train_g: "scratch_subj01_3sess_ext1_g_8"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A world with decoders of c, of z and of both layers of g, trained on subject 1 alone, and their ridges."""
+    paths = write_world(tmp_path_factory.mktemp("world"))
+    for script in RUNS:
+        more = LAYERS if script is train_g else []
+        assert train(paths, *NETWORK, *more, script=script) == 0
+        assert train(paths, "--model", "ridge", *more, script=script) == 0
+    return paths
+
+
+def score(paths, *flags, script=score_c):
+    words = ["--hidden_dim", 8, "--num_sessions", 3, "--device", "cpu", "--run", "scratch", "--root", paths.root]
+    words += flags
+    return utils.run_cli(script.main, list(map(str, words)))
+
+
+def folder_of(paths, script, suffix=""):
+    folder = paths.root / "scores_all/subj01"
+    names = {score_c: RUNS[train_c] + suffix, score_z: RUNS[train_z] + suffix}
+    return folder / names[script] if script in names else folder / f"scratch_subj01_3sess_ext1_g_2_8{suffix}/Linear-2"
+
+
+def test_a_new_decoder_predicts_the_mean():
+    decoder = Decoder({"subj01": 7}, 8, {"c": 5, "z": 3}, contrast=["c"])
+    found, contrast = decoder({"subj01": torch.randn(4, 7)})
+    assert {feat: rows.shape for feat, rows in found.items()} == {"c": (4, 5), "z": (4, 3)}
+    assert not any(rows.any() for rows in found.values()) and contrast["c"].shape == (4, 5) and contrast["c"].any()
+    linear = Decoder({"subj01": 7}, 8, {"c": 5}, n_blocks=0)
+    assert len(list(linear.parameters())) == 4  # two linear maps
+
+
+def test_the_loss_is_the_share_of_variance_that_is_not_explained(trained):
+    known = open_components(trained, "c")
+    ids = known.there()
+    decoder = Decoder({"subj01": 7}, 8, {"c": known.k}).eval()
+    batch = {"voxels": {"subj01": torch.randn(len(ids), 7)}, "image_ids": torch.from_numpy(ids),
+             "c": torch.from_numpy(known.coefficients[ids])}
+    loss, logs = ComponentObjective({"c": known})(decoder, batch, 0.0)
+    rows = open_feature(trained, "c")[ids].astype(np.float64).reshape(len(ids), -1)
+    inside = (known.project(rows) ** 2).sum(1).mean()  # the mean is predicted: all variance that components keep
+    np.testing.assert_allclose(loss.item(), inside / known.total, rtol=1e-5)
+    assert logs["loss_mse"] == loss
+
+
+@pytest.mark.parametrize(("script", "feats"), [(train_c, ["c"]), (train_g, ["g_2", "g_12"])])
+def test_one_run_learns_all_its_features_and_keeps_their_errors(trained, script, feats):
+    folder = trained.run(RUNS[script])
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+    assert {"val/loss_mse", *(f"val/r2_{feat}" for feat in feats)} <= rows[-1].keys()
+    assert ("val/fwd_pct_correct" in rows[-1]) == (script is train_c)
+    state = checkpoint(trained, folder.name)
+    assert "optimizer" not in state  # it is finished
+    for feat in feats:
+        known = open_components(trained, feat)
+        assert state["errors"][feat].shape == (known.k + 1,)
+        r2 = 1 - float(state["errors"][feat].sum()) / known.total
+        assert rows[-1][f"val/r2_{feat}"] == pytest.approx(r2, abs=1e-5)
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_stopped_and_resumed_equals_an_uninterrupted_one(trained, tmp_path, step):
+    paths = copy_world(trained, tmp_path)
+    flags = [*NETWORK, "--tag", "again"]
+    with stopped_at(step, ComponentObjective):
+        assert train(paths, *flags) == 143
+    assert train(paths, *flags, "--resume") == 0
+    whole, resumed = checkpoint(trained), checkpoint(paths, f"{RUNS[train_c]}_again")
+    assert all(torch.equal(whole["model"][key], resumed["model"][key]) for key in whole["model"])
+    assert torch.equal(whole["errors"]["c"], resumed["errors"]["c"])
+
+
+@pytest.mark.parametrize(("script", "feat"), [(score_c, "c"), (score_g, "g_2")])
+def test_scores_are_rows_of_the_feature_and_r2_is_that_of_the_validation_images(trained, script, feat):
+    more = ["--feat", "g_2"] if script is score_g else []
+    assert score(trained, "--no-stack", *more, script=script) == 0
+    folder = folder_of(trained, script)
+    scores, config = np.load(folder / "nsdgeneral.npy"), json.loads((folder / "config.json").read_text())
+    known = open_components(trained, feat)
+    assert scores.shape[1:] == known.shape == np.load(folder / "retrieval.npy").shape[1:]
+    assert np.load(folder / "errors.npy").shape == (known.k + 1,) and config["stacked_with"] is None
+
+    assert score(trained, "--no-stack", "--test_split", "val", *more, script=script) == 0
+    folder = folder_of(trained, script, "_val")
+    predicted, ids = np.load(folder / "nsdgeneral.npy"), np.load(folder / "image_ids.npy")
+    true = open_feature(trained, feat)[ids].astype(np.float64)
+    inside = known.project(true) @ known.basis  # what lies beyond the components is counted by its variance
+    error = ((predicted.reshape(len(ids), -1) - known.mean - inside) ** 2).sum(1).mean()
+    beyond = known.total - known.variances.sum()
+    assert config["r2"]["network"] == pytest.approx(1 - (error + beyond) / known.total, abs=1e-4)
+    rows = [json.loads(line) for line in (trained.run(config["run"]) / "metrics.jsonl").read_text().splitlines()]
+    assert config["r2"]["network"] == pytest.approx(rows[-1][f"val/r2_{feat}"], abs=1e-4)
+
+
+@pytest.mark.parametrize("script", [score_c, score_z])
+def test_the_stack_is_the_best_average_on_validation_images(trained, script, capsys):
+    assert score(trained, "--test_split", "val", "--overwrite", script=script) == 0
+    assert "R2 on validation images: network" in capsys.readouterr().out
+    config = json.loads((folder_of(trained, script, "_val") / "config.json").read_text())
+    r2 = config["r2"]
+    assert r2["scored"] >= max(r2["network"], r2["ridge"]) - 1e-6 and config["stacked_with"] is not None
+    assert score(trained, "--test_split", "val", script=script) == 0
+    assert "kept" in capsys.readouterr().out  # nothing changed since
+
+
+def test_a_new_voxel_encoder_serves_all_layers(tmp_path, capsys):
+    paths = write_world(tmp_path)
+    assert train(paths, *NETWORK, *LAYERS, "--multi_subject", script=train_g) == 0
+    words = ["--run", "pretrain", "--adapt_epochs", 2, *LAYERS]
+    assert score(paths, *words, script=score_g) == 0
+    said = capsys.readouterr().out
+    assert said.count("a new one for subj01") == 2
+    head = paths.run("multisubject_subj01_ext1_g_8") / "head_subj01_3sess"
+    steps = [json.loads(line)["step"] for line in (head / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]  # fitted once
+    trunk = checkpoint(paths, "multisubject_subj01_ext1_g_8")["model"]
+    adapted = checkpoint(paths, f"multisubject_subj01_ext1_g_8/{head.name}")["model"]
+    assert all(torch.equal(trunk[key], adapted[key]) for key in trunk if not key.startswith("voxelenc."))
+
+
+def test_fine_tuning_starts_from_the_trunk_of_the_same_features(trained, tmp_path, capsys):
+    paths = copy_world(trained, tmp_path)
+    assert train(paths, *NETWORK, "--multi_subject") == 0
+    assert train(paths, *NETWORK, "--multisubject_ckpt", "auto") == 0
+    assert "(blocks, contrast, heads, out)" in capsys.readouterr().out
+    assert len(load_test_set(paths, "subj01").image_ids) == 4
+
+
+def test_missing_components_are_one_line(tmp_path, capsys):
+    paths = write_world(tmp_path)
+    paths.components("c").unlink()
+    assert utils.run_cli(train_c.main, [*flags_of(paths), *map(str, NETWORK)]) == 2
+    assert "c_components.hdf5" in (error := capsys.readouterr().err) and "features.sh --feats c" in error
+    assert SMALL[1] == "mindeye2"  # the other tests' network
