@@ -169,7 +169,7 @@ def test_bad_flags_end_a_script_with_one_line_and_exit_2(tmp_path, name, flags, 
 @pytest.mark.parametrize(("name", "flags", "knobs", "words"), [
     ("train", ["--hidden_dim", 48], {"ROOT": "nowhere"}, ["--root", "no such folder"]),
     ("train", ["--hidden_dim", 48], {"STAGES": "finetune", "FEATS": "c"},
-     ["multisubject_subj01_ext1_c_48_mlp", "(--hidden_dim 32)", "SUBJ=1 STAGES=pretrain FEATS=c bash scripts/train.sh"]),
+     ["multisubject_subj01_ext1_c_48_mlp", "(--hidden_dim 32)", "SUBJ=1 STAGES=pretrain FEATS=c bash"]),
     ("train", ["--hidden_dim", 32], {"SUBJ": "2", "STAGES": "finetune", "FEATS": "c"},
      ["(--multisubject_ckpt multisubject_subj01_ext1_c_32_mlp)", "SUBJ=2 STAGES=pretrain FEATS=c"]),
     ("train", [*SMALL, "--hidden_dim", 32, "--num_sessions", 99], {"STAGES": "finetune", "FEATS": "c"}, ["99"]),
