@@ -78,6 +78,9 @@ def run_cli(main, argv=None):
     Returns the exit status; of what a signal stopped 128 + its number, as shells do.
     """
     quiet()
+    # A thread of PyTorch's that waits would spin, and take its core from whoever works there: five times slower beside
+    # another such program. Read when torch is loaded, which scripts do later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     status = _status_of(main, argv)
     _leave_processes(failed=status != 0)
     return status
