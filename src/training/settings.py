@@ -12,6 +12,9 @@ NOT_SCIENCE = {"root", "data_path", "device", "precision", "compile", "resume", 
                "ckpt_every", "wandb_log", "wandb_project", "dry_run", "feat", "tag"}
 
 
+OF_MINDEYE2 = {"prior_depth", "prior_scale", "decoder_channels"}  # what says nothing about --model components
+
+
 @dataclass(frozen=True)
 class Loop:
     """How the training loop runs: the flags of options.add_loop, add_compute, add_precision and add_tracking."""
@@ -22,6 +25,7 @@ class Loop:
     seed: int
     device: str = "auto"
     precision: str = "auto"
+    weight_decay: float = 0.01  # of weights; biases and normalisation gains have none
     num_workers: int = 0  # data loader processes
     ckpt_every: int = 1  # epochs
     compile: bool = False
@@ -33,7 +37,7 @@ class Loop:
     @classmethod
     def from_args(cls, args):
         """Read parsed flags. A job that SLURM requeued continues, --overwrite or not."""
-        given = {field.name: getattr(args, field.name) for field in fields(cls)}
+        given = {field.name: getattr(args, field.name) for field in fields(cls) if field.name in args}
         requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
         return cls(**given | {"overwrite": args.overwrite and not requeued})
 
@@ -111,7 +115,7 @@ class Plan:
 
 def check_flags(flags):
     """Raise UserError for a value out of range, of those flags {name: value} that the script has."""
-    for name in ("num_epochs", "ckpt_every", "batch_size", "hidden_dim", "n_blocks", "prior_depth", "trunk_width"):
+    for name in ("num_epochs", "ckpt_every", "batch_size", "hidden_dim", "prior_depth", "trunk_width"):
         if name in flags and flags[name] < 1:
             raise utils.UserError(f"--{name} {flags[name]}: wanted at least 1")
     for name in ("dropout", "mixup_pct", "val_fraction"):
@@ -119,7 +123,7 @@ def check_flags(flags):
             raise utils.UserError(f"--{name} {flags[name]:g}: wanted a fraction from 0 to 1")
     if not 0 < flags["max_lr"] < float("inf"):
         raise utils.UserError(f"--max_lr {flags['max_lr']:g}: wanted a number greater than 0")
-    for name in ("num_workers", "pass_through", "l1", "clip_scale", "prior_scale"):
+    for name in ("num_workers", "n_blocks", "pass_through", "l1", "clip_scale", "prior_scale", "weight_decay"):
         if name in flags and not 0 <= flags[name] < float("inf"):
             raise utils.UserError(f"--{name} {flags[name]:g}: wanted a number, 0 or more")
 
@@ -130,6 +134,8 @@ def settings_of(flags, stage):
     flags: {name: value} of the whole command line; stage: of a Plan, or gnet. A run with other settings is another run.
     """
     config = {key: value for key, value in flags.items() if key not in NOT_SCIENCE}
+    if flags.get("model") == "components":
+        config = {key: value for key, value in config.items() if key not in OF_MINDEYE2}
     if stage == "pretrain":
         del config["num_sessions"]
     if stage == "gnet" and flags["multi_subject"]:  # the same network, whichever subject's command trains it
