@@ -40,7 +40,13 @@ class AveragedRows:
     @staticmethod
     def average(responses, counts):
         """Average consecutive groups of counts (n,) rows: (sum of counts, V) -> (n, V)."""
-        return np.add.reduceat(responses, np.cumsum(counts) - counts, axis=0) / counts[:, None].astype(np.float32)
+        first = np.cumsum(counts) - counts
+        means = responses[first]
+        for k in range(1, counts.max(initial=0)):  # np.add.reduceat takes ten times as long
+            more = counts > k
+            means[more] += responses[first[more] + k]
+        means /= counts[:, None].astype(np.float32)
+        return means
 
 
 def noise_ceiling(responses, n_repeats, images_at_once=500):
