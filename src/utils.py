@@ -99,6 +99,13 @@ def _status_of(main, argv):
             raise
         print(f"error: {error.filename}: {refusal(error)}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if not name or any((REPOSITORY / "src" / file).exists() for file in (name, f"{name}.py")):
+            raise  # ours
+        print(f"error: {sys.executable} has no {name}; bash scripts/setup.sh installs what is needed, and makes "
+              ".venv/bin/python", file=sys.stderr)
+        return 2
     except Interrupted as stop:
         print(f"interrupted: {stop}", file=sys.stderr)
         return 128 + stop.number

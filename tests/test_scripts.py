@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,16 @@ def test_the_demos_settings(call, tmp_path):
             capture_output=True, check=False, env={"PATH": os.environ["PATH"], "PYTHON": os.environ.get("PYTHON", "")})
         assert done.returncode == 0, done.stderr
         assert f"--root {REPO}/demo" in done.stdout
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_a_python_without_the_libraries_is_one_line(call, tmp_path, name):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" -S "$@"\n')
+    bare.chmod(0o755)
+    done = call(name, PYTHON=str(bare), FEATS="c", STAGES="finetune")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: ") and "bash scripts/setup.sh" in line
 
 
 @pytest.mark.parametrize("script", SHOWING, ids=lambda file: file.stem)
