@@ -21,7 +21,7 @@ MAX_SHIFT = 0.6  # --guidance_rule norm moves the predicted image by at most thi
 # of the flags that depend on --model: chosen on validation images (benchmarks/decoders.md), and as published but for
 # the length of the training (docs/method.md, Deviations from MindEye2)
 COMPONENTS_DEFAULTS = {"n_blocks": 2, "dropout": 0.3, "batch_size": 64, "num_epochs": 25, "max_lr": 1e-3,
-                       "weight_decay": 0.1, "clip_scale": 0.02, "mixup_pct": 0.0}
+                       "weight_decay": 0.1, "clip_scale": 0.0, "mixup_pct": 0.0}
 MINDEYE2_DEFAULTS = {"n_blocks": 4, "dropout": 0.15, "batch_size": 42, "num_epochs": 30, "max_lr": 3e-4,
                      "weight_decay": 0.01, "clip_scale": 1.0, "mixup_pct": 0.33}
 

@@ -2,7 +2,7 @@
 
 voxels (B, V) -> VoxelEncoder, one per subject -> (B, H) -> residual MLP
     -> coefficients of c's principal components (B, K), squared error; for Stable Diffusion v1.4 c is (77, 768)
-    -> contrast: retrieval of the image's coefficients in the batch (SoftCLIP)
+    -> with --clip_scale a contrast: retrieval of the image's coefficients in the batch (SoftCLIP)
 --model mindeye2 trains the published network instead: backbone, contrast and diffusion prior on whole tokens.
 
     python src/train_c.py --subj 1 --multi_subject                        # pretrain on subjects 2-8
@@ -36,7 +36,8 @@ def main(argv=None):
         return train_ridge(plan, "c", ["c"])
     if args.model == "components":
         sizes = {"hidden_dim": args.hidden_dim, "n_blocks": args.n_blocks, "dropout": args.dropout}
-        return train_decoder(plan, "c", ["c"], sizes, ["c"], args.clip_scale, args.mixup_pct)
+        contrast = ["c"] if args.clip_scale else []  # what is regressed retrieves, too
+        return train_decoder(plan, "c", ["c"], sizes, contrast, args.clip_scale, args.mixup_pct)
     sizes = {"hidden_dim": args.hidden_dim, "n_blocks": args.n_blocks, "dropout": args.dropout,
              "prior_depth": args.prior_depth}
     train_tokens(plan, "c", sizes, BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct))

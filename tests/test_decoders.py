@@ -20,7 +20,7 @@ from nsd.rows import open_feature
 from tiny_runs import SMALL, checkpoint, copy_world, flags_of, stopped_at, train, write_world
 from training.objectives import ComponentObjective
 
-NETWORK = ["--model", "components", "--num_epochs", 3, "--max_lr", 1e-2]
+NETWORK = ["--model", "components", "--num_epochs", 3, "--max_lr", 1e-2, "--clip_scale", 0.1]
 LAYERS = ["--feat", "g_2", "g_12"]
 RUNS = {train_c: "scratch_subj01_3sess_ext1_c_8_mlp", train_z: "scratch_subj01_3sess_ext1_z_8",
         train_g: "scratch_subj01_3sess_ext1_g_8"}

@@ -5,7 +5,7 @@ Shapes: B batch (all subjects together), b one subject's part of it, V voxels, T
 import torch
 import torch.nn.functional as F
 
-from training.contrast import contrast_loss, mix_rows, mixco
+from training.contrast import contrast_loss, mix_rows, mixco, pct_correct, similarities
 from training.team import ALONE
 
 
@@ -26,7 +26,7 @@ class ComponentObjective:
 
     Of each feature the squared error over the feature's total variance, so that 1 - loss is the share of its variance
     that is explained. A feature with a contrast adds clip_scale times it, between the second head's prediction and the
-    true coefficients, both whitened. Responses are mixed (MixCo) for the first mixup_pct of the training.
+    true coefficients. Responses are mixed (MixCo) for the first mixup_pct of the training.
     """
 
     judge = "loss_mse"
@@ -60,6 +60,9 @@ class ComponentObjective:
                 found = team.join(embedded[feat].float(), n)
                 clip, logs_clip = contrast_loss(found, wanted, progress, self.mixup_pct, mix)
                 loss, logs = loss + self.clip_scale * clip, logs | logs_clip
+            elif len(predicted) == 1:
+                similarity = similarities(rows.detach(), wanted)
+                logs |= {"fwd_pct_correct": pct_correct(similarity), "bwd_pct_correct": pct_correct(similarity.T)}
         logs["loss_mse"] = loss.detach() - self.clip_scale * logs.get("loss_clip", 0.0)
         return loss, logs
 
