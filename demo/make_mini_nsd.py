@@ -2,12 +2,12 @@
 
 A tenth of NSD: 7,300 images of 64 x 64, 8 subjects, 1,000 images a subject of which 100 are shared by all, 3 repeats,
 sessions of 75 trials. The voxels respond through encoding models that resemble their region (V1 oriented energy, V4
-colour and curvature, higher visual object kind and scene category) and are as noisy as NSD's. The noise ceilings that
-came out are measured from the written betas' repeats and printed.
+colour and curvature, higher visual object kind and scene category) and are as noisy as NSD's: --check measures the
+noise ceilings from the repeats of the written betas.
 
-    python demo/make_mini_nsd.py                                  # the demo's world, into demo/
-    python demo/make_mini_nsd.py --root DIR --size small   # 240 images, seconds: for the tests
-    python demo/make_mini_nsd.py --check                          # and what a ridge regression reads out of subject 1
+    python demo/make_mini_nsd.py                      # the demo's world, into demo/
+    python demo/make_mini_nsd.py --root DIR --size small      # 240 images, seconds: for the tests
+    python demo/make_mini_nsd.py --check              # and its noise ceilings, and what a ridge reads out of subject 1
 """
 
 import argparse
@@ -76,7 +76,8 @@ def get_parser():
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="write again what is already there")
     parser.add_argument("--check", action="store_true",
-                        help="also print how well a ridge regression decodes the attributes of subject 1's test images")
+                        help="also print the voxels' noise ceilings, and how well a ridge regression decodes the "
+                             "attributes of subject 1's test images")
     return parser
 
 
@@ -88,7 +89,7 @@ def main(argv=None):
     marker, identity = args.root / MARKER, {"version": WORLD_VERSION, "size": args.size, "seed": args.seed}
     found = json.loads(marker.read_text()) if marker.exists() else None
     if found == identity and not args.overwrite:
-        print(f"{args.root}: mini-NSD {identity} is already here; --overwrite writes it again")
+        print(f"{args.root}: mini-NSD is already here; --overwrite writes it again")
     elif found is not None and not args.overwrite:
         parser.error(f"--root {args.root}: holds mini-NSD {found}, wanted {identity}; add --overwrite or change --root")
     else:
@@ -96,20 +97,20 @@ def main(argv=None):
         marker.unlink(missing_ok=True)
         write_world(args.root, WORLDS[args.size], args.seed)
         marker.write_text(json.dumps(identity) + "\n")
-        print(f"mini-NSD {identity} written to {args.root} in {time.perf_counter() - start:.0f} s")
+        print(f"{args.root}: mini-NSD written in {time.perf_counter() - start:.0f} s")
     if args.check:
         print_check(args.root)
 
 
 def write_world(root, world, seed):
-    """Draw the images, simulate the eight subjects, write every file and print the noise ceilings."""
+    """Draw the images, simulate the eight subjects and write every file."""
     scenes, texts, images = draw_images(world.n_images, np.random.default_rng([seed, 0]))
     design = make_design(world, np.random.default_rng([seed, 1]))
     write_stimuli(root, images, texts, scenes, design, np.random.default_rng([seed, 2]))
     write_design(root, world, design)
 
     features = image_features(images, scenes)
-    masks, ceilings = {}, {roi: [] for roi in ROI_SHARES}
+    masks = {}
     for s in utils.progress(range(N_SUBJECTS), desc="subjects"):
         rng = np.random.default_rng([seed, 3, s])
         image_ids = design.trial_images(s)
@@ -117,11 +118,7 @@ def write_world(root, world, seed):
         betas = simulate_betas(features, image_ids, rois, world.session_trials, rng)
         write_betas(root, s, betas)
         write_shards(root, s, behaviour(s, image_ids, design.shared, world.session_trials, rng), world.session_trials)
-        explained = noise_ceiling(betas, image_ids)
-        for roi in ROI_SHARES:
-            ceilings[roi].append(explained[rois[roi]])
     write_masks(root, masks)
-    print_ceilings({roi: np.concatenate(values) for roi, values in ceilings.items()})
 
 
 def subject_name(s):
@@ -607,7 +604,22 @@ def ridge_accuracies(root, subject="subj01"):
             for name, score in zip(ATTRIBUTES, scores, strict=True)}
 
 
+def ceilings_of(root):
+    """{roi: (voxels of all subjects,)}: noise_ceiling of the betas on disk."""
+    folder, found = root / "MindEyeV2/mindeyev2", {roi: [] for roi in ROI_SHARES}
+    for subject in map(subject_name, range(N_SUBJECTS)):
+        with h5py.File(folder / f"betas_all_{subject}_fp32_renorm.hdf5") as file:
+            betas = file["betas"][:]
+        with h5py.File(folder / "COCO_73k_subj_indices.hdf5") as file:
+            explained = noise_ceiling(betas, file[subject][:])
+        with h5py.File(folder / "brain_region_masks.hdf5") as file:
+            for roi, values in found.items():
+                values.append(explained[file[subject][roi][:].astype(bool)])
+    return {roi: np.concatenate(values) for roi, values in found.items()}
+
+
 def print_check(root):
+    print_ceilings(ceilings_of(root))
     accuracies = ridge_accuracies(root)
     print("ridge, subject 1, test images right: "
           + ", ".join(f"{name} {100 * value:.1f} %" for name, value in accuracies.items()))
