@@ -238,14 +238,15 @@ def test_images_that_are_written_later_get_coefficients_and_the_basis_stays(path
     capsys.readouterr()
     write_components(paths, "g_2", 5)
     second = open_components(paths, "g_2")
-    assert "kept; 5 components keep" in capsys.readouterr().out and len(second.there()) == N_IMAGES
+    assert "g_2_components.hdf5: added 12 images, 24 of 24 have coefficients; 5 components" in capsys.readouterr().out
+    assert len(second.there()) == N_IMAGES
     assert second.digest == first.digest
     np.testing.assert_array_equal(second.basis, first.basis)
     np.testing.assert_allclose(second.coefficients, (rows - first.mean) @ first.basis.T.astype(np.float64), atol=1e-4)
     written = paths.components("g_2").stat().st_mtime_ns
     write_components(paths, "g_2", 5)
     assert paths.components("g_2").stat().st_mtime_ns == written
-    assert "0 images added" in capsys.readouterr().out
+    assert "g_2_components.hdf5: kept, 24 of 24 have coefficients; 5 components keep" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stop", ["while it is fitted", "in the second block", "after the second block's rows"])

@@ -180,7 +180,7 @@ def test_components_follow_the_features(nsd, extract, capsys):
     extract("--components", "6", feats=["g_4"])
     later = open_components(paths, "g_4")
     assert later.digest == first.digest and len(later.there()) == 24
-    assert "kept; 6 components keep" in capsys.readouterr().out
+    assert "added 10 images, 24 of 24 have coefficients; 6 components keep" in capsys.readouterr().out
     with pytest.raises(utils.UserError, match="g_4_components.hdf5: written with --components 6, wanted 1024"):
         extract(feats=["g_4"])
     extract("--overwrite", feats=["g_4"])

@@ -160,7 +160,11 @@ def write_components(paths, feat, k=COMPONENTS, seed=42, team=ALONE, overwrite=F
     team.wait()
     fitted = f"{components.k} components keep {100 * components.kept:.1f} % of the variance (fitted on " \
              f"{components.n_fitted:,} images)"
-    team.print(f"{feat}: {fitted}" if is_new else f"{path}: kept; {fitted}; {missing} images added")
+    found = f"{FeatureFile(path).written.sum()} of {len(rows)} have coefficients"
+    if is_new:
+        team.print(f"{feat}: {fitted}")
+    else:
+        team.print(f"{path}: {f'added {missing} images' if missing else 'kept'}, {found}; {fitted}")
 
 
 def check_settings(components, k, seed):
