@@ -69,7 +69,7 @@ CASES = [  # script, what is broken, how, flags, words of the line: flag or file
     (train_c, "run to resume is cut", cut(f"{RUN_C}/last.pth", 900), ["--tag", "", "--multisubject_ckpt", "auto"],
      (f"{RUN_C}/last.pth", "not a readable", "--overwrite")),
     (train_c, "run to resume lacks its optimizer", checkpoint(
-        f"{RUN_C}/last.pth", lambda s: (s.update(epoch=0), s.pop("optimizer")) and None),
+        f"{RUN_C}/last.pth", lambda s: s.update(epoch=0)),
      ["--tag", "", "--multisubject_ckpt", "auto", "--resume"], (f"{RUN_C}/last.pth", "without optimizer", "delete it")),
     (train_c, "pretrained run cut", cut("train_logs/multisubject_subj01_ext1_c_8_mlp/last.pth", 900),
      ["--multisubject_ckpt", "auto"], ("multisubject_subj01_ext1_c_8_mlp/last.pth", "not a readable")),

@@ -178,6 +178,8 @@ def load_start(run, model, loop):
     last, state = run.folder / "last.pth", None
     if loop.resume and not loop.overwrite and last.exists():
         state = load_checkpoint(last, keys=(*RUN_KEYS, "epoch"))
+        if state["epoch"] < loop.num_epochs:  # a finished run is not gone on with
+            load_checkpoint(last, keys=("optimizer", "schedule", *POSITION))
         if state["n_voxels"] != run.n_voxels:
             raise utils.UserError(f"{last}: was trained on {state['n_voxels']} (voxels), found {run.n_voxels}; put the "
                                   "same betas there, or --overwrite to train it again")
