@@ -2,10 +2,11 @@
 # Train the decoders of FEATS: pretrain on every subject but SUBJ, then fine-tune on SUBJ. Flags go to every training;
 # one that was interrupted continues.
 #
-#   bash scripts/train.sh                                            everything: about 7 hours on an A100
+#   bash scripts/train.sh                                            everything: a run of c, of z, of all layers of g
 #   SUBJ=2 FEATS="c z" bash scripts/train.sh --num_epochs 10         another subject, two features, ten epochs
 #   STAGES=finetune bash scripts/train.sh --num_sessions 1           on the first session (an hour of scanning) of SUBJ
-#   STAGES=ridge bash scripts/train.sh                               the linear baseline
+#   STAGES="pretrain finetune ridge" bash scripts/train.sh           also the ridge that score.sh averages them with
+#   bash scripts/train.sh --model mindeye2 --tag mindeye2            the published networks instead
 #   STAGES=gnet bash scripts/train.sh                                SUBJ's encoding model, image -> voxels
 #   WANDB_LOG=1 WANDB_MODE=offline bash scripts/train.sh --tag a     log to W&B on this disk; variants side by side
 #   LAUNCH="accelerate launch --config_file scripts/accelerate/ddp.yaml" bash scripts/train.sh   several GPUs
@@ -13,7 +14,8 @@
 # Knobs, in front of the command:
 #   SUBJ=1                                   the subject
 #   FEATS="c z g_2 g_4 g_6 g_8 g_10 g_12"    features to train; g: all of its layers
-#   STAGES="pretrain finetune"               one after another; also scratch (on SUBJ alone), ridge, gnet
+#   STAGES="pretrain finetune"               one after another; also scratch (on SUBJ alone), ridge (the linear
+#                                            baseline), gnet
 #   ROOT=<the repository>                    the folder that holds data and results
 #   LAUNCH=""                                accelerate launch ..., for several GPUs
 #   WANDB_LOG=0                              1: log to W&B
@@ -22,7 +24,8 @@
 #   TRAIN_FLAGS="" TRAIN_GNET_FLAGS=""       flags to put in front of yours; also of one stage, or of one stage
 #                                            and feature: PRETRAIN_FLAGS, FINETUNE_Z_FLAGS, ... (Z, C or G)
 #
-# A run lies in ROOT/train_logs/ and is named by stage, SUBJ, --num_sessions, feature, --hidden_dim and --tag:
+# A run lies in ROOT/train_logs/ and is named by stage, SUBJ, --num_sessions, feature (g: all of its layers),
+# --hidden_dim and --tag:
 # docs/data.md, Names on disk.
 # All flags with their defaults: python3 src/train_c.py --help (train_z.py and train_g.py take one or two more)
 source "$(dirname "$0")/common.sh"
