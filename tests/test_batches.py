@@ -183,6 +183,9 @@ def test_averages_depend_on_seed_epoch_and_batch_alone():
         return {subj: rows.tolist() for subj, rows in averaged(tables, **settings)[index]["voxels"].items()}
 
     assert batch() == batch() and batch() != batch(seed=1) and batch() != batch(epoch=1) and batch() != batch(index=3)
+    batches = averaged(tables)
+    same = {subj: np.arange(6) for subj in tables}  # trials that are drawn for, whichever batch it is
+    assert len({tuple(batches._draw(same, index)["subj01"][1]) for index in range(5)}) > 2
     resumed = averaged(tables, epoch=5)
     for epoch in (5, 0):
         resumed.set_epoch(epoch)

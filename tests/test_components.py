@@ -281,21 +281,23 @@ def test_a_killed_run_goes_on_and_equals_one_that_was_not(paths, monkeypatch, st
 
 
 def test_processes_share_the_blocks(paths, monkeypatch):
-    """One after the other, each with the blocks that are its own of those all counted together."""
+    """Each alone, on a file without coefficients: together they write all, each block by one of them, to the bit."""
     monkeypatch.setattr(components, "BLOCK", 5)
+    monkeypatch.setattr(Team, "wait", lambda self: None)
     write_feature(paths)
+    with monkeypatch.context() as context:
+        context.setattr(components, "write_coefficients", lambda *args: None)
+        write_components(paths, "g_2", 5)
+    empty = paths.components("g_2").read_bytes()
     write_components(paths, "g_2", 5)
-    whole, write, shares = paths.components("g_2").read_bytes(), components.write_coefficients, []
-
-    def one_after_the_other(rows, found, file, blocks, team):
-        parts = [Team("cpu", rank, 3).take(blocks) for rank in range(3)]
-        shares.extend(parts)
-        for part in parts:
-            write(rows, found, file, part, team)
-
-    monkeypatch.setattr(components, "write_coefficients", one_after_the_other)
-    write_components(paths, "g_2", 5, overwrite=True)
-    assert sorted(map(len, shares)) == [1, 2, 2] and paths.components("g_2").read_bytes() == whole
+    whole, shares = open_components(paths, "g_2").coefficients, []
+    for rank in range(3):
+        paths.components("g_2").write_bytes(empty)
+        write_components(paths, "g_2", 5, team=Team("cpu", rank, 3))
+        found = open_components(paths, "g_2")
+        shares.append(found.there().tolist())
+        np.testing.assert_array_equal(found.coefficients[shares[-1]], whole[shares[-1]])
+    assert shares == [[*range(5), *range(15, 20)], [*range(5, 10), *range(20, 24)], list(range(10, 15))]
 
 
 def test_a_digest_tells_one_basis_from_another(paths):
