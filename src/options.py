@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 
 import utils
 
@@ -256,8 +257,10 @@ def add_gnet(parser):
 # --- whole parsers ------------------------------------------------------------------------------------------------
 
 
-def training_parser(doc):
+def training_parser(doc, **of_mindeye2):
     """Return a parser of the flags that the train scripts of c, z and g share.
+
+    of_mindeye2: defaults of --model mindeye2 that are this script's own.
 
     How a training by these defaults differs from MindEye2's: docs/method.md, Deviations from MindEye2.
     """
@@ -289,7 +292,8 @@ def training_parser(doc):
                          help="weight of the MSE of mindeye2's prior (c and g)")
     optimum.add_argument("--mixup_pct", type=float, metavar="FRACTION",
                          help="epochs with MixCo" + by_model("mixup_pct"))
-    parser.resolve = resolve_training
+    parser.resolve = partial(resolve_training, {"components": COMPONENTS_DEFAULTS, "ridge": COMPONENTS_DEFAULTS,
+                                                "mindeye2": MINDEYE2_DEFAULTS | of_mindeye2})
     return parser
 
 
@@ -298,9 +302,9 @@ def by_model(name):
     return f" (components: {COMPONENTS_DEFAULTS[name]}, mindeye2: {MINDEYE2_DEFAULTS[name]})"
 
 
-def resolve_training(args):
-    """Give the flags that depend on --model, and were not given, their defaults."""
-    for name, value in (MINDEYE2_DEFAULTS if args.model == "mindeye2" else COMPONENTS_DEFAULTS).items():
+def resolve_training(defaults, args):
+    """Give the flags that depend on --model, and were not given, their defaults {model: {name: value}}."""
+    for name, value in defaults[args.model].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 

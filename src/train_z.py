@@ -19,8 +19,7 @@ import utils
 
 
 def get_parser():
-    parser = options.training_parser(__doc__)
-    parser.set_defaults(clip_scale=0.1)  # beside an L1 loss of about one
+    parser = options.training_parser(__doc__, clip_scale=0.1)  # mindeye2's: beside an L1 loss of about one
     parser.add_argument("--decoder_channels", type=options.whole, nargs=3, default=[64, 128, 256], metavar="N",
                         help="widths of mindeye2's VAE decoder, last level first; multiples of 32")
     return parser

@@ -76,6 +76,13 @@ def test_every_metric_of_the_page_is_in_an_offline_run(paths, monkeypatch, scrip
     assert [row["train/loss"] for row in rows] == [row["train/loss"] for row in written]
 
 
+def test_metrics_of_components_are_those_of_the_page(paths):
+    assert train(paths, "--model", "components", "--num_epochs", 1, "--tag", "k") == 0
+    (row,) = [json.loads(line) for line in (paths.run(SCRATCH + "_k") / "metrics.jsonl").read_text().splitlines()]
+    known = {key.replace("<feat>", "c") for key in keys_of_the_page("components") | keys_of_the_page("c")}
+    assert {"train/loss_mse", "val/loss_mse", "val/r2_c", "val/fwd_pct_correct"} <= row.keys() - {"step"} <= known
+
+
 def test_gnets_metrics_are_those_of_the_page(paths, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     flags = ["--root", paths.root, "--num_epochs", 1, "--num_sessions", 3, "--batch_size", 4, "--trunk_width", 4,
@@ -148,7 +155,7 @@ def test_whatever_wandb_raises_costs_its_plots_only(tmp_path, capsys):
 def test_a_sweeps_trial_trains(paths, tmp_path, monkeypatch):
     """The command of sweep.yaml as W&B's agent would fill it in, for a smaller network; Python notes its words."""
     sweep = yaml.safe_load((REPO / "scripts/sweep.yaml").read_text())
-    assert sweep["method"] in ("grid", "random", "bayes") and sweep["metric"]["name"] in keys_of_the_page("c")
+    assert sweep["method"] in ("grid", "random", "bayes") and sweep["metric"]["name"] in keys_of_the_page("components")
     known = vars(train_c.get_parser().parse_args([]))
     assert set(sweep["parameters"]) <= set(known)
     chosen = {name: options["value"] if "value" in options else options.get("values", [options.get("min")])[0]

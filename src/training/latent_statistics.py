@@ -20,7 +20,8 @@ def training_statistics(source):
     """
     request, config = source.request, source.config
     made_from = {key: config[key] for key in ("checkpoint_sha256", "subj", "head", "num_sessions", "seed")}
-    made_from |= {"adapt_epochs": config.get("adapt_epochs"), "held_out": list(source.held_out)}
+    made_from |= {key: config.get(key) for key in ("adapt_epochs", "components", "stacked_with")}
+    made_from["held_out"] = list(source.held_out)
     name = f"z_statistics_{request.subj}_{config['head']}_{request.num_sessions}sess.pth"
     file = request.paths.run(source.run) / name
     keys, hint = ("made_from", "predictions", "latents"), "score again"

@@ -89,7 +89,7 @@ def open_component_run(plan, name, feats):
     response is the mean of a trial and of some others of its image, drawn anew in every epoch; validation images have
     the mean of all of theirs, as test images do.
     """
-    config, team = claim(plan, name)
+    config, team = claim(plan, name, feats=list(feats))
     if config is None:
         return None
     return gather_component_run(plan, config, team, subjects_of(plan), feats, plan.pretrained_file(name))
@@ -138,11 +138,14 @@ def open_encoding_run(plan):
     return make_run(plan, config, team, tables, responses, {"target": open_stimuli(plan.paths)})
 
 
-def claim(plan, feat):
-    """Return (config, team) of the run to be trained; (None, team) when its folder already holds it, finished."""
+def claim(plan, feat, **further):
+    """Return (config, team) of the run to be trained; (None, team) when its folder already holds it, finished.
+
+    further: what decides its result beside the plan and the feature.
+    """
     check_tracking(plan.loop.wandb_log)
     name = plan.run_name(feat)
-    config = plan.config | {"feat": feat, "run": name}
+    config = plan.config | {"feat": feat, "run": name, **further}
     team = Team.assemble(plan.loop.device, plan.loop.precision)
     if finished(plan.paths.run(name), config, plan.loop):
         team.print(f"{name}: already finished, kept (--overwrite trains it again)")
