@@ -12,16 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))  # the pipeline is used in place, not installed
 
-import torch
-
 import options
 import utils
 from disk.files import load_json, save_json
 from disk.names import Paths
-from evaluation.picture_sets import as_float, check_ids
-from judge import judge_images
-from nsd.rows import open_stimuli
-from sampling.folders import read_images, read_png
 from scenes import ATTRIBUTES
 
 METRICS = ("clip_two_way", "pixcorr", "ssim")
@@ -46,6 +40,12 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
+    import torch
+
+    from evaluation.picture_sets import as_float, check_ids
+    from nsd.rows import open_stimuli
+    from sampling.folders import read_images, read_png
+
     paths = Paths.from_args(args)
     attributes = load_json(paths.root / "demo_attributes.json", "attributes of the scenes", HINT, list)
     utils.require(args.clip, "--clip: folder of the CLIP", HINT)
@@ -69,6 +69,8 @@ def main(argv=None):
 
 def judge(pictures, image_ids, attributes, clip):
     """Accuracy of each attribute in (N, 3, H, W) pictures of the scenes image_ids (N,)."""
+    from judge import judge_images  # here, not at the top: utils.quiet comes before transformers is loaded
+
     return judge_images(pictures, [attributes[i] for i in image_ids], clip)
 
 
