@@ -289,7 +289,7 @@ def test_summary_judges_each_set_against_its_scenes(root, monkeypatch, clip, cap
         right = [bool((image == stimuli[t["background"]]).all()) for image, t in zip(images, truths, strict=True)]
         return dict.fromkeys(("background", "object", "colour", "place"), np.mean(right))
 
-    monkeypatch.setattr(summarise, "judge_images", judged)
+    monkeypatch.setattr("judge.judge_images", judged)
     truths = stimuli_of(root)[IDS]
     folders = {"real": write_set(root / "real", truths), "unguided": images_of(root),
                "shuffled": write_set(root / "shuffled", np.roll(truths, 1, axis=0))}
