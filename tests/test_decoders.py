@@ -15,7 +15,6 @@ import train_z
 import utils
 from models import Decoder
 from nsd.components import open_components
-from nsd.repeats import load_test_set
 from nsd.rows import open_feature
 from tiny_runs import SMALL, checkpoint, copy_world, flags_of, stopped_at, train, write_world
 from training.objectives import ComponentObjective
@@ -152,7 +151,9 @@ def test_fine_tuning_starts_from_the_trunk_of_the_same_features(trained, tmp_pat
     assert train(paths, *NETWORK, "--multi_subject") == 0
     assert train(paths, *NETWORK, "--multisubject_ckpt", "auto") == 0
     assert "(blocks, contrast, heads, out)" in capsys.readouterr().out
-    assert len(load_test_set(paths, "subj01").image_ids) == 4
+    again = [*NETWORK, "--multisubject_ckpt", "auto", "--overwrite"]
+    assert train(paths, *again, "--n_blocks", 2, "--dropout", 0.5) == 2  # of what differs only what must not
+    assert "was pretrained with --n_blocks 1, here 2; give" in capsys.readouterr().err
 
 
 def test_missing_components_are_one_line(tmp_path, capsys):

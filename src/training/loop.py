@@ -174,6 +174,7 @@ def load_start(run, model, loop):
     if run.pretrained is not None:
         source = load_checkpoint(run.pretrained)
         check_pretrained(run, source)
+        check_network(run, source["model_args"], model.model_args)
         copied = load_trunk(model, source["model"])
     last, state = run.folder / "last.pth", None
     if loop.resume and not loop.overwrite and last.exists():
@@ -205,6 +206,17 @@ def check_pretrained(run, source):
     if seen:
         raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: has seen {seen[0]}, wanted a run "
                               f"without it; pretrain with --subj {seen[0]} --multi_subject, or give `auto`")
+
+
+def check_network(run, pretrained, wanted):
+    """Refuse to fine-tune a network of other sizes than the pretrained one; both: model_args."""
+    differing = [f"--{key} {found}, here {wanted.get(key)}" for key, found in pretrained.items()
+                 if key not in ("kind", "n_voxels", "dropout") and found != wanted.get(key)]
+    if pretrained["kind"] != wanted["kind"]:
+        differing = [f"--model {pretrained['kind']}, here {wanted['kind']}"]
+    if differing:
+        raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: was pretrained with "
+                              f"{'; '.join(differing)}; give the flags of the pretraining, or another run")
 
 
 def go_on(state, team, optimizer, schedule):
