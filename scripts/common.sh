@@ -33,6 +33,10 @@ done
 read -ra FEATS <<<"$list"
 G_FEATS=()
 for feat in "${FEATS[@]}"; do [[ $feat != g_* ]] || G_FEATS+=("$feat"); done
+# The runs that FEATS are trained in, each a list of features: c, z, and all layers of g together.
+RUNS=()
+for feat in "${FEATS[@]}"; do [[ $feat == g_* ]] || RUNS+=("$feat"); done
+[[ ${#G_FEATS[@]} -eq 0 ]] || RUNS+=("${G_FEATS[*]}")
 wants() { [[ " ${FEATS[*]} " == *" $1 "* ]]; }
 
 read -ra STAGES <<<"${STAGES:-} "

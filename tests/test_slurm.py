@@ -123,11 +123,11 @@ def test_a_users_launcher_is_used(tmp_path, slurm, accelerate):
 
 def test_stages_wait_for_each_other(slurm):
     environment, log = slurm
-    environment |= {"SUBJ": "2", "FEATS": "c z"}
+    environment |= {"SUBJ": "2", "FEATS": "c g_2 z g_4"}
     subprocess.run(["bash", str(REPO / "scripts/slurm/submit.sh"), "--wandb_log", "--tag", "a"], env=environment,
                    check=True, capture_output=True)
     pretrain, finetune, score = log.read_text().splitlines()
-    assert "STAGES=pretrain FEATS=c z" in pretrain and "--array 0-1" in pretrain
+    assert "STAGES=pretrain FEATS=c g_2 z g_4" in pretrain and "--array 0-2" in pretrain  # c, z, both layers
     assert pretrain.endswith("train.slurm --wandb_log --tag a")
     assert "STAGES=finetune" in finetune and "aftercorr:100" in finetune
     assert "afterok:101" in score and score.endswith("score.sh --tag a")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Queue a subject's whole training on SLURM: a job per stage and feature; a feature's fine-tuning waits for its
-# pretraining, the scores for all. Flags go to every training.
+# Queue a subject's whole training on SLURM: a job per stage for c, for z and for all layers of g; each fine-tuning
+# waits for its pretraining, the scores for all. Flags go to every training.
 #
 #   SUBJ=1 bash scripts/slurm/submit.sh --wandb_log
 #   SBATCH_PARTITION=gpu FEATS="c z" bash scripts/slurm/submit.sh      sbatch reads its own settings from SBATCH_...
@@ -27,7 +27,7 @@ queue() {
     shift
     while [[ $1 != -- ]]; do options+=("$1"); shift; done
     shift
-    env STAGES="$stage" FEATS="$feats" LAUNCH="$launch" sbatch --parsable --array "0-$((${#FEATS[@]} - 1))" "${options[@]}" \
+    env STAGES="$stage" FEATS="$feats" LAUNCH="$launch" sbatch --parsable --array "0-$((${#RUNS[@]} - 1))" "${options[@]}" \
         scripts/slurm/train.slurm "$@"
 }
 pretrain=$(queue pretrain --job-name pretrain -- "$@")
