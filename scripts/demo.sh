@@ -36,12 +36,12 @@ stage mini_nsd "drawing 7,300 scenes and simulating eight brains that see them, 
     run "$PYTHON" "$ROOT/make_mini_nsd.py" --root "$ROOT"
 stage features "computing the scenes' true features c, z and g, about 1 minute" bash "$scripts/features.sh"
 
-stage pretrain_c "training the decoder of c (meaning) on seven brains, about half a minute" train c pretrain
-stage finetune_c "fine-tuning it on subject 1, about 20 seconds" train c finetune
-stage pretrain_g "training the decoder of g (looks, six layers) on seven brains, about half a minute" train g pretrain
-stage finetune_g "fine-tuning it on subject 1, about 20 seconds" train g finetune
-stage pretrain_z "training the decoder of z (layout) on seven brains, about half a minute" train z pretrain
-stage finetune_z "fine-tuning it on subject 1, about 20 seconds" train z finetune
+stage pretrain_c "training the decoder of c (meaning) on seven brains, about 80 seconds" train c pretrain
+stage finetune_c "fine-tuning it on subject 1, about 30 seconds" train c finetune
+stage pretrain_g "training the decoder of g (looks, six layers) on seven brains, about 80 seconds" train g pretrain
+stage finetune_g "fine-tuning it on subject 1, about 30 seconds" train g finetune
+stage pretrain_z "training the decoder of z (layout) on seven brains, about 80 seconds" train z pretrain
+stage finetune_z "fine-tuning it on subject 1, about 30 seconds" train z finetune
 stage ridge "fitting a ridge to all of them, which the decoders are averaged with, about 15 seconds" train "c z g" ridge
 
 stage score "decoding 100 test images that no training saw, about 20 seconds" bash "$scripts/score.sh"
