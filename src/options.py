@@ -19,7 +19,7 @@ RULES, GRADS, X0S = ("raw", "norm"), ("xt", "x0"), ("cond", "cfg")
 MAX_SHIFT = 0.6  # --guidance_rule norm moves the predicted image by at most this many sigma (rms)
 
 
-# of the flags that depend on --model: chosen on validation images (benchmarks/decoders.md), and as published but for
+# of the flags that depend on --model: components' from first trials on the small world, mindeye2's as published but for
 # the length of the training (docs/method.md, Deviations from MindEye2)
 COMPONENTS_DEFAULTS = {"n_blocks": 2, "dropout": 0.3, "batch_size": 64, "num_epochs": 25, "max_lr": 1e-3,
                        "weight_decay": 0.1, "clip_scale": 0.0, "mixup_pct": 0.0}
