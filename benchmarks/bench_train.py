@@ -114,9 +114,9 @@ def age_of_process():
 def measure(args, paths, feat, imports):
     """Print the figures of one feature; imports: seconds they took."""
     script = train_c if feat == "c" else train_g
-    flags = ["--root", str(paths.root), "--subj", "1", "--multi_subject", "--overwrite", "--batch_size",
-             str(args.batch_size), "--num_workers", str(args.num_workers), "--device", args.device, "--precision",
-             args.precision]
+    flags = ["--model", "mindeye2", "--root", str(paths.root), "--subj", "1", "--multi_subject", "--overwrite",
+             "--batch_size", str(args.batch_size), "--num_workers", str(args.num_workers), "--device", args.device,
+             "--precision", args.precision]
     seconds_of, mark = {"imports": imports}, time.perf_counter()
 
     def lap(name):
@@ -134,7 +134,7 @@ def measure(args, paths, feat, imports):
     model = BrainModel(run.n_voxels, plan.hidden_dim, *run.shapes["target"])
     model.standardise(run.target_statistics[0], 1.0)  # the files' zeros do not vary
     team, objective = run.team, BrainObjective()
-    optimizer = torch.optim.AdamW(weight_decay_groups(model), 3e-4, fused=team.device.type == "cuda")
+    optimizer = torch.optim.AdamW(weight_decay_groups(model, 1e-2), 3e-4, fused=team.device.type == "cuda")
     net = team.prepare(model, optimizer, plan.loop.batch_size)
     lap("network")
     loader = make_loader(run.train, args.num_workers, team)

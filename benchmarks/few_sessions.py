@@ -48,7 +48,8 @@ def main(argv=None):
     for feat in args.feats:
         train, score, which = (train_c, score_c, []) if feat == "c" else (train_g, score_g, ["--feat", feat])
         size = ["--root", args.root, "--subj", args.subj, "--hidden_dim", str(args.hidden_dim), *which]
-        network = [*size, "--n_blocks", "2", "--prior_depth", "2", "--num_workers", "0", "--resume"]
+        network = [*size, "--model", "mindeye2", "--n_blocks", "2", "--prior_depth", "2", "--num_workers", "0",
+                   "--resume"]
         train.main([*network, "--multi_subject", *PRETRAINING])
         for sessions in args.num_sessions:
             epochs = FEW if sessions < 5 else MANY

@@ -34,12 +34,11 @@ def main(argv=None):
     plan = Plan.from_args(args)  # whose trials; --val_fraction of their images validate
     if args.model == "ridge":
         return train_ridge(plan, "c", ["c"])
+    sizes = {"hidden_dim": args.hidden_dim, "n_blocks": args.n_blocks, "dropout": args.dropout}
     if args.model == "components":
-        sizes = {"hidden_dim": args.hidden_dim, "n_blocks": args.n_blocks, "dropout": args.dropout}
         contrast = ["c"] if args.clip_scale else []  # what is regressed retrieves, too
         return train_decoder(plan, "c", ["c"], sizes, contrast, args.clip_scale, args.mixup_pct)
-    sizes = {"hidden_dim": args.hidden_dim, "n_blocks": args.n_blocks, "dropout": args.dropout,
-             "prior_depth": args.prior_depth}
+    sizes["prior_depth"] = args.prior_depth
     train_tokens(plan, "c", sizes, BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct))
 
 

@@ -34,12 +34,11 @@ def main(argv=None):
     plan = Plan.from_args(args)  # whose trials; --val_fraction of their images validate
     if args.model == "ridge":
         return train_ridge(plan, "g", args.feat)
+    sizes = {"hidden_dim": args.hidden_dim, "n_blocks": args.n_blocks, "dropout": args.dropout}
     if args.model == "components":
-        sizes = {"hidden_dim": args.hidden_dim, "n_blocks": args.n_blocks, "dropout": args.dropout}
         return train_decoder(plan, "g", args.feat, sizes)
+    sizes["prior_depth"] = args.prior_depth
     for feat in args.feat:
-        sizes = {"hidden_dim": args.hidden_dim, "n_blocks": args.n_blocks, "dropout": args.dropout,
-                 "prior_depth": args.prior_depth}
         train_tokens(plan, feat, sizes, BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct))
 
 

@@ -76,6 +76,10 @@ class Components:
         """List the images whose coefficients are there, (n,) ids, ascending."""
         return self.rows.there()
 
+    def beyond(self, k):
+        """Return the variance that the first k components leave, float: the least error of rows made of them."""
+        return max(self.total - float(self.variances[:k].sum()), 0.0)
+
     def reconstruct(self, coefficients):
         """Make rows (n, *shape) float32 of coefficients: (n, k), or (n, fewer), those of the first components."""
         coefficients = np.asarray(coefficients, np.float32)

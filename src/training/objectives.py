@@ -33,8 +33,7 @@ class ComponentObjective:
 
     def __init__(self, components, clip_scale=0.0, mixup_pct=0.0):
         """components: {feature: nsd.components.Components}, of which the network predicts the first K."""
-        self.totals = {feat: known.total for feat, known in components.items()}
-        self.variances = {feat: torch.as_tensor(known.variances) for feat, known in components.items()}
+        self.components = components
         self.clip_scale, self.mixup_pct = clip_scale, mixup_pct
         self.kept = {}  # of the last validation: "errors" {feature: (K + 1,)}
 
@@ -50,7 +49,7 @@ class ComponentObjective:
         loss, logs = 0.0, {}
         for feat, own in predicted.items():
             rows, k = team.join(own.float(), n), own.shape[1]
-            wanted = batch[feat][:, :k] / self.totals[feat] ** 0.5  # (B, K)
+            wanted = batch[feat][:, :k] / self.components[feat].total ** 0.5  # (B, K)
             target = mix_rows(wanted, *mix) if mix else wanted
             errors = (rows - target).square().mean(0)  # (K,)
             loss = loss + errors.sum()
@@ -74,11 +73,10 @@ class ComponentObjective:
         scalars = {key: value for key, value in means.items() if not isinstance(key, tuple)}
         for key, errors in means.items():
             if isinstance(key, tuple):
-                feat, total = key[0], self.totals[key[0]]
-                beyond = max(total - float(self.variances[feat][:len(errors)].sum()), 0.0)
-                kept = torch.cat([errors.cpu().float() * total, torch.tensor([beyond])])
+                feat, known = key[0], self.components[key[0]]
+                kept = torch.cat([errors.cpu().float() * known.total, torch.tensor([known.beyond(len(errors))])])
                 self.kept.setdefault("errors", {})[feat] = kept
-                scalars[f"r2_{feat}"] = 1 - kept.sum() / total
+                scalars[f"r2_{feat}"] = 1 - kept.sum() / known.total
         return scalars
 
 

@@ -173,12 +173,15 @@ class FeatureOf(torch.nn.Module):
 
         A contrast says nothing of its prediction's length: it gets the one that true rows have on average.
         """
-        rows, contrast = self.coefficients(voxels)
-        retrieval = rows
+        coefficients, contrast = self.coefficients(voxels)
+        retrieval = rows = self.rows_of(coefficients)
         if contrast is not None:
-            retrieval = torch.nn.functional.normalize(contrast) * self.components.total ** 0.5
-        return {name: (self.mean + found @ self.basis[:found.shape[1]]).unflatten(1, self.components.shape)
-                for name, found in (("nsdgeneral", rows), ("retrieval", retrieval))}
+            retrieval = self.rows_of(torch.nn.functional.normalize(contrast) * self.components.total ** 0.5)
+        return {"nsdgeneral": rows, "retrieval": retrieval}
+
+    def rows_of(self, coefficients):
+        """(B, K) -> (B, *shape), where the network is; nsd.components.Components.reconstruct does it on arrays."""
+        return (self.mean + coefficients @ self.basis[:coefficients.shape[1]]).unflatten(1, self.components.shape)
 
 
 def ridge_beside(request, feat, run):
@@ -202,8 +205,7 @@ def validate(model, ridge, paths, subj, whose, held_out):
 
     def errors_of(found):
         errors = (found - truth[:, :found.shape[1]]).square().mean(0)
-        beyond = max(known.total - float(known.variances[:len(errors)].sum()), 0.0)
-        return np.append(errors.numpy(), np.float32(beyond))
+        return np.append(errors.numpy(), np.float32(known.beyond(len(errors))))
 
     with torch.no_grad():
         found = {"network": model.eval().coefficients({whose: voxels})[0]}
