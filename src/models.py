@@ -746,7 +746,7 @@ def restore(state, file, model=None):
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise utils.UserError(f"{file}: its weights do not fit any network here ({type(error).__name__}: "
-                              f"{reason}); train it again with --overwrite") from None
+                              f"{reason}); delete it, or train it again with --overwrite") from None
     return model
 
 

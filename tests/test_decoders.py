@@ -141,9 +141,8 @@ def test_a_new_voxel_encoder_serves_all_layers(tmp_path, capsys):
     head = paths.run("multisubject_subj01_ext1_g_8") / "head_subj01_3sess"
     steps = [json.loads(line)["step"] for line in (head / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]  # fitted once
-    trunk = checkpoint(paths, "multisubject_subj01_ext1_g_8")["model"]
     adapted = checkpoint(paths, f"multisubject_subj01_ext1_g_8/{head.name}")["model"]
-    assert all(torch.equal(trunk[key], adapted[key]) for key in trunk if not key.startswith("voxelenc."))
+    assert set(adapted) == {"voxelenc.linears.0.weight", "voxelenc.linears.0.bias"}  # the rest is the run's
 
 
 def test_fine_tuning_starts_from_the_trunk_of_the_same_features(trained, tmp_path, capsys):

@@ -13,13 +13,15 @@ import train_c
 import train_z
 import utils
 from disk.checkpoints import load_checkpoint, save_checkpoint
+from disk.files import file_hash
 from disk.names import scores_name
 from disk.scores import load_scores
 from models import build_model
+from nsd.repeats import load_test_set
 from nsd.rows import open_feature
 from nsd.trials import load_trials, split_trials
 from tiny_nsd import SHARED
-from tiny_runs import FINETUNED, PRETRAINED, SCRATCH, checkpoint, train, write_world
+from tiny_runs import FINETUNED, PRETRAINED, SCRATCH, checkpoint, stopped_at, train, write_world
 
 FLAGS = ["--hidden_dim", "8", "--num_sessions", "3", "--device", "cpu"]
 
@@ -83,10 +85,15 @@ def test_own_head_is_the_default_and_the_prediction_is_the_networks(world):
 def test_a_held_out_subject_gets_a_new_head_on_a_frozen_trunk(world):
     flags = ("--run", "pretrain", "--adapt_epochs", 3)
     assert score(world, *flags) == 0
-    head = checkpoint(world, f"{PRETRAINED}/head_subj01_3sess")
-    trunk = checkpoint(world, PRETRAINED)["model"]
-    same = [torch.equal(value, head["model"][key]) for key, value in trunk.items() if not key.startswith("voxelenc.")]
-    assert same and all(same) and list(head["n_voxels"]) == ["subj01"]
+    head, trunk = checkpoint(world, f"{PRETRAINED}/head_subj01_3sess"), checkpoint(world, PRETRAINED)
+    assert set(head["model"]) == {"voxelenc.linears.0.weight", "voxelenc.linears.0.bias"}
+    assert list(head["n_voxels"]) == ["subj01"]
+    assert head["config"]["checkpoint_sha256"] == file_hash(world.run(PRETRAINED) / "last.pth")
+    model = build_model({**trunk["model_args"], "n_voxels": head["n_voxels"]})
+    shared = {key: value for key, value in trunk["model"].items() if not key.startswith("voxelenc.")}
+    model.load_state_dict(shared | head["model"])
+    expected = model.eval()({"subj01": torch.from_numpy(load_test_set(world, "subj01").betas)})[1]
+    np.testing.assert_allclose(scores(world, f"{PRETRAINED}_adapt3sess", "retrieval"), expected.detach(), atol=1e-5)
     written = (world.run(f"{PRETRAINED}/head_subj01_3sess") / "last.pth").stat().st_mtime_ns
     name = f"{PRETRAINED}_adapt3sess"
     first = scores(world, name)
@@ -96,6 +103,33 @@ def test_a_held_out_subject_gets_a_new_head_on_a_frozen_trunk(world):
     np.testing.assert_array_equal(scores(world, name), first)
     assert score(world, "--run", "pretrain", "--adapt_epochs", 1) == 0  # other settings: fitted again
     assert not np.array_equal(scores(world, name), first)
+
+
+def test_a_head_that_does_not_fit_is_refused(world, capsys):
+    flags = ("--run", "pretrain", "--adapt_epochs", 1, "--num_sessions", 1)
+    assert score(world, *flags) == 0
+    file = world.run(f"{PRETRAINED}/head_subj01_1sess") / "last.pth"
+    head = load_checkpoint(file)
+    weight, bias = (head["model"][f"voxelenc.linears.0.{name}"].clone() for name in ("weight", "bias"))
+    one_too_few = {"voxelenc.linears.0.weight": weight}
+    for wrong in (one_too_few, one_too_few | {"voxelenc.linears.0.bias": bias, "voxelenc.linears.1.bias": bias}):
+        save_checkpoint(file, {**head, "model": wrong})
+        assert score(world, *flags, "--overwrite") == 2
+        assert "head_subj01_1sess/last.pth: its weights do not fit" in capsys.readouterr().err
+    file.unlink()
+
+
+def test_adapting_that_was_stopped_goes_on(world):
+    flags = ("--run", "pretrain", "--adapt_epochs", 3, "--num_sessions", 2)
+    assert score(world, *flags) == 0
+    file = world.run(f"{PRETRAINED}/head_subj01_2sess") / "last.pth"
+    whole = {key: value.clone() for key, value in load_checkpoint(file)["model"].items()}
+    file.unlink()
+    with stopped_at(4):
+        assert score(world, *flags, "--overwrite") == 143
+    assert load_checkpoint(file)["model"].keys() == whole.keys()
+    assert score(world, *flags, "--overwrite") == 0
+    assert all(torch.equal(value, whole[key]) for key, value in load_checkpoint(file)["model"].items())
 
 
 def test_adapting_learns(world):

@@ -11,12 +11,13 @@ RUN_KEYS = ("model", "model_args", "config", "n_voxels")  # what scoring needs o
 
 def save_checkpoint(path, state):
     """Write a checkpoint (tensors and JSON types only) atomically: the old file stays until the new one is whole."""
+    kept = "the previous one is intact; " if path.exists() else ""
     try:
         with atomic_path(path) as temporary:
             torch.save({"format": CHECKPOINT_FORMAT, **state}, temporary)
     except RuntimeError as error:  # torch's word for a disk that takes no more
-        raise UserError(f"{path}: could not be written ({str(error).splitlines()[0]}); the previous checkpoint is "
-                        "intact: make room on the disk, then run the same command again") from error
+        raise UserError(f"{path}: could not be written ({str(error).splitlines()[0]}); {kept}make room on the disk, "
+                        "then run the same command again (a training with --resume)") from error
 
 
 def load_checkpoint(path, what="checkpoint", hint="train it first (bash scripts/train.sh)", keys=RUN_KEYS):
@@ -33,7 +34,12 @@ def load_checkpoint(path, what="checkpoint", hint="train it first (bash scripts/
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{path}: {what} of format {found}, wanted {CHECKPOINT_FORMAT}; {hint}")
+    require_keys(state, path, keys, what, hint)
+    return state
+
+
+def require_keys(state, path, keys, what="checkpoint", hint="train it again"):
+    """Raise UserError, as load_checkpoint does, unless the checkpoint `state` has all of `keys`."""
     lacking = [key for key in keys if key not in state]
     if lacking:
         raise UserError(f"{path}: {what} without {', '.join(lacking)}, wanted {', '.join(keys)}; delete it and {hint}")
-    return state

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 import utils
-from disk.checkpoints import RUN_KEYS, load_checkpoint, save_checkpoint
+from disk.checkpoints import RUN_KEYS, load_checkpoint, require_keys, save_checkpoint
 from disk.files import save_json
 from models import load_trunk, restore
 from training.tracking import Tracker
@@ -180,11 +180,12 @@ def load_start(run, model, loop):
     if loop.resume and not loop.overwrite and last.exists():
         state = load_checkpoint(last, keys=(*RUN_KEYS, "epoch"))
         if state["epoch"] < loop.num_epochs:  # a finished run is not gone on with
-            load_checkpoint(last, keys=("optimizer", "schedule", *POSITION))
+            require_keys(state, last, ("optimizer", "schedule", *POSITION))
         if state["n_voxels"] != run.n_voxels:
             raise utils.UserError(f"{last}: was trained on {state['n_voxels']} (voxels), found {run.n_voxels}; put the "
                                   "same betas there, or --overwrite to train it again")
-        restore(state, last, model)
+        others = {key: value for key, value in model.state_dict().items() if not key.startswith(run.keeps)}
+        restore({**state, "model": state["model"] | others}, last, model)
     run.introduce()
     if run.pretrained is not None:
         run.say(f"{len(copied)} tensors copied from {run.pretrained.parent.name} "
@@ -243,8 +244,9 @@ def save_last(run, model, objective, optimizer, schedule, at, loop):
 def save(run, file, model, at, **more):
     """Write a checkpoint of the run, if this is the main process."""
     if run.team.is_main:
+        weights = {key: value for key, value in model.state_dict().items() if key.startswith(run.keeps)}
         save_checkpoint(run.folder / file, {
-            "model": model.state_dict(), "model_args": model.model_args, "epoch": at.epoch, "best": at.best,
+            "model": weights, "model_args": model.model_args, "epoch": at.epoch, "best": at.best,
             "config": run.config, "subjects": list(run.n_voxels), "n_voxels": run.n_voxels, **more})
 
 

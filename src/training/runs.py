@@ -13,7 +13,9 @@ from nsd.batches import EpochBatches
 from nsd.components import CoefficientRows, open_components
 from nsd.repeats import AveragedRows
 from nsd.rows import open_betas, open_feature, open_stimuli
+from nsd.sources import SUBJECTS
 from nsd.trials import list_subjects, split_trials
+from training.origins import changed, inputs_there
 from training.team import Team
 from training.tracking import check_tracking
 
@@ -34,6 +36,7 @@ class Run:
     shapes: dict  # of one row of each target: {"target": (T, D)}
     pretrained: Path | None = None  # checkpoint of the pretraining run
     target_statistics: tuple = ()  # mean (T, D) and standard deviation of the training images' targets
+    keeps: str = ""  # what the names of the weights begin with that its checkpoints hold; the others are elsewhere
 
     @property
     def sizes(self):
@@ -75,7 +78,7 @@ def open_run(plan, feat, **further):
     None when the folder already holds this run, finished. Validation images are plan.val_fraction of the distinct
     training images; the test trials are never opened here. Raises UserError for what is missing or contradicts.
     """
-    config, team = claim(plan, feat)
+    config, team = claim(plan, feat, features=(feat, *further.values()))
     if config is None:
         return None
     pretrained = plan.pretrained_file(feat)
@@ -89,7 +92,7 @@ def open_component_run(plan, name, feats):
     response is the mean of a trial and of some others of its image, drawn anew in every epoch; validation images have
     the mean of all of theirs, as test images do.
     """
-    config, team = claim(plan, name, feats=list(feats))
+    config, team = claim(plan, name, components=feats, feats=list(feats))
     if config is None:
         return None
     return gather_component_run(plan, config, team, subjects_of(plan), feats, plan.pretrained_file(name))
@@ -126,7 +129,7 @@ def open_encoding_run(plan):
 
     Pretraining is the joint training of all subjects.
     """
-    config, team = claim(plan, "gnet")
+    config, team = claim(plan, "gnet", stimuli=True)
     if config is None:
         return None
     tables, responses = {"train": {}, "val": {}}, {"train": {}, "val": {}}
@@ -138,33 +141,46 @@ def open_encoding_run(plan):
     return make_run(plan, config, team, tables, responses, {"target": open_stimuli(plan.paths)})
 
 
-def claim(plan, feat, **further):
+def claim(plan, feat, components=(), features=(), stimuli=False, **further):
     """Return (config, team) of the run to be trained; (None, team) when its folder already holds it, finished.
 
-    further: what decides its result beside the plan and the feature.
+    components, features, stimuli: what it reads beside betas, as training.origins takes it. further: what decides its
+    result beside the plan and the feature.
     """
     check_tracking(plan.loop.wandb_log)
     name = plan.run_name(feat)
-    config = plan.config | {"feat": feat, "run": name, **further}
+    subjects = SUBJECTS if plan.stage == "pretrain" else [plan.subj]
+    subjects = [subj for subj in subjects if feat == "gnet" or plan.stage != "pretrain" or subj != plan.subj]
+    config = plan.config | {"feat": feat, "run": name, **further, "made_from": inputs_there(
+        plan.paths, subjects, components, features, stimuli, [plan.pretrained_path(feat)])}
     team = Team.assemble(plan.loop.device, plan.loop.precision)
-    if finished(plan.paths.run(name), config, plan.loop):
+    if finished(plan.paths.run(name), config, plan.loop, team.print):
         team.print(f"{name}: already finished, kept (--overwrite trains it again)")
         return None, team
     return config, team
 
 
-def finished(folder, config, loop):
-    """Say whether `folder` holds this very run, complete. A different or unfinished one needs a flag."""
+def finished(folder, config, loop, say=print):
+    """Say whether `folder` holds this very run, complete. A different or unfinished one needs a flag.
+
+    say: is told of a run that does not say what it was made from.
+    """
     checkpoint = folder / "last.pth"
     if loop.overwrite or not checkpoint.exists():
         return False
     state = load_checkpoint(checkpoint, hint="use --overwrite", keys=(*RUN_KEYS, "epoch"))
     found = state["config"]
     differing = [f"{key} {found.get(key)} -> {config.get(key)}" for key in sorted(found.keys() | config.keys())
-                 if found.get(key) != config.get(key)]
+                 if key != "made_from" and found.get(key) != config.get(key)]
     if differing:
         raise utils.UserError(f"{folder}: holds a run with another configuration ({'; '.join(differing)}); "
                               "give the same flags, another --tag, or --overwrite to train it again")
+    if "made_from" not in found:
+        say(f"{folder.name}: is from before a run said what it was made from; whether its inputs have changed since is "
+            "not known")
+    elif others := changed(found["made_from"], config["made_from"]):
+        raise utils.UserError(f"{folder}: was trained on others than are there now: {', '.join(others)}; --overwrite "
+                              "to train it again, give another --tag, or put back what it was trained on")
     done = state["epoch"] >= loop.num_epochs
     if not done and not loop.resume:
         raise utils.UserError(f"{folder}: holds an unfinished run; --resume continues it, --overwrite starts over")

@@ -238,7 +238,8 @@ def check_head(whose, subj, n_voxels, known, checkpoint):
 def adapt(request, feat, run, state, checkpoint_hash):
     """Fit a new voxel encoder for the run's network to the subject's training trials; returns the network.
 
-    The run's own objective and settings, adapt_epochs long; fitted again only when checkpoint or flags changed.
+    The run's own objective and settings, adapt_epochs long; fitted again only when checkpoint or flags changed. What is
+    kept is the voxel encoder alone, with the hash of the checkpoint whose network it belongs to.
     """
     kind, trained = state["model_args"]["kind"], state["config"]
     feats = list(state["model_args"].get("components", {}))
@@ -266,8 +267,9 @@ def adapt(request, feat, run, state, checkpoint_hash):
         objective = OBJECTIVES[kind](**{key: trained[key] for key in scales})
     model = build_model({**state["model_args"], "n_voxels": fitted.n_voxels})
     load_trunk(model, state["model"])
+    fitted.keeps = "voxelenc."
     for key, parameter in model.named_parameters():
-        parameter.requires_grad_(key.startswith("voxelenc."))
+        parameter.requires_grad_(key.startswith(fitted.keeps))
     fit(fitted, model, objective, loop)
     return model
 
