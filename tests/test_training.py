@@ -187,7 +187,7 @@ def test_other_betas_are_refused_on_resume(paths, capsys):
         del file["betas"]
         file["betas"] = betas
     assert train(paths, "--multi_subject", "--num_epochs", 1, "--resume") == 2
-    assert "{'subj02': 5} (voxels), found {'subj02': 3}" in capsys.readouterr().err
+    assert "others than are there now: betas of subj02;" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_needs_the_users_word_and_a_finished_one_is_kept(paths, capsys):

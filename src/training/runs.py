@@ -9,11 +9,10 @@ import numpy as np
 
 import utils
 from disk.checkpoints import RUN_KEYS, load_checkpoint
-from nsd.batches import EpochBatches
+from nsd.batches import EpochBatches, read_targets
 from nsd.components import CoefficientRows, open_components
 from nsd.repeats import AveragedRows
 from nsd.rows import open_betas, open_feature, open_stimuli
-from nsd.sources import SUBJECTS
 from nsd.trials import list_subjects, split_trials
 from training.origins import changed, inputs_there
 from training.team import Team
@@ -78,11 +77,11 @@ def open_run(plan, feat, **further):
     None when the folder already holds this run, finished. Validation images are plan.val_fraction of the distinct
     training images; the test trials are never opened here. Raises UserError for what is missing or contradicts.
     """
-    config, team = claim(plan, feat, features=(feat, *further.values()))
+    subjects = subjects_of(plan)
+    config, team = claim(plan, feat, subjects, features=(feat, *further.values()))
     if config is None:
         return None
-    pretrained = plan.pretrained_file(feat)
-    return gather_run(plan, config, team, subjects_of(plan), {"target": feat, **further}, pretrained)
+    return gather_run(plan, config, team, subjects, {"target": feat, **further}, plan.pretrained_file(feat))
 
 
 def open_component_run(plan, name, feats):
@@ -92,10 +91,11 @@ def open_component_run(plan, name, feats):
     response is the mean of a trial and of some others of its image, drawn anew in every epoch; validation images have
     the mean of all of theirs, as test images do.
     """
-    config, team = claim(plan, name, components=feats, feats=list(feats))
+    subjects = subjects_of(plan)
+    config, team = claim(plan, name, subjects, components=feats, feats=list(feats))
     if config is None:
         return None
-    return gather_component_run(plan, config, team, subjects_of(plan), feats, plan.pretrained_file(name))
+    return gather_component_run(plan, config, team, subjects, feats, plan.pretrained_file(name))
 
 
 def gather_component_run(plan, config, team, subjects, feats, pretrained=None):
@@ -129,11 +129,12 @@ def open_encoding_run(plan):
 
     Pretraining is the joint training of all subjects.
     """
-    config, team = claim(plan, "gnet", stimuli=True)
+    subjects = list_subjects(plan.paths) if plan.stage == "pretrain" else [plan.subj]
+    config, team = claim(plan, "gnet", subjects, stimuli=True)
     if config is None:
         return None
     tables, responses = {"train": {}, "val": {}}, {"train": {}, "val": {}}
-    for subj in list_subjects(plan.paths) if plan.stage == "pretrain" else [plan.subj]:
+    for subj in subjects:
         parts = split_trials(plan.paths, subj, plan.num_sessions, plan.val_fraction, plan.loop.seed)
         for part, trials in zip(("train", "val"), parts, strict=True):
             rows = AveragedRows(open_betas(plan.paths, subj), trials)
@@ -141,16 +142,14 @@ def open_encoding_run(plan):
     return make_run(plan, config, team, tables, responses, {"target": open_stimuli(plan.paths)})
 
 
-def claim(plan, feat, components=(), features=(), stimuli=False, **further):
+def claim(plan, feat, subjects, components=(), features=(), stimuli=False, **further):
     """Return (config, team) of the run to be trained; (None, team) when its folder already holds it, finished.
 
-    components, features, stimuli: what it reads beside betas, as training.origins takes it. further: what decides its
+    subjects, components, features, stimuli: what it reads, as training.origins takes it. further: what decides its
     result beside the plan and the feature.
     """
     check_tracking(plan.loop.wandb_log)
     name = plan.run_name(feat)
-    subjects = SUBJECTS if plan.stage == "pretrain" else [plan.subj]
-    subjects = [subj for subj in subjects if feat == "gnet" or plan.stage != "pretrain" or subj != plan.subj]
     config = plan.config | {"feat": feat, "run": name, **further, "made_from": inputs_there(
         plan.paths, subjects, components, features, stimuli, [plan.pretrained_path(feat)])}
     team = Team.assemble(plan.loop.device, plan.loop.precision)
@@ -223,14 +222,7 @@ def target_statistics(target, tables, seed, n=2000):
     """Return the mean (T, D) over training images' targets, at most `n`, and the standard deviation of what is left."""
     images = np.unique(np.concatenate([table["image_id"] for table in tables.values()]))
     chosen = np.random.default_rng(seed).choice(images, min(n, len(images)), replace=False)
-    rows = target[np.sort(chosen)].astype(np.float32)
-    check_finite(target, rows)
+    rows = read_targets(target, np.sort(chosen))
     mean = rows.mean(axis=0)
     return mean, (rows - mean).std()
 
-
-def check_finite(target, rows):
-    """Raise UserError when rows that were read from the target's file are not finite."""
-    if not np.isfinite(rows).all():
-        raise utils.UserError(f"{target.path}: NaN or infinite values, wanted finite ones; write the feature again "
-                              "(img2feat.py)")

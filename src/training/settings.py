@@ -91,8 +91,8 @@ class Plan:
         """Return the name of a feature's run."""
         return run_name(self.stage, self.subj, feat, self.hidden_dim, self.num_sessions, self.tag)
 
-    def pretrained_file(self, feat):
-        """Return the checkpoint to fine-tune from, None in other stages; UserError when it is missing.
+    def pretrained_path(self, feat):
+        """Return the checkpoint to fine-tune from, whether it is there or not; None in other stages.
 
         `auto` is the pretraining of the same subject, feature and width: of the same tag where there is one, else of
         none.
@@ -103,8 +103,12 @@ class Plan:
         if name == "auto":
             names = [run_name("pretrain", self.subj, feat, self.hidden_dim, tag=tag) for tag in (self.tag, "")]
             name = next((name for name in names if (self.paths.run(name) / "last.pth").exists()), names[-1])
-        checkpoint = self.paths.run(name) / "last.pth"
-        if checkpoint.exists():
+        return self.paths.run(name) / "last.pth"
+
+    def pretrained_file(self, feat):
+        """Return the checkpoint to fine-tune from, None in other stages; UserError when it is missing."""
+        checkpoint = self.pretrained_path(feat)
+        if checkpoint is None or checkpoint.exists():
             return checkpoint
         wanted = {"subj": self.subj, "run": "pretrain", "hidden_dim": self.hidden_dim, "tag": self.tag}
         there = runs_like(self.paths, wanted, feat, "pretrain")

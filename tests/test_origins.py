@@ -1,0 +1,90 @@
+"""Nothing stale: what a run and its scores were made from is known, and noticed when it is another."""
+
+import h5py
+import pytest
+import torch
+
+from disk.checkpoints import load_checkpoint, save_checkpoint
+from disk.files import archive_hash, file_hash
+from features.components import write_components
+from tiny_runs import FINETUNED, PRETRAINED, copy_world, train, write_world
+
+NETWORK = ["--model", "components", "--num_epochs", 1]
+PRETRAIN, FINETUNE = [*NETWORK, "--multi_subject"], [*NETWORK, "--multisubject_ckpt", "auto"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A world with a decoder of c, pretrained on subject 2 and fine-tuned on subject 1."""
+    paths = write_world(tmp_path_factory.mktemp("world"))
+    assert train(paths, *PRETRAIN) == 0 and train(paths, *FINETUNE) == 0
+    return paths
+
+
+@pytest.fixture
+def paths(trained, tmp_path):
+    return copy_world(trained, tmp_path)
+
+
+def change_betas(paths, subj="subj01"):
+    with h5py.File(paths.betas(subj), "r+") as file:
+        file["betas"][:] = file["betas"][()] + 1
+
+
+def pretrain_with(seed):
+    return lambda paths: train(paths, *PRETRAIN, "--seed", seed, "--overwrite")
+
+
+def other_components(paths, feat="c"):
+    paths.components(feat).unlink()
+    write_components(paths, feat, seed=7)
+
+
+def test_a_checkpoint_is_known_by_its_contents_alone(tmp_path):
+    files = [tmp_path / name for name in ("a.pth", "b.pth", "c.pth")]
+    weights = torch.arange(6.0)
+    for file, tensor in zip(files, (weights, weights.clone(), weights + 1), strict=True):
+        save_checkpoint(file, {"model": {"w": tensor}})
+    assert archive_hash(files[0]) == archive_hash(files[1]) != archive_hash(files[2])
+    files[0].write_bytes(b"no archive")
+    assert archive_hash(files[0]) == file_hash(files[0])
+
+
+@pytest.mark.parametrize(("change", "flags", "words"), [
+    (pretrain_with(7), FINETUNE, f"run {PRETRAINED}"),
+    (other_components, FINETUNE, "components of c"),
+    (other_components, PRETRAIN, "components of c"),
+    (change_betas, FINETUNE, "betas of subj01"),
+])
+def test_a_run_of_other_inputs_is_not_kept(paths, capsys, change, flags, words):
+    change(paths)
+    before = (paths.run(FINETUNED) / "last.pth").stat().st_mtime_ns
+    capsys.readouterr()
+    assert train(paths, *flags, "--resume") == 2
+    error = capsys.readouterr().err
+    assert f"others than are there now: {words}; --overwrite" in error and error.count("\n") == 1
+    assert (paths.run(FINETUNED) / "last.pth").stat().st_mtime_ns == before
+    assert train(paths, *flags, "--overwrite") == 0 and train(paths, *flags) == 0
+    assert "already finished, kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [
+    pretrain_with(42),  # the same weights again
+    lambda paths: other_components(paths, "g_2"),
+    lambda paths: change_betas(paths, "subj02"),
+    lambda paths: paths.components("c").unlink(),
+    lambda paths: (paths.run(PRETRAINED) / "last.pth").unlink(),
+])
+def test_what_a_run_does_not_depend_on_may_change_and_what_is_gone_cannot_be_compared(paths, capsys, change):
+    change(paths)
+    assert train(paths, *FINETUNE) == 0
+    assert f"{FINETUNED}: already finished, kept" in capsys.readouterr().out
+
+
+def test_a_run_from_before_inputs_were_recorded_is_kept_and_said_to_be(paths, capsys):
+    file = paths.run(FINETUNED) / "last.pth"
+    state = load_checkpoint(file)
+    del state["config"]["made_from"]
+    save_checkpoint(file, {key: value for key, value in state.items() if key != "format"})
+    assert train(paths, *FINETUNE) == 0
+    assert "whether its inputs have changed since is not known" in capsys.readouterr().out
