@@ -182,13 +182,14 @@ def guide_files(paths, args):
 def load_sampler(args, paths, scores, image_ids, team):
     """The pipeline, what it draws from, and what guides it: CLIP with --feats, the brain with --use_gnet."""
     from disk.hub import find_model
-    from sampling.decoders import load_guidance_decoder
-    from sampling.drawing import Sampler, Settings
-    from sampling.pipeline import load_pipeline
 
     find_model(args.sd_model, paths, "--sd_model", sources.how_to_fetch(args.sd_model), "model_index.json")
     if args.feats:
         find_model(args.clip_model, paths, "--clip_model", sources.how_to_fetch(args.clip_model))
+    from sampling.decoders import load_guidance_decoder
+    from sampling.drawing import Sampler, Settings
+    from sampling.pipeline import load_pipeline  # takes seconds
+
     brain = [brain_guide(args, paths, image_ids, team)] if args.use_gnet else []  # first: it checks what the user gave
     pipe = load_pipeline(args.sd_model, team.device, team.precision, args.offload, args.compile)
     pipe.set_progress_bar_config(desc="steps", leave=False, disable=not team.is_main)

@@ -52,12 +52,13 @@ def main(argv=None):
     from training.settings import Plan
 
     plan = Plan.gnet_from_args(args)  # whose responses; --val_fraction of their images validate
+    prefilter = plan.paths.find(args.prefilter) if args.prefilter else None
     run = open_encoding_run(plan)
     if run is None:
         return
-    model = GNet(run.n_voxels, args.trunk_width, args.pass_through, frozen_prefilter=args.prefilter is not None)
-    if args.prefilter:
-        load_prefilter(model, args.prefilter)
+    model = GNet(run.n_voxels, args.trunk_width, args.pass_through, frozen_prefilter=prefilter is not None)
+    if prefilter:
+        load_prefilter(model, prefilter)
     rois = {subj: roi_masks(plan.paths, subj) for subj in run.n_voxels}
     ceilings = {subj: noise_ceiling(run.train.betas[subj], run.val.betas[subj].n_repeats) for subj in run.n_voxels}
     ceilings = {subj: ceiling for subj, ceiling in ceilings.items() if ceiling is not None}

@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -88,12 +89,19 @@ def run_cli(main, argv=None):
 
 def _status_of(main, argv):
     try:
-        main(argv)
+        try:
+            main(argv)
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         # from a DataLoader worker the message arrives wrapped in the worker's traceback; its last line is ours
         message = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
         print(f"error: {message}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in REFUSALS or error.filename is None:
             raise
@@ -113,6 +121,16 @@ def _status_of(main, argv):
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     return 0
+
+
+def _reader_left():
+    """Say whether what reads our lines has read enough (... | head), and spare it, and Python's end, the rest."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def refusal(error):

@@ -80,7 +80,7 @@ CASES = [  # script, what is broken, how, flags, words of the line: flag or file
      ("dropout 0.15 -> 0.5", "--tag", "--overwrite")),
     (train_gnet, "prefilter missing", whole, ["--prefilter", "ROOT/alexnet.pth"], ("--prefilter", "not found", "give")),
     (train_gnet, "prefilter with a program", lambda w: torch.save(Program(w.root / "executed"), w.root / "alexnet.pth"),
-     ["--prefilter", "ROOT/alexnet.pth"], ("--prefilter", "alexnet.pth", "wanted features.0")),
+     ["--prefilter", "alexnet.pth"], ("--prefilter", "alexnet.pth", "wanted features.0")),  # found under the root
     (train_gnet, "prefilter is a folder", whole, ["--prefilter", "ROOT"], ("--prefilter", "wanted features.0")),
     (score_gnet, "encoding model cut", cut(f"train_logs/{GNET}/best.pth", 5000), [], ("best.pth", "not a readable")),
     (score_gnet, "encoding model with a program", hostile_checkpoint(f"train_logs/{GNET}/best.pth"), [], ("best.pth",)),

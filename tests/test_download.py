@@ -4,7 +4,9 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
+import time
 import zipfile
 from pathlib import Path
 
@@ -241,7 +243,22 @@ def test_the_plan_without_network_is_of_published_sizes(ask, site, monkeypatch, 
     assert rows["betas"][:4] == ["8", "12.3", "GB", "1"] and rows["trials"][:3] == ["300", "3.0", "GB"]
     assert rows["sd"][1:3] == ["4.3", "GB"] and total == "to fetch: 335 files, 59.8 GB"
     assert "to fetch: 42 files, 419.5 MB" in ask("--dry_run", "--subj", 1, "--what", "trials")
-    assert not site.asked
+    assert {path for _, path, _ in site.asked} == {"/"}
+
+
+def test_a_proxy_that_never_answers_costs_seconds(ask, monkeypatch):
+    """Three servers are asked behind it, at once."""
+    monkeypatch.setattr("disk.hub.PATIENCE", 0.3)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as proxy:  # takes connections, says nothing
+        for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+            monkeypatch.delenv(name.lower(), raising=False)
+        monkeypatch.setattr(constants, "ENDPOINT", "http://hub.test")
+        started = time.monotonic()
+        said = ask("--dry_run", "--nsd_url", "http://nsd.test", "--coco_url", "http://coco.test")
+        assert time.monotonic() - started < 2
+    assert said.startswith("no answer from hub.test, nsd.test, coco.test: sizes as published")
 
 
 def test_the_plan_of_servers_that_answer_is_theirs(ask):

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 import evaluate
+import img2feat
 import recon
 import score_gnet
 import utils
@@ -80,6 +81,9 @@ MISTAKES = [  # what went wrong, script, its flags, words of the line: what ther
     ("no network", recon, [*DRAW, "--sd_model", HUB], f"--sd_model {HUB}: no such folder, not in the hub's cache",
      "does not answer", "give --sd_model the folder"),
     ("CLIP not fetched", recon, [*DRAW, "--clip_model", "openai/clip-vit-base-patch32"], "--what clip)"),
+    ("a layer's CLIP mistyped", img2feat, ["--feats", "g_2", "--clip_model", HUB], f"--clip_model {HUB}: no such",
+     "does not answer"),
+    ("z's model mistyped", img2feat, ["--feats", "z", "--sd_model", HUB], f"--sd_model {HUB}: no such folder"),
     ("another encoding model", recon, [*DRAW, "--use_gnet", "--gnet_run", "gnet_subj02"],
      "there are: gnet_subj01 (--gnet_run gnet_subj01); or train one"),
     ("responses nowhere", recon, [*DRAW, "--use_gnet", "--gnet_run", "gnet_subj01", "--target_fmri_npy", "x.npy"],
@@ -107,7 +111,7 @@ def test_a_mistake_gets_the_line_that_mends_it(world, tiny_models, monkeypatch, 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *names: None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
-    monkeypatch.setattr("disk.hub.getproxies", dict)
+    monkeypatch.setenv("NO_PROXY", "*")
     models = dict(zip(("SD", "CLIP"), map(str, tiny_models), strict=True))
     before = sorted(world.rglob("*"))
     try:
@@ -126,6 +130,19 @@ def test_what_is_in_the_hubs_cache_needs_no_network(monkeypatch, tmp_path):
     paths = Paths(tmp_path, tmp_path)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: f"/cache/{name}/{file}")
     assert find_model(HUB, paths, "--sd_model", "") == HUB
+
+
+def test_lines_that_nobody_reads_any_more_end_a_command_quietly():
+    """As with `... --dry_run | head -1`: no traceback; what is left in the buffer at the end included."""
+    for program in ("print('x' * 10**6)", "print('x')", "sys.exit(print('x'))"):
+        command = f"import sys, utils\ndef main(argv):\n {program}\nsys.stdin.readline()\nsys.exit(utils.run_cli(main))"
+        process = subprocess.Popen([sys.executable, "-c", command], cwd=REPO / "src", text=True, stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        process.stdin.write("go\n")
+        process.stdin.close()
+        assert (process.stderr.read(), process.wait()) == ("", 141), program
+        process.stderr.close()
 
 
 # --- names and flags ----------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from PIL import Image
 
 import utils
 from disk.files import file_hash
+from disk.hub import require_model
+from nsd.sources import how_to_fetch
 
 CAPTIONED_IMAGES = 256  # in a block of c: their captions' embeddings take 0.3 GB at Stable Diffusion's sizes
 VAE_PIXELS = 2**19  # encoded at once: two images of 512 x 512, whose activations take 1.2 GB
@@ -142,6 +144,7 @@ class VisionFeatures(ImageFeatures):
     def load(self):
         from models import ClipFeatures
 
+        require_model(self.clip_model, "--clip_model", how_to_fetch(self.clip_model))
         layers = [int(feat.removeprefix("g_")) for feat in self.feats]
         return ClipFeatures.from_pretrained(self.clip_model, layers).float().to(self.device)
 
@@ -157,6 +160,7 @@ class VisionFeatures(ImageFeatures):
 
 def load_part(load, sd_model, part, **settings):
     """Load one part of a Stable Diffusion folder or repository; raises UserError when it does not load."""
+    require_model(sd_model, "--sd_model", how_to_fetch(sd_model), "model_index.json")
     try:
         return load(sd_model, subfolder=part, **settings)
     except (OSError, ValueError) as error:

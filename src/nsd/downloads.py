@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import utils
 from disk.files import file_hash
-from disk.hub import answers
+from disk.hub import silent
 from disk.names import Paths
 from nsd import sources, transfer
 from nsd.captions import write_captions
@@ -70,9 +70,9 @@ def silent_servers(groups, subjects, servers):
     origins = {file.origin for group in groups for file in sources.files_of(group, subjects)}
     origins |= {"hub" for group in groups if sources.weights_of(group)}
     urls = {"hub": constants.ENDPOINT, "nsd": servers.nsd_url, "coco": servers.coco_url}
-    offline = {"hub"} if constants.HF_HUB_OFFLINE else set()
-    return [urlsplit(url).hostname for origin, url in urls.items()
-            if origin in origins and (origin in offline or not answers(url))]
+    urls = {origin: url for origin, url in urls.items() if origin in origins}
+    offline = [urls.pop("hub")] if constants.HF_HUB_OFFLINE and "hub" in urls else []
+    return [urlsplit(url).hostname for url in offline + silent(urls.values())]
 
 
 def known_plan(groups, subjects, paths):

@@ -14,7 +14,6 @@ import torch
 import utils
 from sampling import folders
 from sampling.decoders import gradient_cosine
-from sampling.pipeline import rows_on_cpu
 
 COMPARED = 8  # pictures of the first batch on which a cheaper decoder's gradient is compared with the full one's
 
@@ -99,6 +98,8 @@ class Sampler:
         """
         if self.device.type != "cpu":
             return self.settings.batch_size
+        from sampling.pipeline import rows_on_cpu  # loads diffusers, which a folder that is complete does without
+
         z_shape = self.scores["z"].shape[1:] if "z" in self.scores else None
         return rows_on_cpu(self.pipe.latent_shape(self.settings.resolution, z_shape))
 
