@@ -23,7 +23,7 @@ def main(argv=None):
     args = get_parser().parse_args(argv)
     from training.scoring import Request, score
 
-    score(Request.from_args(args), "c")
+    score(Request.from_args(args), ["c"])
 
 
 if __name__ == "__main__":

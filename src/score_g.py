@@ -25,8 +25,7 @@ def main(argv=None):
     args = get_parser().parse_args(argv)
     from training.scoring import Request, score
 
-    for feat in args.feat:
-        score(Request.from_args(args), feat)
+    score(Request.from_args(args), args.feat)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ repeat-averaged betas (N, V) -> the subject's encoder -> z (N, 4, h, w), a row p
 
 A regression's predictions vary less than the latents the diffusion was trained on. So each value is brought to
 the mean and standard deviation it has over training images: z = (predicted - m_p) / s_p * s_z + m_z, where m_p, s_p are
-those of the predictions on training images and m_z, s_z those of their true latents. No test statistic is used.
+those of the predictions on training images and m_z, s_z those of their true latents. Since predictions vary more on
+images that were fitted, all s_p are multiplied by one number: with it their variances add up to those of the
+predictions on the validation images. No test statistic is used. R2 is printed before (scored) and after it.
 
     python src/score_z.py --subj 1
     python src/score_z.py --subj 1 --control shuffle      # null control: responses of other images
@@ -31,20 +33,29 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    from training import scoring
-    from training.latent_statistics import training_statistics
+    from functools import partial
 
-    request = scoring.Request.from_args(args)
-    if args.run == "ground_truth":
-        return scoring.save_ground_truth(request, "z")
-    source = scoring.open_source(request, "z", transductive=args.transductive)
-    if source is None:
-        return
-    predicted = scoring.predict(source, source.test.betas, source.test.image_ids, "score")["nsdgeneral"]
-    of_predictions, of_latents = training_statistics(source)
-    if args.transductive:
+    from nsd.components import source_of
+    from training.scoring import Request, score
+
+    request = Request.from_args(args)
+    latents = request.paths.feature("z")
+    score(request, ["z"], partial(finish, args.transductive), transductive=args.transductive,
+          latents=source_of(latents) if latents.exists() else None)
+
+
+def finish(transductive, source, predicted):
+    """Bring predictions of z (N, 4, h, w) to the latents' statistics."""
+    from training.latent_statistics import training_statistics
+    from training.scoring import predict, r2_of_rows
+
+    on_validation = predict(source, source.trained.validation, "validate")["nsdgeneral"]
+    of_predictions, of_latents = training_statistics(source, on_validation)
+    if transductive:
         of_predictions = predicted.mean(axis=0), predicted.std(axis=0)
-    scoring.save(source, {"nsdgeneral": restandardise(predicted, *of_predictions, *of_latents)})
+    restandardised = restandardise(on_validation, *of_predictions, *of_latents)
+    source.config["r2"]["restandardised"] = r2_of_rows(source, restandardised)
+    return restandardise(predicted, *of_predictions, *of_latents)
 
 
 def restandardise(predicted, mean, std, wanted_mean, wanted_std):

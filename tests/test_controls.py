@@ -74,5 +74,5 @@ def test_what_can_not_be_had_says_why(world):
     run = {**RUN, "tag": "x", "sd_model": "nowhere/"}
     sets, absent = controls.without_decoder(seen_of(paths), run, None, paths, "c", store_of(paths), CPU)
     assert list(sets) == ["control: mean image"]
-    assert "retrieval.npy" in absent["control: nearest training image"]
+    assert "nsdgeneral.npy" in absent["control: nearest training image"]
     assert "nowhere/: its VAE could not be loaded" in absent["ceiling: VAE round trip"]

@@ -105,7 +105,8 @@ def test_scores_are_rows_of_the_feature_and_r2_is_that_of_the_validation_images(
     folder = folder_of(trained, script)
     scores, config = np.load(folder / "nsdgeneral.npy"), json.loads((folder / "config.json").read_text())
     known = open_components(trained, feat)
-    assert scores.shape[1:] == known.shape == np.load(folder / "retrieval.npy").shape[1:]
+    assert scores.shape[1:] == known.shape
+    assert (folder / "retrieval.npy").exists() == (script is score_c)  # g has no contrast
     assert np.load(folder / "errors.npy").shape == (known.k + 1,) and config["stacked_with"] is None
 
     assert score(trained, "--no-stack", "--test_split", "val", *more, script=script) == 0
@@ -123,10 +124,13 @@ def test_scores_are_rows_of_the_feature_and_r2_is_that_of_the_validation_images(
 @pytest.mark.parametrize("script", [score_c, score_z])
 def test_the_stack_is_the_best_average_on_validation_images(trained, script, capsys):
     assert score(trained, "--test_split", "val", "--overwrite", script=script) == 0
-    assert "R2 on validation images: network" in capsys.readouterr().out
+    header, row = capsys.readouterr().out.splitlines()[-2:]
+    more = ["restandardised"] if script is score_z else []
+    assert header.split() == "R2 on validation images network ridge scored".split() + more
     config = json.loads((folder_of(trained, script, "_val") / "config.json").read_text())
     r2 = config["r2"]
     assert r2["scored"] >= max(r2["network"], r2["ridge"]) - 1e-6 and config["stacked_with"] is not None
+    assert row.split()[1:] == [f"{r2[name]:.3f}" for name in ("network", "ridge", "scored", *more)]
     assert score(trained, "--test_split", "val", script=script) == 0
     assert "kept" in capsys.readouterr().out  # nothing changed since
 

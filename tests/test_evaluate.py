@@ -175,7 +175,7 @@ def test_retrieval_follows_the_images_config_not_the_flags(root):
     config = json.loads((folder / "config.json").read_text())
     save_json(folder / "config.json", {**config, "control": "shuffle"})
     run(root, "--images", folder, "--eval_clip", "none")
-    assert "_shuffle/retrieval.npy not found" in metrics_in(folder)["brain_to_image_top1"]["missing"]
+    assert "_shuffle/nsdgeneral.npy not found" in metrics_in(folder)["brain_to_image_top1"]["missing"]
 
 
 def test_folder_of_flags(root):

@@ -5,12 +5,15 @@ import numpy as np
 from disk.files import load_npy, save_together, write_json, write_npy
 from utils import UserError
 
+STEMS = {"nsdgeneral", "retrieval", "errors", "voxels"}  # of files of scores
+
 
 def save_scores(folder, image_ids, arrays, config, beside=None):
     """Write `arrays` {file stem: (N, ...)} as float32 beside image_ids.npy and config.json (docs/data.md).
 
     beside: further arrays of any length, {file stem: array}.
-    Scores that are there already stay until the disk has taken all of the new ones.
+    Scores that are there already stay until the disk has taken all of the new ones; of their files that these do not
+    have none stays.
     """
     files = {folder / "config.json": write_json(config),  # in place last: it says whose scores these are
              folder / "image_ids.npy": write_npy(np.asarray(image_ids, np.int64))}
@@ -20,6 +23,13 @@ def save_scores(folder, image_ids, arrays, config, beside=None):
     for stem, array in (beside or {}).items():
         files[folder / f"{stem}.npy"] = write_npy(np.asarray(array, np.float32))
     save_together(files)
+    for stem in STEMS - arrays.keys() - (beside or {}).keys():
+        (folder / f"{stem}.npy").unlink(missing_ok=True)
+
+
+def retrieval_stem(folder):
+    """Return the file stem of what retrieves images: a contrast's prediction where there is one, else the feature."""
+    return "retrieval" if (folder / "retrieval.npy").exists() else "nsdgeneral"
 
 
 def load_scores(folder, stem="nsdgeneral"):

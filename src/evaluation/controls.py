@@ -10,7 +10,7 @@ import torch
 
 import utils
 from disk.names import scores_name
-from disk.scores import load_scores
+from disk.scores import load_scores, retrieval_stem
 from evaluation.decoded import folder_with
 from evaluation.networks import weights_hash
 from evaluation.picture_sets import PictureSet, as_float
@@ -90,7 +90,7 @@ def nearest_image(label, seen, run, paths, feat):
     """For each image the training image whose feature is most similar (cosine) to the brain's embedding."""
     stimuli = open_stimuli(paths)
     folder = paths.scores(run["subj"], scores_name(run, feat), feat)
-    ids, brain = load_scores(folder, "retrieval")
+    ids, brain = load_scores(folder, retrieval_stem(folder))
     missing = np.setdiff1d(seen.image_ids, ids)
     if missing.size:
         raise utils.UserError(f"{folder}: no embedding for image id {missing[0]}")

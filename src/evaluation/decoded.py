@@ -10,7 +10,7 @@ import numpy as np
 import utils
 from disk.files import load_csv, load_npy
 from disk.names import images_name, scores_name
-from disk.scores import load_scores
+from disk.scores import load_scores, retrieval_stem
 from evaluation import metrics
 from evaluation.measuring import summarise
 from nsd.rows import open_feature
@@ -68,13 +68,14 @@ def retrieval(run, no_run, paths, feat, seed):
     if run is None:
         return {}, dict.fromkeys(names, no_run)
     folder = paths.scores(run["subj"], scores_name(run, feat), feat)
-    for file in (folder / "retrieval.npy", paths.feature(feat)):
+    stem = retrieval_stem(folder)
+    for file in (folder / f"{stem}.npy", paths.feature(feat)):
         if not file.exists():
             return {}, dict.fromkeys(names, f"{file} not found")
-    ids, brain = load_scores(folder, "retrieval")
+    ids, brain = load_scores(folder, stem)
     seen = open_feature(paths, feat)
     if brain[0].size != np.prod(seen.row_shape):
-        raise utils.UserError(f"{folder}/retrieval.npy: rows of {brain.shape[1:]}, those of {paths.feature(feat)} are "
+        raise utils.UserError(f"{folder}/{stem}.npy: rows of {brain.shape[1:]}, those of {paths.feature(feat)} are "
                               f"{seen.row_shape}; score again, or give --retrieval_feat another feature")
     found = {}
     for suffix, gallery in (("", min(metrics.GALLERY, len(ids))), ("_of_all", len(ids))):

@@ -1,10 +1,12 @@
 """From a run to scores: which network, whose voxel encoder, predictions of the test images.
 
-A score script opens a source (`open_source`), predicts with it and saves (`save`). A subject that the run does not know
-gets a voxel encoder of its own, fitted to its training trials with everything else frozen (`adapt`).
+For each feature a score script opens the run (`open_trained`, once for all features of a run) and what predicts the
+feature (`open_source`), predicts and saves: `score`. A subject that the run does not know gets a voxel encoder of its
+own, fitted to its training trials with everything else frozen (`adapt`).
 """
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +15,18 @@ import torch
 import options
 import utils
 from disk.checkpoints import load_checkpoint
-from disk.files import file_hash, load_json
+from disk.files import archive_hash, load_json
 from disk.hints import how_to_train, runs_like
 from disk.names import Paths, head_of, runs_of, scores_name
 from disk.scores import save_scores
 from models import build_model, load_trunk, restore
 from nsd.components import open_components
-from nsd.repeats import TestSet, average_repeats, load_test_set
-from nsd.rows import open_betas, open_feature
+from nsd.repeats import average_repeats, load_test_set
+from nsd.rows import open_betas, open_feature, sample_hash
 from nsd.trials import split_trials
 from training.loop import fit
 from training.objectives import OBJECTIVES, ComponentObjective
+from training.origins import changed, inputs_there
 from training.runs import gather_component_run, gather_run
 from training.settings import Loop, Plan
 from training.team import Team
@@ -71,69 +74,155 @@ class Request:
         return vars(self)
 
 
+class Trained:
+    """The run that a request means for some features: its checkpoint, and what is read once for all of them."""
+
+    def __init__(self, request, run, file, state):
+        """file, state: its checkpoint, where it lies and what it holds."""
+        self.request, self.run, self.file, self.state = request, run, file, state
+        self.kind, self.head = state["model_args"]["kind"], head_of(request.flags)
+        self.device = utils.pick_device(request.device)
+        self.whose = request.subj if self.head in ("own", "adapt") else self.head  # voxel encoder
+        seed = request.seed if self.head == "adapt" else state["config"]["seed"]
+        # which of the subject's training images validated the run: arguments of split_trials
+        self.held_out = (request.num_sessions, state["config"]["val_fraction"], seed)
+        self._states, self._ridges = {}, {}  # by their checkpoints
+
+    @cached_property
+    def hash(self):
+        return archive_hash(self.file)
+
+    @cached_property
+    def betas(self):
+        """Identity of the subject's responses."""
+        return sample_hash(open_betas(self.request.paths, self.request.subj))
+
+    @cached_property
+    def test(self):
+        """The TestSet that is scored."""
+        wanted = self.request
+        return load_test_set(wanted.paths, wanted.subj, wanted.control, wanted.seed, self.held_out, wanted.test_split,
+                             wanted.repeats)
+
+    @cached_property
+    def validation(self):
+        """The TestSet of the images that the training held out."""
+        paths, subj = self.request.paths, self.request.subj
+        return average_repeats(open_betas(paths, subj), split_trials(paths, subj, *self.held_out)[1])
+
+    @cached_property
+    def network(self):
+        """The network, with the voxel encoder of `whose`, on the device."""
+        if self.head == "adapt":
+            network = adapt(self.request, self.state["config"]["feat"], self.run, self.state, self.hash)
+        else:
+            check_head(self.whose, self.request.subj, self.test.betas.shape[1], self.state["n_voxels"], self.file)
+            network = restore(self.state, self.file)
+        return network.eval().to(self.device)
+
+    def ridge_file(self, feat):
+        """Return the checkpoint of the ridge to stack a feature with: of the same subject, sessions and tag, or None.
+        """
+        if not self.request.stack or self.kind == "ridge":
+            return None
+        names = runs_of({**self.request.flags, "run": "ridge"}, feat)
+        files = [file for name in names if (file := self.request.paths.run(name) / "last.pth").exists()]
+        return next((file for file in files if feat in self._ridge_state(file)["model_args"]["components"]), None)
+
+    def ridge(self, file, feat):
+        """Return the network of a ridge's checkpoint, on the device."""
+        state = self._ridge_state(file)
+        check_inputs(state, file, self.request, feat, "fit it again with --overwrite, or leave it out (--no-stack)")
+        if file not in self._ridges:
+            self._ridges[file] = restore(state, file).eval().to(self.device)
+        return self._ridges[file]
+
+    def _ridge_state(self, file):
+        if file not in self._states:
+            self._states[file] = load_checkpoint(file)
+        return self._states[file]
+
+
+def open_trained(request, feat, known=None):
+    """Open the run that a request means for a feature; returns a Trained: `known`, where it is that one's.
+
+    Raises UserError for a missing or foreign run, and for one that was trained on other inputs than are there now.
+    """
+    paths, subj = request.paths, request.subj
+    names = runs_of(request.flags, feat)
+    run = next((name for name in names if (paths.run(name) / f"{request.checkpoint}.pth").exists()), names[0])
+    checkpoint = paths.run(run) / f"{request.checkpoint}.pth"
+    if known is not None and known.file == checkpoint:
+        state = known.state
+    else:
+        there = "" if checkpoint.exists() else runs_like(paths, request.flags, feat)
+        state = load_checkpoint(checkpoint, f"--run/--hidden_dim/--num_sessions/--tag: the run {run}",
+                                (f"{there}: give the flags of one, or " if there else "")
+                                + f"train it first ({how_to_train(request.flags, feat)})")
+        known = Trained(request, run, checkpoint, state)
+    if feat != state["config"]["feat"] and feat not in state["model_args"].get("components", {}):
+        raise utils.UserError(f"{checkpoint}: was trained for {state['config']['feat']}, wanted {feat}; train {feat}")
+    if known.head == "own" and subj not in state["n_voxels"]:
+        raise utils.UserError(f"{checkpoint}: has voxel encoders of {', '.join(state['n_voxels'])}, wanted "
+                              f"{subj}; fine-tune on {subj}, or use --head adapt")
+    check_inputs(state, checkpoint, request, feat, "train it again with --overwrite, or put those back")
+    return known
+
+
+def check_inputs(state, file, request, feat, mend):
+    """Raise UserError where a run's checkpoint says that it was trained on other responses of the subject than are
+    there now, or predicts other components; mend: what to do then."""
+    recorded = state["config"].get("made_from", {})
+    subjects = [request.subj] if request.subj in state["n_voxels"] else []
+    there = inputs_there(request.paths, subjects, [feat] if "components" in state["model_args"] else [])
+    if recorded and (others := changed(recorded, there)):
+        raise utils.UserError(f"{file}: was trained on others than are there now: {', '.join(others)}; {mend}")
+
+
 @dataclass(frozen=True)
 class Source:
     """What predicts one feature, and where the predictions go."""
 
-    request: Request
-    run: str
+    trained: Trained
     folder: Path  # of the scores
     config: dict  # beside the scores: where they come from
     model: torch.nn.Module
-    subj: str  # whose voxel encoder is used
-    test: TestSet
-    held_out: tuple  # which of the subject's training images validated the run: arguments of split_trials
+
+    @property
+    def request(self):
+        return self.trained.request
 
 
-def open_source(request, feat, **settings):
-    """Load the run that the request means, with its voxel encoder, and the test set.
+def open_source(trained, feat, **settings):
+    """Make a run ready to predict one of its features; returns a Source, None where its folder holds these scores.
 
-    settings: further facts of these scores for their config.json. Returns None when the folder holds exactly these
-    scores already. Raises UserError for a missing or foreign run, and for voxel counts that do not agree.
+    settings: further facts of these scores for their config.json. Raises UserError for voxel counts that do not agree.
     """
-    paths, subj = request.paths, request.subj
-    names, head = runs_of(request.flags, feat), head_of(request.flags)
-    run = next((name for name in names if (paths.run(name) / f"{request.checkpoint}.pth").exists()), names[0])
-    checkpoint = paths.run(run) / f"{request.checkpoint}.pth"
-    there = "" if checkpoint.exists() else runs_like(paths, request.flags, feat)
-    state = load_checkpoint(checkpoint, f"--run/--hidden_dim/--num_sessions/--tag: the run {run}",
-                            (f"{there}: give the flags of one, or " if there else "")
-                            + f"train it first ({how_to_train(request.flags, feat)})")
-    if feat != state["config"]["feat"] and feat not in state["model_args"].get("components", {}):
-        raise utils.UserError(f"{checkpoint}: was trained for {state['config']['feat']}, wanted {feat}; train {feat}")
-    if head == "own" and subj not in state["n_voxels"]:
-        raise utils.UserError(f"{checkpoint}: has voxel encoders of {', '.join(state['n_voxels'])}, wanted "
-                              f"{subj}; fine-tune on {subj}, or use --head adapt")
+    request = trained.request
     folder = request.folder(feat)
-    config = {"run": run, "feat": feat, "subj": subj, "head": head, "num_sessions": request.num_sessions,
-              "checkpoint": checkpoint.name, "checkpoint_sha256": file_hash(checkpoint),
-              "test_split": request.test_split, "repeats": request.repeats, "control": request.control,
-              "prior_steps": request.prior_steps, "seed": request.seed, **settings}
-    if head == "adapt":
+    config = {"run": trained.run, "feat": feat, "subj": request.subj, "head": trained.head,
+              "num_sessions": request.num_sessions, "checkpoint": trained.file.name, "checkpoint_hash": trained.hash,
+              "betas": trained.betas, "test_split": request.test_split, "repeats": request.repeats,
+              "control": request.control, "prior_steps": request.prior_steps, "seed": request.seed, **settings}
+    if trained.head == "adapt":
         config["adapt_epochs"] = request.adapt_epochs
     components, ridge = None, None
-    if "components" in state["model_args"]:
-        components = open_components(paths, feat)
+    if "components" in trained.state["model_args"]:
+        components = open_components(request.paths, feat)
         config["components"] = components.digest
-        ridge = ridge_beside(request, feat, run)
-        config["stacked_with"] = file_hash(ridge) if ridge else None
+        ridge = trained.ridge_file(feat)
+        config["stacked_with"] = archive_hash(ridge) if ridge else None
     if (folder / "config.json").exists() and not request.overwrite and same_scores(folder, config):
         print(f"{folder}: already scored with this checkpoint, kept")
         return None
-
-    trained_seed = request.seed if head == "adapt" else state["config"]["seed"]
-    held_out = (request.num_sessions, state["config"]["val_fraction"], trained_seed)
-    test = load_test_set(paths, subj, request.control, request.seed, held_out, request.test_split, request.repeats)
-    if head == "adapt":
-        model, whose = adapt(request, feat, run, state, config["checkpoint_sha256"]), subj
-    else:
-        model, whose = restore(state, checkpoint), subj if head == "own" else head
-        check_head(whose, subj, test.betas.shape[1], state["n_voxels"], checkpoint)
-    if components is not None:
-        model = FeatureOf(model, components)
-        config["r2"] = validate(model, ridge, paths, subj, whose, held_out)
-    model.eval().to(utils.pick_device(request.device))
-    return Source(request, run, folder, config, model, whose, test, held_out)
+    if components is None:
+        source = Source(trained, folder, config, trained.network)
+        if (known := r2_of_rows(source, predict(source, trained.validation, "validate")["nsdgeneral"])) is not None:
+            config["r2"] = {"network": known, "scored": known}
+        return source
+    model = FeatureOf(trained.network, components).to(trained.device)
+    config["r2"] = validate(model, ridge and trained.ridge(ridge, feat), trained)
+    return Source(trained, folder, config, model)
 
 
 def same_scores(folder, config):
@@ -169,56 +258,63 @@ class FeatureOf(torch.nn.Module):
 
     @torch.no_grad()
     def predict(self, voxels, prior_steps=None, generators=None):
-        """Scores (B, *shape): nsdgeneral, and retrieval, what retrieves best: the contrast's where there is one.
+        """Scores (B, *shape): nsdgeneral, and, where there is a contrast, retrieval, the contrast's prediction.
 
-        A contrast says nothing of its prediction's length: it gets the one that true rows have on average.
+        That says nothing of its length: it gets the one that true rows have on average.
         """
         coefficients, contrast = self.coefficients(voxels)
-        retrieval = rows = self.rows_of(coefficients)
+        scores = {"nsdgeneral": self.rows_of(coefficients)}
         if contrast is not None:
-            retrieval = self.rows_of(torch.nn.functional.normalize(contrast) * self.components.total ** 0.5)
-        return {"nsdgeneral": rows, "retrieval": retrieval}
+            contrast = torch.nn.functional.normalize(contrast) * self.components.total ** 0.5
+            scores["retrieval"] = self.rows_of(contrast)
+        return scores
 
     def rows_of(self, coefficients):
         """(B, K) -> (B, *shape), where the network is; nsd.components.Components.reconstruct does it on arrays."""
         return (self.mean + coefficients @ self.basis[:coefficients.shape[1]]).unflatten(1, self.components.shape)
 
 
-def ridge_beside(request, feat, run):
-    """Find the checkpoint of the ridge to stack with: of the same subject, sessions and tag; None without one."""
-    if not request.stack or request.run.partition(":")[0] == "ridge":
-        return None
-    names = runs_of({**request.flags, "run": "ridge"}, feat)
-    files = [request.paths.run(name) / "last.pth" for name in names if name != run]
-    return next((file for file in files if file.exists()), None)
-
-
-def validate(model, ridge, paths, subj, whose, held_out):
-    """Stack a FeatureOf with the ridge of a checkpoint, if there is one, and measure it on the validation images.
+def validate(model, ridge, trained):
+    """Stack a FeatureOf with a ridge's network, if there is one, and measure it on the validation images.
 
     The weight is the one with the least squared error there. Sets model.errors, (K + 1,): the mean squared error of
     each coefficient, and the variance beyond them. Returns R2 {"network", "ridge", "scored"}.
     """
-    known = model.components
-    val = average_repeats(open_betas(paths, subj), split_trials(paths, subj, *held_out)[1])
-    voxels, truth = torch.from_numpy(val.betas), torch.from_numpy(known.coefficients[val.image_ids])  # (N, V), (N, K)
+    known, val = model.components, trained.validation
+    voxels = torch.from_numpy(val.betas).to(trained.device)  # (N, V)
+    truth = torch.from_numpy(known.coefficients[val.image_ids])  # (N, K)
 
     def errors_of(found):
         errors = (found - truth[:, :found.shape[1]]).square().mean(0)
         return np.append(errors.numpy(), np.float32(known.beyond(len(errors))))
 
     with torch.no_grad():
-        found = {"network": model.eval().coefficients({whose: voxels})[0]}
+        coefficients = model.coefficients({trained.whose: voxels})[0].cpu()
+        found = {"ridge" if trained.kind == "ridge" else "network": coefficients}
         if ridge is not None:
-            model.ridge = restore(load_checkpoint(ridge), ridge).eval()
-            model.weight = 0.0
-            found["ridge"] = model.coefficients({whose: voxels})[0]
+            model.ridge, model.weight = ridge, 0.0
+            found["ridge"] = model.coefficients({trained.whose: voxels})[0].cpu()
             towards = found["network"] - found["ridge"]
             weight = (towards * (truth[:, :towards.shape[1]] - found["ridge"])).sum() / towards.square().sum()
             model.weight = float(weight.clamp(0, 1))
-        found["scored"] = model.coefficients({whose: voxels})[0]
+        found["scored"] = model.coefficients({trained.whose: voxels})[0].cpu()
     model.errors = errors_of(found["scored"])
     return {name: float(1 - errors_of(rows).sum() / known.total) for name, rows in found.items()}
+
+
+def r2_of_rows(source, predicted):
+    """Return the share of variance that predictions (N, ...) of the validation images explain.
+
+    The variance is that of the feature's components, or, without them, that of these images. None where the true rows
+    are not there.
+    """
+    paths, feat, image_ids = source.request.paths, source.config["feat"], source.trained.validation.image_ids
+    if not paths.feature(feat).exists():
+        return None
+    true = open_feature(paths, feat)[image_ids].astype(np.float32).reshape(len(image_ids), -1)
+    error = float(np.square(predicted.reshape(true.shape) - true).sum(1).mean())
+    total = open_components(paths, feat).total if paths.components(feat).exists() else float(true.var(0).sum())
+    return 1 - error / total
 
 
 def check_head(whose, subj, n_voxels, known, checkpoint):
@@ -247,7 +343,8 @@ def adapt(request, feat, run, state, checkpoint_hash):
         raise utils.UserError("--head adapt: a ridge has no shared network; fit one: --model ridge")
     name = f"{run}/head_{request.subj}_{request.num_sessions}sess"
     config = {"run": name, "feat": trained["feat"], "num_epochs": request.adapt_epochs,
-              "num_sessions": request.num_sessions, "seed": request.seed, "checkpoint_sha256": checkpoint_hash}
+              "num_sessions": request.num_sessions, "seed": request.seed, "checkpoint_hash": checkpoint_hash,
+              "made_from": inputs_there(request.paths, [request.subj], feats)}
     last = request.paths.run(name) / "last.pth"
     changed = last.exists() and load_checkpoint(last)["config"] != config
     if changed:
@@ -274,34 +371,30 @@ def adapt(request, feat, run, state, checkpoint_hash):
     return model
 
 
-def predict(source, betas, image_ids, what):
-    """Return scores {file name: (N, ...) float32} for responses betas (N, V) to the images image_ids (N,)."""
-    request, device = source.request, next(source.model.parameters()).device
-    parts = []
-    for start in utils.progress(range(0, len(betas), request.batch_size), desc=f"{what} {source.run}", unit="batch"):
+def predict(source, responses, what):
+    """Return scores {file name: (N, ...) float32} for a TestSet."""
+    request, trained, parts = source.request, source.trained, []
+    starts = range(0, len(responses.betas), request.batch_size)
+    for start in utils.progress(starts, desc=f"{what} {trained.run}", unit="batch"):
         rows = slice(start, start + request.batch_size)
         # noise from (seed, image id), so that the batch size does not matter
-        seeds = [utils.derive_seed(request.seed, image_id) for image_id in image_ids[rows]]
-        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        voxels = torch.from_numpy(np.ascontiguousarray(betas[rows])).to(device)
-        scores = source.model.predict({source.subj: voxels}, request.prior_steps, generators)
+        seeds = [utils.derive_seed(request.seed, image_id) for image_id in responses.image_ids[rows]]
+        generators = [torch.Generator(trained.device).manual_seed(seed) for seed in seeds]
+        voxels = torch.from_numpy(np.ascontiguousarray(responses.betas[rows])).to(trained.device)
+        scores = source.model.predict({trained.whose: voxels}, request.prior_steps, generators)
         parts.append({name: rows.cpu().numpy() for name, rows in scores.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def save(source, scores):
     """Write scores {file name: (N, ...)} of the test images to the source's folder."""
-    errors = getattr(source.model, "errors", None)
-    save_scores(source.folder, source.test.image_ids, scores, source.config,
-                {} if errors is None else {"errors": errors})
-    repeats, n_images = np.unique(source.test.n_repeats, return_counts=True)
+    errors, test = getattr(source.model, "errors", None), source.trained.test
+    save_scores(source.folder, test.image_ids, scores, source.config, {} if errors is None else {"errors": errors})
+    repeats, n_images = np.unique(test.n_repeats, return_counts=True)
     counts = ", ".join(f"{n} of {k} trial{'s' if k > 1 else ''}" for k, n in zip(repeats, n_images, strict=True))
     head = source.config["head"]
     whose = {"own": f"{source.request.subj}'s own", "adapt": f"a new one for {source.request.subj}"}.get(head, head)
-    print(f"{source.folder}: {len(source.test.image_ids)} images ({counts}), voxel encoder: {whose}")
-    if "r2" in source.config:
-        r2 = ", ".join(f"{name} {value:.3f}" for name, value in source.config["r2"].items())
-        print(f"{source.config['feat']}: R2 on validation images: {r2}")
+    print(f"{source.folder}: {len(test.image_ids)} images ({counts}), voxel encoder: {whose}")
 
 
 def save_ground_truth(request, feat):
@@ -317,10 +410,32 @@ def save_ground_truth(request, feat):
     print(f"{folder}: {len(image_ids)} images, true {feat}")
 
 
-def score(request, feat):
-    """Predict `feat` of the test images and save it: all there is to do for c and g."""
-    if request.run == "ground_truth":
-        return save_ground_truth(request, feat)
-    source = open_source(request, feat)
-    if source is not None:
-        save(source, predict(source, source.test.betas, source.test.image_ids, "score"))
+def score(request, feats, finish=None, **settings):
+    """Predict features of the test images and save them; print how well the validation images are predicted.
+
+    finish(source, predicted (N, ...)) -> what is saved for it, (N, ...). settings: as open_source takes them.
+    """
+    trained, r2 = None, {}
+    for feat in feats:
+        if request.run == "ground_truth":
+            save_ground_truth(request, feat)
+            continue
+        trained = open_trained(request, feat, trained)
+        source = open_source(trained, feat, **settings)
+        if source is not None:
+            scores = predict(source, trained.test, "score")
+            if finish is not None:
+                scores["nsdgeneral"] = finish(source, scores["nsdgeneral"])
+            save(source, scores)
+        r2[feat] = load_json(request.folder(feat) / "config.json").get("r2", {})
+    print_r2(r2)
+
+
+def print_r2(found):
+    """Print R2 on validation images, {feature: {prediction: R2}}, as a table."""
+    columns = list(dict.fromkeys(name for values in found.values() for name in values))
+    if not columns:
+        return
+    print(f"{'R2 on validation images':<26}" + "".join(f"{name:>16}" for name in columns))
+    for feat, values in found.items():
+        print(f"{feat:<26}" + "".join(f"{values[name]:>16.3f}" if name in values else f"{'-':>16}" for name in columns))
