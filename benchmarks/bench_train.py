@@ -32,7 +32,7 @@ import utils
 from disk.names import Paths
 from models import BrainModel
 from nsd import sources
-from training.loop import join_batch, make_loader, math_attention, weight_decay_groups
+from training.loop import make_loader, math_attention, to_device, weight_decay_groups
 from training.objectives import BrainObjective
 from training.runs import open_run
 from training.settings import Plan
@@ -134,7 +134,7 @@ def measure(args, paths, feat, imports):
     model = BrainModel(run.n_voxels, plan.hidden_dim, *run.shapes["target"])
     model.standardise(run.target_statistics[0], 1.0)  # the files' zeros do not vary
     team, objective = run.team, BrainObjective()
-    optimizer = torch.optim.AdamW(weight_decay_groups(model, 1e-2), 3e-4, fused=team.device.type == "cuda")
+    optimizer = torch.optim.AdamW(weight_decay_groups(model, 1e-2), 3e-4, fused=True)
     net = team.prepare(model, optimizer, plan.loop.batch_size)
     lap("network")
     loader = make_loader(run.train, args.num_workers, team)
@@ -144,7 +144,7 @@ def measure(args, paths, feat, imports):
     generator = torch.Generator(team.device)
 
     def step(item):
-        batch = join_batch(item, team)
+        batch = to_device(item, team.device)
         with math_attention(team.device), team.autocast():
             loss, _ = objective(net, batch, 0.1, generator, team)
         team.step(loss, optimizer.param_groups)

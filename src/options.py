@@ -325,7 +325,9 @@ def add_loop(parser, by_model=None):
     optimum.add_argument("--val_fraction", type=float, default=VAL_FRACTION, metavar="FRACTION",
                          help="of the training images")
     keeping = parser.add_argument_group("checkpoints")
-    keeping.add_argument("--ckpt_every", type=whole, default=1, metavar="EPOCHS")
+    keeping.add_argument("--ckpt_every", type=whole, default=1, metavar="EPOCHS", help="save after so many epochs")
+    keeping.add_argument("--ckpt_minutes", type=float, default=10.0, metavar="MINUTES",
+                         help="and so long after the last time, in the middle of an epoch too")
     keeping.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False,
                          help="continue the run if its folder holds a checkpoint")
     keeping.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="start over")

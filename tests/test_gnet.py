@@ -223,7 +223,7 @@ def test_jitter_shifts_and_does_not_mirror():
     image = torch.zeros(1, 3, 21, 21)
     image[..., 10, 10], image[..., 10, 12] = 1, 0.5  # what is left stays left
     objective = EncodingObjective(gnet_input, noise=0)
-    moved = objective.jitter(image.repeat(200, 1, 1, 1), torch.Generator().manual_seed(0))
+    moved = objective.jitter(image.repeat(200, 1, 1, 1), torch.Generator().manual_seed(0), 200)
     bright = (moved[:, 0] == 1).nonzero()
     assert len(bright) == 200 and all(moved[i, 0, y, x + 2] == 0.5 for i, y, x in bright.tolist())
     assert {(y, x) for _, y, x in bright.tolist()} <= {(y, x) for y in range(6, 15) for x in range(6, 15)}

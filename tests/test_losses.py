@@ -126,7 +126,8 @@ def test_pct_correct_names_the_query():
     """Brain 1 and image 1 point aside: every brain finds image 0 first, but image 1 prefers its own brain."""
     brain = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, -1.0]])
     image = torch.tensor([[0.9, 0.3], [0.0, 1.0], [1.0, -0.1]])
-    _, logs = BrainObjective()(Stub().eval(), {"voxels": {"subj01": brain}, "target": image[:, None]}, 0.5)
+    batch = {"voxels": {"subj01": brain}, "target": image[:, None], "image_ids": range(3)}
+    _, logs = BrainObjective()(Stub().eval(), batch, 0.5)
     similarity = brain @ torch.nn.functional.normalize(image).T
     brain_to_image = sum(max(range(3), key=lambda j: similarity[i, j]) == i for i in range(3)) / 3
     image_to_brain = sum(max(range(3), key=lambda i: similarity[i, j]) == j for j in range(3)) / 3
@@ -138,7 +139,7 @@ def test_pct_correct_names_the_query():
 def test_objective_mixes_then_softens():
     """The same trials in three situations: early in training, late in training, and in validation."""
     x, target = torch.randn(16, 6, generator=generator(1)), torch.randn(16, 3, 2, generator=generator(2))
-    batch = {"voxels": {"subj01": x[:10], "subj02": x[10:]}, "target": target}
+    batch = {"voxels": {"subj01": x[:10], "subj02": x[10:]}, "target": target, "image_ids": range(16)}
     objective, model = BrainObjective(clip_scale=0.5, prior_scale=30.0, mixup_pct=0.33), Stub()
 
     mixed, perm, betas, select = mixco(batch["voxels"], generator(9))
@@ -164,7 +165,8 @@ def test_objective_reaches_every_parameter(progress):
     torch.manual_seed(0)
     model = BrainModel({"subj01": 5, "subj02": 4}, hidden_dim=8, tokens=3, width=6, prior_depth=2)
     voxels = {"subj01": torch.randn(12, 5), "subj02": torch.randn(12, 4)}
-    batch = {"voxels": {s: x.clone() for s, x in voxels.items()}, "target": torch.randn(24, 3, 6)}
+    batch = {"voxels": {s: x.clone() for s, x in voxels.items()}, "target": torch.randn(24, 3, 6),
+             "image_ids": range(24)}
     for dtype in (torch.float32, torch.bfloat16):
         model.zero_grad()
         with torch.autocast("cpu", dtype=dtype, enabled=dtype == torch.bfloat16):
@@ -188,7 +190,8 @@ class LatentStub(torch.nn.Module):
 def test_latent_objective_is_l1_on_mixed_latents_and_a_contrast_of_patches():
     x, target = torch.randn(2, 12, 256, generator=generator(1))
     tokens = torch.randn(12, 17, 16, generator=generator(2))
-    batch = {"voxels": {"subj01": x[:8], "subj02": x[8:]}, "target": target.view(12, 4, 8, 8), "tokens": tokens}
+    batch = {"voxels": {"subj01": x[:8], "subj02": x[8:]}, "target": target.view(12, 4, 8, 8), "tokens": tokens,
+             "image_ids": range(12)}
     objective, model = LatentObjective(clip_scale=0.5, mixup_pct=0.33), LatentStub()
 
     mixed, perm, betas, select = mixco(batch["voxels"], generator(9))

@@ -1,5 +1,6 @@
 """Training runs on a tiny data set: resume, refuse, pretrain, fine-tune, the linear baseline."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import RidgeCV
+from torch.utils.data import DataLoader
 
 import train_c
 import train_g
 import train_z
-from disk.checkpoints import save_checkpoint
+from disk.checkpoints import load_checkpoint, save_checkpoint
 from models import BrainModel, build_model
 from nsd.components import open_components
 from nsd.rows import open_feature
@@ -127,6 +129,123 @@ def test_checkpoints_come_every_so_many_epochs_and_at_the_end(paths, monkeypatch
         i + 1 for i, value in enumerate(values) if value < min(values[:i], default=np.inf)]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_long_epochs_are_saved_by_time_and_gone_on_with(paths, monkeypatch, workers):
+    """After every step here; the training dies, unasked, in the middle of its second epoch."""
+    flags, positions = ("--num_epochs", 3, "--num_workers", workers), []
+    assert train(paths, *flags) == 0
+    whole, logs = checkpoint(paths), records(paths)
+    save, call, steps = save_checkpoint, BrainObjective.__call__, itertools.count(1)
+
+    def noting(path, state):
+        if path.name == "last.pth" and "step" in state:
+            positions.append((state["epoch"], state["step"]))
+        save(path, state)
+
+    def dying(self, model, *args):
+        if model.training and next(steps) == 7:
+            raise ZeroDivisionError
+        return call(self, model, *args)
+
+    monkeypatch.setattr("training.loop.save_checkpoint", noting)
+    monkeypatch.setattr(BrainObjective, "__call__", dying)
+    with pytest.raises(ZeroDivisionError):
+        train(paths, *flags, "--overwrite", "--ckpt_minutes", 1e-9)
+    assert positions == [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2)]
+    assert train(paths, *flags, "--resume") == 0  # how often it is saved may differ
+    assert_equal_states(checkpoint(paths), whole)
+    assert records(paths) == logs
+
+
+def test_what_is_resumed_is_opened_once(paths, monkeypatch):
+    with stopped_at(6):
+        assert train(paths, "--num_epochs", 3) == 143
+    opened = []
+    monkeypatch.setattr("training.loop.load_checkpoint", lambda *args, **more: (opened.append(args[0].name),
+                                                                                load_checkpoint(*args, **more))[1])
+    assert train(paths, "--num_epochs", 3, "--resume") == 0
+    assert opened == ["last.pth"]
+
+
+def test_the_advice_after_nan_can_be_followed(paths, capsys, monkeypatch):
+    call, steps = BrainObjective.__call__, itertools.count(1)
+
+    def breaking(self, model, *args):
+        loss, logs = call(self, model, *args)
+        return loss * (float("nan") if model.training and next(steps) == 6 else 1), logs
+
+    monkeypatch.setattr(BrainObjective, "__call__", breaking)
+    assert train(paths, "--num_epochs", 3) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "NaN or infinite in epoch 2, at --max_lr 0.0003" in error
+    assert checkpoint(paths)["epoch"] == 1 and not list(paths.run(SCRATCH).glob(".*.tmp"))
+    advised = error.partition("start over with a lower one: ")[2].split()
+    assert float(advised[1]) < 3e-4
+    assert train(paths, "--num_epochs", 3, *advised) == 0 and checkpoint(paths)["epoch"] == 3
+
+
+@pytest.mark.parametrize("minutes", [10, 1e-9])
+def test_weights_that_are_not_finite_are_never_saved(paths, capsys, monkeypatch, minutes):
+    """The last step's gradient makes them so: no loss has seen them yet."""
+    monkeypatch.setattr(BrainObjective, "__call__", with_gradients_times(float("nan"), step=4))
+    assert train(paths, "--num_epochs", 2, "--ckpt_minutes", minutes) == 2
+    assert "NaN or infinite in epoch 1" in capsys.readouterr().err
+    last = paths.run(SCRATCH) / "last.pth"
+    assert last.exists() == (minutes < 1)
+    if last.exists():
+        assert checkpoint(paths)["step"] == 3
+
+
+def with_gradients_times(factor, step):
+    """BrainObjective's __call__, whose gradients are multiplied in training step number `step` (from 1)."""
+    call, steps = BrainObjective.__call__, itertools.count(1)
+
+    def wrapped(self, model, *args):
+        loss, logs = call(self, model, *args)
+        if model.training and next(steps) == step:
+            loss.register_hook(lambda gradient: gradient * factor)
+        return loss, logs
+
+    return wrapped
+
+
+def test_the_schedule_waits_where_fp16_leaves_a_step_out(paths, monkeypatch):
+    """As it does of the first steps, until it knows the size of the gradients, and of one whose gradient is infinite."""
+    flags = ("--num_epochs", 6, "--precision", "fp16")
+    monkeypatch.setattr(BrainObjective, "__call__", with_gradients_times(float("inf"), step=16))
+    with stopped_at(18):
+        assert train(paths, *flags) == 143
+    state = checkpoint(paths)
+    taken = state["optimizer"]["step"]
+    assert 0 < taken < 17 and state["schedule"]["clock"]["last_epoch"] == taken
+    assert state["schedule"]["groups"][0]["lr"] == pytest.approx(one_cycle(24, taken, pct_start=1 / 3))
+    assert train(paths, *flags, "--resume") == 0
+
+
+def one_cycle(steps, step, pct_start, max_lr=3e-4):
+    """PyTorch's learning rate after so many steps of its one-cycle schedule."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=max_lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=steps, pct_start=pct_start)
+    for _ in range(step):
+        optimizer.step()
+        schedule.step()
+    return schedule.get_last_lr()[0]
+
+
+def test_validation_reads_with_workers(paths, monkeypatch):
+    """As training does; no more of them than it has batches."""
+    made = []
+
+    class Loader(DataLoader):
+        def __init__(self, batches, **settings):
+            made.append((len(batches), settings["num_workers"]))
+            super().__init__(batches, **settings)
+
+    monkeypatch.setattr("training.loop.DataLoader", Loader)
+    assert train(paths, "--num_epochs", 1, "--num_workers", 4) == 0
+    assert made == [(4, 4), (3, 3)]
+
+
 def test_the_log_tells_what_happened(paths):
     with stopped_at(6):
         assert train(paths, "--num_epochs", 3) == 143
@@ -141,6 +260,25 @@ def test_best_is_the_epoch_of_the_lowest_validation_loss(paths):
     assert train(paths, "--num_epochs", 6, "--max_lr", 0.03) == 0
     best, values = checkpoint(paths, file="best.pth"), [row["val/loss_prior"] for row in records(paths)]
     assert best["epoch"] == 1 + int(np.argmin(values)) and best["best"] == min(values)
+
+
+def test_a_full_disk_does_not_speak_of_checkpoints_that_are_not_there(paths, capsys, monkeypatch):
+    for file, error in (("best.pth", RuntimeError("file write failed")), ("metrics.jsonl", OSError(28, "No space"))):
+        with monkeypatch.context() as patch:
+            if file == "best.pth":
+                patch.setattr("disk.checkpoints.torch.save", raising(error))
+            else:
+                patch.setattr("training.tracking.json.dumps", raising(error))
+            assert train(paths, "--num_epochs", 1, "--overwrite") == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{file}: could not be written" in line and "intact" not in line and "make room" in line
+
+
+def raising(error):
+    def call(*args, **more):
+        raise error
+
+    return call
 
 
 @pytest.mark.parametrize(("limit", "file"), [(1000, "metrics.jsonl"), (5000, "last.pth")])
@@ -337,6 +475,7 @@ def test_every_penalty_of_a_ridge_is_the_one_that_scikit_learn_chooses(n_images)
     (["--batch_size", 0], "--batch_size 0"),
     (["--num_epochs", 0], "--num_epochs 0"),
     (["--ckpt_every", 0], "--ckpt_every 0"),
+    (["--ckpt_minutes", 0], "--ckpt_minutes 0"),
     (["--max_lr", -1], "--max_lr -1"),
     (["--dropout", 2], "--dropout 2"),
     (["--num_workers", -1], "--num_workers -1"),

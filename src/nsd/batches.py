@@ -83,8 +83,7 @@ class EpochBatches(torch.utils.data.Dataset):
         drawn = self._draw(chosen, index)
         voxels = {subj: self._responses(subj, *(array[part] for array in drawn[subj]))
                   for subj, part in zip(chosen, parts, strict=True)}
-        own_ids = image_ids[self.rank::self.size]
-        targets = {name: rows[own_ids].astype(np.float32, copy=False) for name, rows in self.targets.items()}
+        targets = {name: read_targets(rows, image_ids[self.rank::self.size]) for name, rows in self.targets.items()}
         return {
             "voxels": {subj: torch.from_numpy(array) for subj, array in voxels.items()},
             "targets": {name: torch.from_numpy(array) for name, array in targets.items()},
@@ -121,6 +120,18 @@ class EpochBatches(torch.utils.data.Dataset):
         for trials in chosen.values():
             yield slice((self.rank - offset) % self.size, None, self.size)
             offset += len(trials)
+
+
+def read_targets(target, image_ids):
+    """Read the target's rows of images (n,) as float32; raises UserError when one is not a finite number."""
+    stored = target[image_ids]
+    rows = stored.astype(np.float32, copy=False)
+    if stored.dtype.kind == "f":
+        finite = np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
+        if not finite.all():
+            raise utils.UserError(f"{target.path}: image id {np.asarray(image_ids)[~finite][0]} holds NaN or infinite "
+                                  "values, wanted finite ones; delete the file and write it again (img2feat.py)")
+    return rows
 
 
 def _repeats(image_ids):

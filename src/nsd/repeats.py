@@ -33,8 +33,8 @@ class AveragedRows:
     def __getitem__(self, images):
         """images: (n,) integers -> (n, V) float32."""
         counts = self.n_repeats[images]
-        trials = np.concatenate([np.arange(first, first + n) for first, n in
-                                 zip(self.first[images], counts, strict=True)])
+        # of every image its trials: its first one's place and those that follow
+        trials = np.repeat(self.first[images] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
         return self.average(read_betas(self.betas, self.rows[trials]), counts)
 
     @staticmethod

@@ -38,17 +38,44 @@ class Position:
 POSITION = tuple(Position.__dataclass_fields__)  # its keys in a checkpoint
 
 
+class Alarm:
+    """Says when so many seconds have passed since it was set."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.set()
+
+    def set(self):
+        self.rings_at = time.monotonic() + self.seconds
+
+    def rings(self):
+        return time.monotonic() >= self.rings_at
+
+
+@dataclass
+class Pace:
+    """How fast an epoch's steps were."""
+
+    seconds: float = 0.0
+    waited: float = 0.0  # of them for data
+    trials: int = 0
+
+    def rates(self):
+        return {"train/samples_per_s": self.trials / self.seconds,
+                "train/data_wait_pct": 100 * self.waited / self.seconds}
+
+
 def fit(run, model, objective, loop):
     """Train `model` on `run`, one epoch after the other; leave last.pth, best.pth, metrics.jsonl, config.json behind.
 
     run: training.runs.Run; loop: training.settings.Loop.
-    objective(model, batch, progress, generator, team) -> (scalar loss, {name: scalar tensor}); `batch` holds "voxels"
-    {subject: (b, V)} and "target" (B, ...) on the device and "image_ids" (B,), progress = epoch / epochs in [0, 1).
-    objective.judge names the validation value whose minimum is best.pth; an objective that has `kept` has tensors of
-    that validation put into it.
+    objective(model, batch, progress, generator, team) -> (scalar loss, {name: scalar tensor}); `batch` is that of
+    `to_device`, progress = epoch / epochs in [0, 1). objective.judge names the validation value whose minimum is
+    best.pth; an objective that has `kept` has tensors of that validation put into it.
 
     Every step draws from (seed, epoch, step) alone, so a run that is resumed, after an epoch or in the middle of one,
-    repeats an uninterrupted one. SIGTERM and Ctrl-C end it after the current step, saved; raises utils.Interrupted.
+    repeats an uninterrupted one. It is saved every so many epochs, and minutes. SIGTERM and Ctrl-C end it after the
+    current step, saved; raises utils.Interrupted. Raises UserError, and saves nothing, when the loss is not finite.
     """
     team, at = run.team, Position()
     state = load_start(run, model, loop)
@@ -62,18 +89,23 @@ def fit(run, model, objective, loop):
         run.say(f"resumed after epoch {at.epoch}" + f", step {at.step}" * (at.step > 0))
         del state  # it holds the moments once more
     tracker = start_records(run, loop, at.epoch)
-    loader = make_loader(run.train, loop.num_workers, team)
+    train, val = (make_loader(batches, loop.num_workers, team) for batches in (run.train, run.val))
+    alarm, pace = Alarm(60 * loop.ckpt_minutes), Pace()
     with utils.StopSignals() as stop, progress_bar(run, loop, at) as bar:
+        def pausing():
+            return stop.received is not None or alarm.rings()
+
         while at.epoch < loop.num_epochs:
-            timing = train_epoch(run, net, objective, loop, at, schedule, loader, stop, bar)
+            train_epoch(run, net, objective, loop, at, schedule, train, pausing, bar, pace)
+            require_finite(run, model, loop, at)
             if at.step == len(run.train):
-                finish_epoch(run, model, net, objective, loop, at, tracker, bar,
-                             timing | {"train/lr": schedule.get_last_lr()[0]})
-            stopping = team.any(stop.received is not None)
-            if stopping and not np.isfinite(float(at.sums.get("loss", 0))):
-                raise utils.UserError(f"the loss became NaN in epoch {at.epoch + 1}; the last checkpoint is intact")
-            if stopping or (at.step == 0 and (at.epoch % loop.ckpt_every == 0 or at.epoch == loop.num_epochs)):
+                logs, pace = pace.rates() | {"train/lr": schedule.get_last_lr()[0]}, Pace()
+                finish_epoch(run, model, net, objective, loop, at, val, tracker, bar, logs)
+            stopping, late = team.any(stop.received is not None), team.any(alarm.rings())
+            ended = at.step == 0 and (at.epoch % loop.ckpt_every == 0 or at.epoch == loop.num_epochs)
+            if stopping or late or ended:
                 save_last(run, model, objective, optimizer, schedule, at, loop)
+                alarm.set()
             if stopping:
                 tracker.finish()
                 team.any(False)  # no process exits while the main one writes: launchers end all when one ends
@@ -82,44 +114,48 @@ def fit(run, model, objective, loop):
     tracker.finish()
 
 
-def train_epoch(run, net, objective, loop, at, schedule, loader, stop, bar):
-    """Train the rest of an epoch from `at`, or until a signal; moves `at`. Returns the rates of these steps."""
+def train_epoch(run, net, objective, loop, at, schedule, loader, pausing, bar, pace):
+    """Train the rest of an epoch from `at`, or until `pausing()` says so in any process; moves `at`, adds to `pace`."""
     team = run.team
     torch.nn.Module.train(net)  # not net.train(): DeepSpeed's leaves its own `training` as it was
     run.train.set_epoch(at.epoch)
     loader.sampler.first = at.step
     generator = torch.Generator(team.device)
-    waited, n_trials, started = 0.0, 0, time.perf_counter()
-    before = started
+    before = started = time.perf_counter()
     with math_attention(team.device):
         for item in loader:
-            waited += time.perf_counter() - before
+            pace.waited += time.perf_counter() - before
             generator.manual_seed(utils.derive_seed(loop.seed, at.epoch, at.step))
             utils.seed_everything(utils.derive_seed(loop.seed, at.epoch, at.step, team.rank))
-            batch = join_batch(item, team)
+            batch = to_device(item, team.device)
             with team.autocast():
                 loss, logs = objective(net, batch, at.epoch / loop.num_epochs, generator, team)
-            team.step(loss, schedule.optimizer.param_groups)
-            schedule.step()
+            if team.step(loss, schedule.optimizer.param_groups):
+                schedule.step()
             add(at.sums, {"loss": loss.detach(), **logs}, len(batch["image_ids"]))
-            n_trials += len(batch["image_ids"])
+            pace.trials += len(batch["image_ids"])
             at.step += 1
             bar.update()
             if team.size == 1 or at.step % STEPS_BETWEEN_VOTES == 0:
-                if at.step < len(run.train) and team.any(stop.received is not None):
+                if at.step < len(run.train) and team.any(pausing()):
                     break
             before = time.perf_counter()
-    seconds = time.perf_counter() - started
-    return {"train/samples_per_s": n_trials / seconds, "train/data_wait_pct": 100 * waited / seconds}
+    pace.seconds += time.perf_counter() - started
 
 
-def finish_epoch(run, model, net, objective, loop, at, tracker, bar, further_logs):
-    """Validate, log, keep the best; moves `at` to the next epoch. Raises UserError when the loss is not finite."""
+def require_finite(run, model, loop, at):
+    """Raise UserError when the loss of the epoch's steps, or a weight, is not finite: nothing more may be saved."""
+    if np.isfinite(float(at.sums["loss"])) and all(p.isfinite().all() for p in model.parameters()):
+        return
+    # the schedule of an unfinished run is of its own --max_lr: with another it cannot be gone on with
+    raise utils.UserError(f"{run.name}: the loss became NaN or infinite in epoch {at.epoch + 1}, at --max_lr "
+                          f"{loop.max_lr:g}; start over with a lower one: --max_lr {loop.max_lr / 3:.1g} --overwrite")
+
+
+def finish_epoch(run, model, net, objective, loop, at, loader, tracker, bar, further_logs):
+    """Validate, log, keep the best; moves `at` to the next epoch. loader: of the validation's batches."""
     logs = average(at.sums, "train", objective) | further_logs
-    if not np.isfinite(logs["train/loss"]):
-        raise utils.UserError(f"the loss became NaN in epoch {at.epoch + 1}; the last checkpoint is intact: lower "
-                              "--max_lr and use --resume, or look for NaN in the targets")
-    logs |= validate(run, net, objective, at.epoch / loop.num_epochs, loop.seed)
+    logs |= validate(run, net, objective, loader, at.epoch / loop.num_epochs, loop.seed)
     at.epoch, at.step, at.sums = at.epoch + 1, 0, {}
     tracker.log(logs, step=at.epoch)
     bar.set_postfix(loss=f"{logs['train/loss']:.3f}", val=f"{logs['val/loss']:.3f}")
@@ -131,15 +167,15 @@ def finish_epoch(run, model, net, objective, loop, at, tracker, bar, further_log
 
 
 @torch.no_grad()
-def validate(run, net, objective, progress, seed):
+def validate(run, net, objective, loader, progress, seed):
     """Return the objective's logs over the validation trials, val/..., with the same random numbers in every epoch."""
     team = run.team
     torch.nn.Module.train(net, False)
     sums, generator = {}, torch.Generator(team.device)
     with math_attention(team.device):
-        for step, item in enumerate(make_loader(run.val, 0, team)):
+        for step, item in enumerate(loader):
             generator.manual_seed(utils.derive_seed(seed, step))
-            batch = join_batch(item, team)
+            batch = to_device(item, team.device)
             with team.autocast():
                 loss, logs = objective(net, batch, progress, generator, team)
             add(sums, {"loss": loss, **logs}, len(batch["image_ids"]))
@@ -211,13 +247,23 @@ def check_pretrained(run, source):
 
 def check_network(run, pretrained, wanted):
     """Refuse to fine-tune a network of other sizes than the pretrained one; both: model_args."""
-    differing = [f"--{key} {found}, here {wanted.get(key)}" for key, found in pretrained.items()
+    differing = ["{} {}, here {}".format(*in_flags(key, found, wanted.get(key))) for key, found in pretrained.items()
                  if key not in ("kind", "n_voxels", "dropout") and found != wanted.get(key)]
     if pretrained["kind"] != wanted["kind"]:
         differing = [f"--model {pretrained['kind']}, here {wanted['kind']}"]
     if differing:
         raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: was pretrained with "
-                              f"{'; '.join(differing)}; give the flags of the pretraining, or another run")
+                              f"{'; '.join(differing)}; give no such flag (the network is then as pretrained), or "
+                              "another run")
+
+
+def in_flags(key, *values):
+    """Return the flag that a size of a network (model_args) is of, and its values as they lead there."""
+    if key == "contrast":
+        return "--clip_scale", *("above 0" if value else 0 for value in values)
+    if key == "components":
+        return key, *(" ".join(f"{feat}: {k}" for feat, k in value.items()) for value in values)
+    return f"--{key}", *values
 
 
 def go_on(state, team, optimizer, schedule):
@@ -289,6 +335,7 @@ class FromStep(torch.utils.data.Sampler):
 
 def make_loader(batches, num_workers, team):
     """Make a loader that outlives an epoch; its workers leave signals to the main process, which finishes a step."""
+    num_workers = min(num_workers, len(batches))
     return DataLoader(batches, batch_size=None, sampler=FromStep(len(batches)), num_workers=num_workers,
                       pin_memory=team.device.type == "cuda", persistent_workers=num_workers > 0,
                       worker_init_fn=ignore_signals)
@@ -299,20 +346,23 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def join_batch(item, team):
-    """Put the joint batch together on the device from what every process read of it."""
-    voxels, n = {}, 0
-    for subj, rows in item["voxels"].items():
-        voxels[subj] = team.join(rows.to(team.device, non_blocking=True), item["sizes"][subj], n)
-        n += item["sizes"][subj]
-    targets = {name: team.join(rows.to(team.device, non_blocking=True), n) for name, rows in item["targets"].items()}
-    return {"voxels": voxels, "image_ids": item["image_ids"], **targets}
+def to_device(item, device):
+    """Make what an objective gets of what this process has read of a joint batch (nsd.batches).
+
+    {"voxels": {subject: (b, V)}, name of a target: (rows, ...)}, this process's rows, on the device;
+    "image_ids" (B,) and "sizes" {subject: rows} of all processes' rows.
+    """
+    def move(rows):
+        return {name: part.to(device, non_blocking=True) for name, part in rows.items()}
+
+    return {"voxels": move(item["voxels"]), "image_ids": item["image_ids"], "sizes": item["sizes"],
+            **move(item["targets"])}
 
 
 def make_optimizer(model, loop, steps_per_epoch):
     """Make AdamW and its one-cycle schedule, which peaks after two epochs, or halfway through a shorter training."""
-    on_gpu = next(model.parameters()).device.type == "cuda"
-    optimizer = torch.optim.AdamW(weight_decay_groups(model, loop.weight_decay), lr=loop.max_lr, fused=on_gpu)
+    # fused, a step takes a quarter of the time on a CPU, too
+    optimizer = torch.optim.AdamW(weight_decay_groups(model, loop.weight_decay), lr=loop.max_lr, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, loop.max_lr, total_steps=max(4, loop.num_epochs * steps_per_epoch),  # it needs at least four
         pct_start=min(0.5, 2 / loop.num_epochs))

@@ -1,6 +1,7 @@
 """What trainings minimise: the decoder of components; MindEye2's networks, of c and g, and of z; the encoding model.
 
-Shapes: B batch (all subjects together), b one subject's part of it, V voxels, T tokens, D width, F = T * D."""
+An objective gets this process's rows of a joint batch (training.team), and joins those it needs all of.
+Shapes: B joint batch (all subjects together), b one subject's part of it, V voxels, T tokens, D width, F = T * D."""
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,17 @@ def draw_prior(target, generator=None):
              torch.randn(target.shape, generator=generator, device=device),
              torch.rand(len(target), 2, generator=generator, device=device))
     return tuple(draw.to(target.device, non_blocking=True) for draw in draws)
+
+
+def shown_voxels(batch, mixing, generator, team):
+    """Return what the network sees, {subject: this process's rows (b, V)}, and how trials were mixed, or None.
+
+    mixing: mix them, as `mixco` does: then each process needs the rows of all.
+    """
+    if not mixing:
+        return batch["voxels"], None
+    voxels, *mix = mixco(team.join_voxels(batch), generator)
+    return team.take_voxels(voxels), mix
 
 
 class ComponentObjective:
@@ -42,14 +54,13 @@ class ComponentObjective:
 
         batch: {"voxels": {subject: (b, V)}, feature: coefficients (B, K), ...}.
         """
-        voxels, n, mix = batch["voxels"], len(batch["image_ids"]), None
-        if model.training and progress < self.mixup_pct:
-            voxels, *mix = mixco(voxels, generator)
-        predicted, embedded = model(team.take_voxels(voxels))
+        n, mixing = len(batch["image_ids"]), model.training and progress < self.mixup_pct
+        voxels, mix = shown_voxels(batch, mixing, generator, team)
+        predicted, embedded = model(voxels)
         loss, logs = 0.0, {}
         for feat, own in predicted.items():
             rows, k = team.join(own.float(), n), own.shape[1]
-            wanted = batch[feat][:, :k] / self.components[feat].total ** 0.5  # (B, K)
+            wanted = team.join(batch[feat][:, :k], n) / self.components[feat].total ** 0.5  # (B, K)
             target = mix_rows(wanted, *mix) if mix else wanted
             errors = (rows - target).square().mean(0)  # (K,)
             loss = loss + errors.sum()
@@ -95,19 +106,18 @@ class BrainObjective:
     def __call__(self, model, batch, progress, generator=None, team=ALONE):
         """Return (loss, logs) of one joint batch; the model runs on this process's rows of it.
 
-        batch: {"voxels": {subject: (b, V)}, "target": (B, T, D)}, rows in the same order; progress: epoch / epochs.
+        batch: {"voxels": {subject: (b, V)}, "target": (B, T, D)}, this process's rows of both, in the same order,
+        "image_ids" of all rows; progress: epoch / epochs.
         A model in eval mode is not given mixed trials. logs are detached scalars on the device: those of
         `contrast_loss` and loss_prior, both before scaling.
         """
-        voxels, target = batch["voxels"], batch["target"]
-        mix, prior_target = None, target
-        if model.training and progress < self.mixup_pct:
-            voxels, *mix = mixco(voxels, generator)
-            # differs from MindEye2: the prior's target is mixed as the voxels are; there it stays unmixed, so that a
-            # quarter of the trials are mostly another image's
-            prior_target = mix_rows(target, *mix)
+        target = team.join(batch["target"], len(batch["image_ids"]))
+        voxels, mix = shown_voxels(batch, model.training and progress < self.mixup_pct, generator, team)
+        # differs from MindEye2: the prior's target is mixed as the voxels are; there it stays unmixed, so that a
+        # quarter of the trials are mostly another image's
+        prior_target = mix_rows(target, *mix) if mix else target
         draws = [team.take(draw) for draw in draw_prior(target, generator)]
-        _, contrast, prior = model(team.take_voxels(voxels), team.take(prior_target), draws)
+        _, contrast, prior = model(voxels, team.take(prior_target), draws)
         contrast, prior = team.join(contrast.float(), len(target)), team.join(prior, len(target))  # (B, T, D), (B,)
         loss_clip, logs = contrast_loss(contrast, target, progress, self.mixup_pct, mix)
         loss_prior = prior.mean()
@@ -129,18 +139,16 @@ class LatentObjective:
     def __call__(self, model, batch, progress, generator=None, team=ALONE):
         """Return (loss, logs) of one joint batch, as BrainObjective does.
 
-        batch: {"voxels": {subject: (b, V)}, "target": latents (B, C, h, w), "tokens": g_12 (B, 1 + P, D)}. Validation
-        logs `ssim` of the latents too.
+        batch: {"voxels": {subject: (b, V)}, "target": latents (B, C, h, w), "tokens": g_12 (B, 1 + P, D), ...}.
+        Validation logs `ssim` of the latents too.
         """
-        voxels, target = batch["voxels"], batch["target"]
-        patches = batch["tokens"][:, 1:]  # (B, P, D), without the class token, which has no place in the picture
-        mix, mixed_target = None, target
-        if model.training and progress < self.mixup_pct:
-            voxels, *mix = mixco(voxels, generator)
-            mixed_target = mix_rows(target, *mix)
-        latents, contrast = model(team.take_voxels(voxels))
-        latents, contrast = (team.join(rows.float(), len(target)) for rows in (latents, contrast))
-        loss_l1 = F.l1_loss(latents, mixed_target)
+        n = len(batch["image_ids"])
+        target = team.join(batch["target"], n)
+        # (B, P, D), without the class token, which has no place in the picture
+        patches = team.join(batch["tokens"][:, 1:], n)
+        voxels, mix = shown_voxels(batch, model.training and progress < self.mixup_pct, generator, team)
+        latents, contrast = (team.join(rows.float(), n) for rows in model(voxels))
+        loss_l1 = F.l1_loss(latents, mix_rows(target, *mix) if mix else target)
         loss_clip, logs = contrast_loss(contrast, patches, progress, self.mixup_pct, mix)
         logs["loss_l1"] = loss_l1.detach()
         if not model.training:
@@ -179,37 +187,42 @@ class EncodingObjective:
 
         batch: {"voxels": {subject: responses (b, V)}, "target": what was seen, (B, H, W, 3) from 0 to 255}.
         """
-        images = self.resize(batch["target"].permute(0, 3, 1, 2) / 255)  # (B, 3, side, side)
+        measured = team.join_voxels(batch)
+        n = sum(map(len, measured.values()))
+        images = self.resize(batch["target"].permute(0, 3, 1, 2) / 255)  # this process's, (., 3, side, side)
         if model.training:
-            images = self.jitter(images, generator)
-        measured, sizes = batch["voxels"], [len(rows) for rows in batch["voxels"].values()]
-        shown = team.take_voxels(dict(zip(measured, images.split(sizes), strict=True)))
+            images = self.jitter(images, generator, n, team)
+        parts = images.split([len(rows) for rows in batch["voxels"].values()])
         predicted, offset = {}, 0
-        for subj, rows in model(shown).items():
+        for subj, rows in model(dict(zip(measured, parts, strict=True))).items():
             predicted[subj] = team.join(rows.float(), len(measured[subj]), offset)
             offset += len(measured[subj])
-        errors, logs = [], {}
+        errors, nothing, logs = [], 0.0, {}
         for subj, rows in predicted.items():
+            if not len(rows):  # no image of this subject's; its readout stays a part of the loss, as DDP wants it
+                nothing = nothing + rows.sum()
+                continue
             error = (rows - measured[subj]).square().mean(0)  # (V,)
             weight = correlation(rows.detach(), measured[subj]).square().clamp(0.1, 1)
             errors.append((weight * error).mean())
             if not model.training:
-                logs |= moments(subj, rows.detach(), measured[subj], len(images))
+                logs |= moments(subj, rows.detach(), measured[subj], n)
         readouts = [p.abs().mean() for name, p in model.named_parameters() if name.endswith("weight")
                     and "readouts" in name]
-        loss, size = torch.stack(errors).mean(), torch.stack(readouts).mean()
+        loss, size = torch.stack(errors).mean() + nothing, torch.stack(readouts).mean()
         logs["loss_mse"] = loss.detach()
         # gradients are summed over processes, and this term has no rows: it counts in one process only
         return loss + self.l1 * (size if team.is_main else size.detach()), logs
 
-    def jitter(self, images, generator):
-        """Move images (B, 3, side, side), each by up to `shift` pixels, its border repeated, with noise."""
+    def jitter(self, images, generator, n, team=ALONE):
+        """Move images, this process's of n (., 3, side, side), each by up to `shift` pixels, its border repeated, with
+        noise."""
         device = images.device if generator is None else generator.device
-        by = torch.randint(2 * self.shift + 1, (len(images), 2), generator=generator, device=device).tolist()
+        by = team.take(torch.randint(2 * self.shift + 1, (n, 2), generator=generator, device=device)).tolist()
+        noise = team.take(torch.randn(n, *images.shape[1:], generator=generator, device=device)).to(images)
         padded, side = F.pad(images, [self.shift] * 4, mode="replicate"), images.shape[-1]
-        moved = torch.stack([image[:, y:y + side, x:x + side] for image, (y, x) in zip(padded, by, strict=True)])
-        noise = torch.randn(moved.shape, generator=generator, device=device).to(moved)
-        return moved + self.noise * noise
+        moved = [image[:, y:y + side, x:x + side] for image, (y, x) in zip(padded, by, strict=True)]
+        return (torch.stack(moved) if moved else images) + self.noise * noise
 
     def summarise(self, means):
         """Turn validation's moments into r, the median over voxels: of all (loss_r = 1 - r), of each ROI (r_<ROI>).

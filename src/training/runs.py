@@ -225,4 +225,3 @@ def target_statistics(target, tables, seed, n=2000):
     rows = read_targets(target, np.sort(chosen))
     mean = rows.mean(axis=0)
     return mean, (rows - mean).std()
-

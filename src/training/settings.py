@@ -9,7 +9,7 @@ from disk.names import Paths, run_name
 
 # what may differ between a run and its continuation: how it is run, not what it computes
 NOT_SCIENCE = {"root", "data_path", "device", "precision", "compile", "resume", "overwrite", "num_workers",
-               "ckpt_every", "wandb_log", "wandb_project", "dry_run", "feat", "tag"}
+               "ckpt_every", "ckpt_minutes", "wandb_log", "wandb_project", "dry_run", "feat", "tag"}
 
 
 OF_MINDEYE2 = {"prior_depth", "prior_scale", "decoder_channels"}  # what says nothing about --model components
@@ -28,6 +28,7 @@ class Loop:
     weight_decay: float = 0.01  # of weights; biases and normalisation gains have none
     num_workers: int = 0  # data loader processes
     ckpt_every: int = 1  # epochs
+    ckpt_minutes: float = 10.0
     compile: bool = False
     resume: bool = False
     overwrite: bool = False
@@ -125,8 +126,9 @@ def check_flags(flags):
     for name in ("dropout", "mixup_pct", "val_fraction"):
         if name in flags and (not 0 <= flags[name] <= 1 or (name == "dropout" and flags[name] == 1)):
             raise utils.UserError(f"--{name} {flags[name]:g}: wanted a fraction from 0 to 1")
-    if not 0 < flags["max_lr"] < float("inf"):
-        raise utils.UserError(f"--max_lr {flags['max_lr']:g}: wanted a number greater than 0")
+    for name in ("max_lr", "ckpt_minutes"):
+        if not 0 < flags[name] < float("inf"):
+            raise utils.UserError(f"--{name} {flags[name]:g}: wanted a number greater than 0")
     for name in ("num_workers", "n_blocks", "pass_through", "l1", "clip_scale", "prior_scale", "weight_decay"):
         if name in flags and not 0 <= flags[name] < float("inf"):
             raise utils.UserError(f"--{name} {flags[name]:g}: wanted a number, 0 or more")

@@ -1,9 +1,10 @@
 """The processes that work together: one, or those that `accelerate launch` started (DDP, DeepSpeed ZeRO-2).
 
 A joint batch is what one process alone would train on. Of its B rows, row j belongs to process j mod `size`: it reads
-that row, runs the network on it, and `join` puts all rows together again, in the order of one process. Random
-numbers that belong to rows (MixCo, the prior's noise) are drawn for the joint batch by every process from one seed, so
-that the number of processes does not change what is computed; only dropout masks differ.
+that row, runs the network on it, and `join` puts all rows together again, in the order of one process. Rows of voxels
+are joined only where trials are mixed. Random numbers that belong to rows (MixCo, the prior's noise) are drawn for the
+joint batch by every process from one seed, so that the number of processes does not change what is computed; only
+dropout masks differ.
 """
 
 import os
@@ -26,6 +27,7 @@ class Team:
         self.is_main = rank == 0
         self.net = self.optimizer = None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+        self.scale = self.scaler.get_scale()
 
     @classmethod
     def assemble(cls, device="auto", precision="auto", patience=None):
@@ -34,6 +36,8 @@ class Team:
         device: as utils.pick_device; a launcher with several processes gives each its own. precision: fp32, bf16, fp16
         or auto, which is fp32 on a CPU, bf16 on a GPU that has it, else fp16. patience: timedelta for which a process
         waits for another; None is PyTorch's, minutes.
+
+        On a GPU float32 matrix products, which are few beside those under autocast, round their factors to TF32.
         """
         if "LOCAL_RANK" not in os.environ:
             accelerator, device, rank, size = None, utils.pick_device(device), 0, 1
@@ -49,6 +53,8 @@ class Team:
             accelerator = Accelerator(cpu=on_cpu and not deepspeed, mixed_precision="no",
                                       kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)])
             device, rank, size = accelerator.device, accelerator.process_index, accelerator.num_processes
+        if torch.device(device).type == "cuda":
+            torch.set_float32_matmul_precision("high")
         team = cls(device, rank, size, accelerator, pick_precision(precision, torch.device(device)))
         if team.deepspeed and team.precision == torch.float16:
             raise utils.UserError("--precision fp16: DeepSpeed runs here in fp32 or bf16 only; give --precision bf16 "
@@ -93,7 +99,7 @@ class Team:
         Every process computes the same loss from it. Its gradient with respect to the network is the sum over the
         processes; `step` makes that sum out of the launcher's mean.
         """
-        if self.size == 1:
+        if self.size == 1 or n == 0:
             return rows
         padded = rows.new_zeros(-(-n // self.size), *rows.shape[1:])
         padded[:len(rows)] = rows.detach()
@@ -102,6 +108,16 @@ class Team:
         in_turn = [parts[(offset + turn) % self.size] for turn in range(self.size)]
         joint = torch.stack(in_turn, dim=1).flatten(0, 1)[:n].clone()  # (n/size, size, ...) -> (n, ...)
         joint[(self.rank - offset) % self.size::self.size] = rows
+        return joint
+
+    def join_voxels(self, batch):
+        """Gather all processes' rows of a batch's voxels: {subject: (b, V)} of the joint batch, as `join` does."""
+        if self.size == 1:
+            return batch["voxels"]
+        joint, offset = {}, 0
+        for subject, rows in batch["voxels"].items():
+            joint[subject] = self.join(rows, batch["sizes"][subject], offset)
+            offset += batch["sizes"][subject]
         return joint
 
     def any(self, flag):
@@ -138,7 +154,10 @@ class Team:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def step(self, loss, groups):
-        """Make a step of the optimizer down the joint loss. groups: learning rates and momenta, as in param_groups."""
+        """Make a step of the optimizer down the joint loss. groups: learning rates and momenta, as in param_groups.
+
+        Returns False where fp16's gradients overflowed, so that the step was left out.
+        """
         loss = loss * self.size  # launchers average gradients over processes; ours add up (see `join`)
         if self.deepspeed:
             for group, wanted in zip(self.optimizer.param_groups, groups, strict=True):
@@ -150,6 +169,8 @@ class Team:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
+        before, self.scale = self.scale, self.scaler.get_scale()  # which is halved then, and then alone
+        return self.scale >= before
 
     # --- checkpoints that any launcher can read -------------------------------------------------------------------
 
@@ -198,6 +219,7 @@ class Team:
                 self.optimizer.state[p] = {"step": step, **moments}
         if saved["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
+            self.scale = self.scaler.get_scale()
 
     def _link_moments(self):
         """Tell DeepSpeed again where the moments of each parameter lie.

@@ -70,8 +70,9 @@ class Tracker:
             with open(self.file, "a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
         except OSError as error:
-            raise UserError(f"{self.file}: could not be written ({error.strerror}); the last checkpoint is intact: "
-                            "make room and use --resume") from None
+            kept = "the last checkpoint is intact: " if (self.file.parent / "last.pth").exists() else ""
+            raise UserError(f"{self.file}: could not be written ({error.strerror}); {kept}make room, then run the same "
+                            "command again with --resume") from None
         self._to_wandb(lambda run: run.log(metrics, step=step))
 
     def log_images(self, key, images, captions, step=None):
