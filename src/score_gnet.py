@@ -56,7 +56,7 @@ def main(argv=None):
     from disk.files import file_hash, load_json, save_csv
     from disk.scores import load_scores, save_scores
     from encoding.encoder import load_encoder
-    from nsd.rows import open_stimuli
+    from nsd.rows import open_stimuli, sample_hash
     from nsd.trials import load_trials
     from sampling import folders
 
@@ -68,6 +68,7 @@ def main(argv=None):
         image_ids, files = folders.list_pictures(pictures)
         batches = folders.in_batches(map(folders.read_png, files), args.batch_size)
         name += "_" + folders.name_of(pictures).replace(" ", "_")
+        shown = folders.pictures_hash(files)
     else:
         stimuli = open_stimuli(paths)
         if args.ids:
@@ -79,13 +80,15 @@ def main(argv=None):
         else:
             image_ids = np.unique(load_trials(paths, args.subj, "new_test")["image_id"])
         batches = stimuli.batches(image_ids, args.batch_size)
+        shown = sample_hash(stimuli)
 
     folder = paths.find(args.outdir) if args.outdir else paths.scores_all / args.subj / name
     config = {"run": encoder.run, "feat": "voxels", "subj": args.subj, "images": args.images,
-              "checkpoint_sha256": file_hash(encoder.file)}
+              "checkpoint_sha256": file_hash(encoder.file), "images_hash": shown}
     if (folder / "config.json").exists() and not args.overwrite:
         found, ids = load_json(folder / "config.json"), load_scores(folder, "voxels")[0]
-        if found != config or not np.array_equal(ids, image_ids):
+        # a folder of an older version does not say images_hash
+        if not np.array_equal(ids, image_ids) or any(found.get(key, value) != value for key, value in config.items()):
             raise utils.UserError(f"{folder}: holds responses to other images, or of another checkpoint; --overwrite "
                                   "them, or choose another --outdir")
         print(f"{folder}: already predicted with this checkpoint, kept")

@@ -347,6 +347,9 @@ def test_score_gnet_predicts_stimuli_and_folders(world, encoder, tmp_path, capsy
     np.testing.assert_allclose(voxels[:2], wanted[[1, 0]], rtol=1e-4, atol=1e-5)
     rows = load_csv(tmp_path / "of_mine/images.csv", "", "")
     assert [row["file"].split("/")[-1] for row in rows] == ["a.png", "b.png", "c.png"]
+    (tmp_path / "mine/c.png").write_bytes((tmp_path / "mine/a.png").read_bytes())  # drawn again since
+    with pytest.raises(utils.UserError, match="holds responses to other images"):
+        score_gnet.main([*root, "--images", str(tmp_path / "mine"), "--outdir", str(tmp_path / "of_mine")])
 
 
 @pytest.mark.parametrize("flags, message", [

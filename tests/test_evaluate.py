@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 import evaluate
 import summarise
 import utils
-from disk.files import load_csv, save_csv, save_json
+from disk.files import file_hash, load_csv, save_csv, save_json
 from disk.names import Paths, run_name
 from disk.scores import save_scores
 from evaluation import gallery, metrics, networks
@@ -176,6 +176,17 @@ def test_retrieval_follows_the_images_config_not_the_flags(root):
     save_json(folder / "config.json", {**config, "control": "shuffle"})
     run(root, "--images", folder, "--eval_clip", "none")
     assert "_shuffle/nsdgeneral.npy not found" in metrics_in(folder)["brain_to_image_top1"]["missing"]
+
+
+def test_scores_that_changed_since_the_drawing_are_not_retrieved_from(root, capsys):
+    folder, (scores,) = images_of(root), (root / "scores_all").rglob("nsdgeneral.npy")
+    config = json.loads((folder / "config.json").read_text())
+    for scored, gone in ((file_hash(scores), False), ("another", True)):
+        save_json(folder / "config.json", {**config, "score_hashes": {"c": scored}})
+        run(root, "--images", folder, "--eval_clip", "none")
+        entry = metrics_in(folder)["brain_to_image_top1"]
+        assert (entry["value"] is None) == gone and ("not what these pictures were drawn from" in str(entry)) == gone
+        assert ("effective_rank_c" in metrics_in(folder)) != gone
 
 
 def test_folder_of_flags(root):

@@ -1,15 +1,23 @@
 """Nothing stale: what a run and its scores were made from is known, and noticed when it is another."""
 
+from collections import Counter
+
 import h5py
 import pytest
 import torch
 
+import score_c
+import score_g
+import train_g
+import utils
 from disk.checkpoints import load_checkpoint, save_checkpoint
 from disk.files import archive_hash, file_hash
 from features.components import write_components
 from tiny_runs import FINETUNED, PRETRAINED, copy_world, train, write_world
+from training import scoring
 
 NETWORK = ["--model", "components", "--num_epochs", 1]
+SCORE = ["--hidden_dim", "8", "--num_sessions", "3", "--device", "cpu"]
 PRETRAIN, FINETUNE = [*NETWORK, "--multi_subject"], [*NETWORK, "--multisubject_ckpt", "auto"]
 
 
@@ -88,3 +96,57 @@ def test_a_run_from_before_inputs_were_recorded_is_kept_and_said_to_be(paths, ca
     save_checkpoint(file, {key: value for key, value in state.items() if key != "format"})
     assert train(paths, *FINETUNE) == 0
     assert "whether its inputs have changed since is not known" in capsys.readouterr().out
+
+
+# --- scores -------------------------------------------------------------------------------------------------------
+
+
+def score(paths, *flags, script=score_c):
+    return utils.run_cli(script.main, [*SCORE, "--root", str(paths.root), *flags])
+
+
+def test_scores_follow_what_they_were_made_from(paths, capsys):
+    assert score(paths) == 0 and score(paths) == 0
+    assert "already scored with this checkpoint, kept" in capsys.readouterr().out
+    train(paths, *FINETUNE, "--seed", 7, "--overwrite")
+    assert score(paths) == 0
+    assert "kept" not in capsys.readouterr().out
+    assert train(paths, "--model", "ridge") == 0 and score(paths) == 0  # one to stack with
+    assert "kept" not in capsys.readouterr().out and score(paths) == 0
+    assert "kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("change", "words"), [(other_components, "components of c"),
+                                               (change_betas, "betas of subj01")])
+def test_a_run_of_other_inputs_is_not_scored(paths, capsys, change, words):
+    """Coefficients of another basis, or voxels in another order, would give rows without any error."""
+    assert score(paths) == 0
+    change(paths)
+    capsys.readouterr()
+    assert score(paths) == 2
+    assert f"others than are there now: {words}; train it again" in capsys.readouterr().err
+    assert train(paths, *PRETRAIN, "--overwrite") == 0 and train(paths, *FINETUNE, "--overwrite") == 0
+    assert score(paths) == 0
+
+
+def test_a_ridge_of_other_components_is_not_stacked_with(paths, capsys):
+    assert train(paths, "--model", "ridge") == 0
+    other_components(paths)
+    assert train(paths, *PRETRAIN, "--overwrite") == 0 and train(paths, *FINETUNE, "--overwrite") == 0
+    assert score(paths) == 2
+    assert "or leave it out (--no-stack)" in capsys.readouterr().err
+    assert score(paths, "--no-stack") == 0
+
+
+def test_a_run_of_several_layers_is_opened_once(paths, monkeypatch):
+    layers = ["--feat", "g_2", "g_12"]
+    assert train(paths, *NETWORK, *layers, script=train_g) == 0
+    assert train(paths, "--model", "ridge", "--feat", "g_2", script=train_g) == 0
+    opened = []
+    for name in ("load_checkpoint", "restore", "load_test_set", "average_repeats", "archive_hash"):
+        call = getattr(scoring, name)
+        monkeypatch.setattr(scoring, name, lambda *args, name=name, call=call, **more: opened.append(name)
+                            or call(*args, **more))
+    assert score(paths, "--run", "scratch", *layers, script=score_g) == 0
+    assert Counter(opened) == {"load_checkpoint": 2, "restore": 2, "load_test_set": 1, "average_repeats": 1,
+                               "archive_hash": 2}  # of the run and of its ridge, which has g_2 alone

@@ -288,7 +288,7 @@ def test_new_scores_are_other_settings(root, models, capsys):
     rng = np.random.default_rng(9)
     save_scores(score_folder(root, "g_4"), IDS, {"nsdgeneral": rng.standard_normal((N, 5, 12))}, {})
     assert run(root, models, "--limit", 2) == 2
-    assert "score_hashes" in capsys.readouterr().err
+    assert "(other scores than then: g_4); --overwrite" in capsys.readouterr().err
 
 
 def test_pictures_of_unknown_settings_are_refused(root, models, capsys):

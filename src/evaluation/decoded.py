@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 import utils
-from disk.files import load_csv, load_npy
+from disk.files import file_hash, load_csv, load_npy
 from disk.names import images_name, scores_name
 from disk.scores import load_scores, retrieval_stem
 from evaluation import metrics
@@ -27,7 +27,18 @@ def run_behind(images):
     lacking = [flag for flag in RUN_FLAGS if flag not in config]
     if lacking:
         return None, f"{images.folder}/config.json does not say {', '.join(lacking)}"
-    return {flag: config[flag] for flag in RUN_FLAGS} | {"sd_model": config.get("sd_model")}, None
+    return {flag: config[flag] for flag in RUN_FLAGS} | {name: config.get(name) for name in
+                                                         ("sd_model", "score_hashes")}, None
+
+
+def scored_since(run, paths, feat):
+    """Say that the scores of a feature are no longer those that the pictures were drawn from; None where they are, or
+    where it is not known."""
+    file = paths.scores(run["subj"], scores_name(run, feat), feat) / "nsdgeneral.npy"
+    known = (run.get("score_hashes") or {}).get(feat)
+    if known is None or not file.exists() or file_hash(file) == known:
+        return None
+    return f"{file} is not what these pictures were drawn from: reconstruct again with --overwrite"
 
 
 def check_rows(images, run, paths):
@@ -68,6 +79,8 @@ def retrieval(run, no_run, paths, feat, seed):
     if run is None:
         return {}, dict.fromkeys(names, no_run)
     folder = paths.scores(run["subj"], scores_name(run, feat), feat)
+    if changed := scored_since(run, paths, feat):
+        return {}, dict.fromkeys(names, changed)
     stem = retrieval_stem(folder)
     for file in (folder / f"{stem}.npy", paths.feature(feat)):
         if not file.exists():
@@ -93,7 +106,7 @@ def effective_ranks(run, paths, feat):
     if run is None or not paths.feature(feat).exists():
         return {}
     folder = paths.scores(run["subj"], scores_name(run, feat), feat)
-    if not (folder / "nsdgeneral.npy").exists():
+    if not (folder / "nsdgeneral.npy").exists() or scored_since(run, paths, feat):
         return {}
     ids, predicted = load_scores(folder)
     true = open_feature(paths, feat)[ids]

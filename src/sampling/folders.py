@@ -4,6 +4,7 @@ guided step. recon.py fills it, evaluate.py reads it.
 """
 
 import argparse
+import hashlib
 import json
 import re
 from collections import Counter
@@ -16,7 +17,7 @@ from PIL import Image
 
 import options
 import utils
-from disk.files import atomic_path, load_csv, load_json, remove_leftovers, save_csv, save_json
+from disk.files import atomic_path, file_hash, load_csv, load_json, remove_leftovers, save_csv, save_json
 
 FILE_NAME = re.compile(r"(\d{5,})(?:_s(\d+))?\.png")
 # what config.json says that names of other folders are made of, and what says whether it may
@@ -39,12 +40,19 @@ def check_folder(folder, config, overwrite):
         old = load_json(folder / "config.json")
         changed = [key for key in config if key != "commit" and config[key] != old.get(key)]
         if changed and pictures_in(folder):
-            changes = ", ".join(f"{key} {old.get(key)} -> {config[key]}" for key in changed)
+            changes = ", ".join(change(key, old.get(key), config[key]) for key in changed)
             raise utils.UserError(f"{folder}: has pictures of other settings ({changes}); --overwrite them, or choose "
                                   "another --method or --outdir")
     elif pictures := pictures_in(folder):
         raise utils.UserError(f"{folder}: {len(pictures)} pictures without their config.json; --overwrite them, or "
                               "choose another --method or --outdir")
+
+
+def change(key, old, new):
+    """Say how a setting differs; of the hashes of what pictures are drawn from only which."""
+    if key != "score_hashes" or not isinstance(old, dict):
+        return f"{key} {old} -> {new}"
+    return "other scores than then: " + ", ".join(name for name in new if new[name] != old.get(name))
 
 
 def clear_folder(folder, config, overwrite):
@@ -154,6 +162,11 @@ def list_pictures(folder):
     if not files:
         raise utils.UserError(f"--images {folder}: no pictures; wanted {', '.join(KINDS)} files in it")
     return np.arange(len(files)), files
+
+
+def pictures_hash(files):
+    """Return a short hash of the contents of picture files, in their order."""
+    return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()[:12]
 
 
 def check_names(file, config):
