@@ -10,10 +10,13 @@ from torch.utils.data import DataLoader
 
 import tiny_nsd
 import utils
+from features.components import write_components
 from nsd.batches import EpochBatches
+from nsd.components import CoefficientRows, open_components
+from nsd.repeats import AveragedRows
 from nsd.rows import open_betas, open_feature
 from nsd.trials import list_subjects, load_trials
-from tiny_nsd import read_hdf5, table
+from tiny_nsd import N_VOXELS, read_hdf5, table
 
 
 def planner(tables, batch_size, seed=0):
@@ -212,6 +215,55 @@ def test_without_average_trials_stay_single(nsd):
             subsets = [[rows[trial], *some] for n in range(len(others) + 1) for some in combinations(others, n)]
             assert any(np.allclose(voxels, betas[subset].mean(0), atol=1e-6) for subset in subsets)
     assert single[0]["image_ids"].tolist() == mean[0]["image_ids"].tolist()  # the plan is the same
+
+
+def test_a_subject_may_miss_in_a_batch(nsd):
+    """Of a subject with one image, averaged over its repeats, most batches have no row."""
+    paths, _ = nsd
+    trials = {subj: load_trials(paths, subj, "train") for subj in list_subjects(paths)}
+    trials["subj02"] = trials["subj02"][trials["subj02"]["image_id"] == trials["subj02"]["image_id"].iloc[0]]
+    rows = {subj: AveragedRows(open_betas(paths, subj), table) for subj, table in trials.items()}
+    batches = EpochBatches({subj: averaged.table for subj, averaged in rows.items()}, rows, {}, 6, seed=0)
+    found = [batches[i]["voxels"]["subj02"] for i in range(len(batches))]
+    assert sorted(map(len, found)) == [0] * (len(batches) - 1) + [1]
+    n_voxels = N_VOXELS["subj02"]
+    assert {part.shape[1:] for part in found} == {(n_voxels,)}
+    expected = open_betas(paths, "subj02")[trials["subj02"]["row"].to_numpy()].mean(0)
+    np.testing.assert_allclose(torch.cat(found)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_more_processes_than_rows(nsd):
+    """A process that has no row of a batch reads rows of the right shape, none of them."""
+    paths, _ = nsd
+    write_components_of_noise(paths)
+    trials = load_trials(paths, "subj01", "train")
+    one = trials[trials["image_id"] == trials["image_id"].iloc[0]]
+    averaged, known = AveragedRows(open_betas(paths, "subj01"), one), open_components(paths, "c")
+    read = [EpochBatches({"subj01": averaged.table}, {"subj01": averaged}, {"c": CoefficientRows(known)}, 6, seed=0,
+                         rank=rank, size=3)[0] for rank in range(3)]
+    assert [len(item["voxels"]["subj01"]) for item in read] == [1, 0, 0] == [len(item["targets"]["c"]) for item in read]
+    assert {item["targets"]["c"].shape[1] for item in read} == {known.k}
+    assert all(item["image_ids"].tolist() == [one["image_id"].iloc[0]] for item in read)
+
+
+def write_components_of_noise(paths):
+    with h5py.File(paths.feature("c"), "w") as file:
+        file["data"] = np.random.default_rng(1).standard_normal((tiny_nsd.N_IMAGES, 6)).astype(np.float16)
+        file["data"].attrs["shape"] = (2, 3)
+    write_components(paths, "c")
+
+
+def test_a_target_that_is_not_finite_is_named(nsd):
+    paths, _ = nsd
+    trials = load_trials(paths, "subj02", "train")
+    bad = int(trials["image_id"].iloc[7])
+    with h5py.File(paths.feature("c"), "w") as file:
+        file["data"] = np.where(np.arange(tiny_nsd.N_IMAGES) == bad, np.inf, 1.0)[:, None].repeat(6, 1)
+        file["data"].attrs["shape"] = (2, 3)
+    batches = EpochBatches({"subj02": trials}, {"subj02": open_betas(paths, "subj02")},
+                           {"target": open_feature(paths, "c")}, 6, seed=0)
+    with pytest.raises(utils.UserError, match=f"c_all.hdf5: image id {bad} holds NaN"):
+        [batches[i] for i in range(len(batches))]
 
 
 def test_a_row_of_nan_is_named(nsd):

@@ -157,6 +157,23 @@ def test_processes_add_up_to_the_gradient_of_one():
     assert gradients[1] is None
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_subject_without_an_image_adds_nothing(training):
+    """But it stays in the graph: several processes wait for the gradients of all parameters."""
+    model = GNet({"subj01": 3, "subj02": 2}, 4, 4).train(training)
+    objective = EncodingObjective(gnet_input, l1=0.0, noise=0, shift=0)
+    voxels, target = torch.randn(4, 3), 255 * torch.rand(4, 30, 30, 3)
+    found = []
+    for more in ({}, {"subj02": torch.zeros(0, 2)}):
+        torch.manual_seed(0)
+        found.append(objective(model, {"voxels": {"subj01": voxels, **more}, "target": target}, 0.0))
+    (expected, logs), (loss, further) = found
+    torch.testing.assert_close(loss, expected)
+    assert logs.keys() == further.keys()
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.readouts["subj02"].parameters())
+
+
 class Predictor(torch.nn.Module):
     """Predicts fixed responses, in the order it is asked."""
 

@@ -127,7 +127,7 @@ def read_targets(target, image_ids):
     stored = target[image_ids]
     rows = stored.astype(np.float32, copy=False)
     if stored.dtype.kind == "f":
-        finite = np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
+        finite = np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
         if not finite.all():
             raise utils.UserError(f"{target.path}: image id {np.asarray(image_ids)[~finite][0]} holds NaN or infinite "
                                   "values, wanted finite ones; delete the file and write it again (img2feat.py)")
