@@ -21,10 +21,11 @@ MAX_SHIFT = 0.6  # --guidance_rule norm moves the predicted image by at most thi
 
 # of the flags that depend on --model: components' from first trials on the small world, mindeye2's as published but for
 # the length of the training (docs/method.md, Deviations from MindEye2)
+HIDDEN_DIM = 1024
 COMPONENTS_DEFAULTS = {"n_blocks": 2, "dropout": 0.3, "batch_size": 64, "num_epochs": 25, "max_lr": 1e-3,
                        "weight_decay": 0.1, "clip_scale": 0.0, "mixup_pct": 0.0}
 MINDEYE2_DEFAULTS = {"n_blocks": 4, "dropout": 0.15, "batch_size": 42, "num_epochs": 30, "max_lr": 3e-4,
-                     "weight_decay": 0.01, "clip_scale": 1.0, "mixup_pct": 0.33}
+                     "weight_decay": 0.01, "clip_scale": 1.0, "mixup_pct": 0.33, "prior_depth": 6}
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -76,14 +77,15 @@ class Parser(argparse.ArgumentParser):
         """One line and exit 2, without argparse's page of usage."""
         self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args=None, namespace=None, complete=None):
+        """complete: a function of what was parsed, which fills in flags that were not given before the defaults do."""
         words = sys.argv[1:] if args is None else args
         words = [word if not word.startswith("--") else _underscored(word) for word in words]
         parsed = super().parse_args(words, namespace)
         if "num_sessions" in parsed and parsed.num_sessions is None:
             parsed.num_sessions = SESSIONS[parsed.subj]
-        if self.resolve is not None:
-            self.resolve(parsed)
+        for fill_in in filter(None, (complete, self.resolve)):
+            fill_in(parsed)
         if parsed.dry_run and self.dry_run_stops:
             print(json.dumps(vars(parsed), indent=1, default=str))
             self.exit(0)
@@ -152,11 +154,12 @@ def add_subject(parser):
                         help="the subject (held out of pretraining; fine-tuned and decoded)")
 
 
-def add_run(parser):
-    """Flags that, with the subject and the feature, name a run."""
+def add_run(parser, hidden_dim=HIDDEN_DIM, note=""):
+    """Flags that, with the subject and the feature, name a run. hidden_dim: its default, None where `note` says it."""
     parser.epilog = ("How --subj, --num_sessions, --hidden_dim and --tag name a run, its scores and pictures: "
                      "docs/data.md, Names on disk.")
-    parser.add_argument("--hidden_dim", type=whole, default=1024, metavar="UNITS", help="width of the shared space")
+    parser.add_argument("--hidden_dim", type=whole, default=hidden_dim, metavar="UNITS",
+                        help="width of the shared space" + note)
     add_sessions(parser)
 
 
@@ -262,12 +265,14 @@ def training_parser(doc, **of_mindeye2):
 
     of_mindeye2: defaults of --model mindeye2 that are this script's own.
 
+    Flags of the network that are not given are None until scripts complete them (training.settings.like_pretrained).
+
     How a training by these defaults differs from MindEye2's: docs/method.md, Deviations from MindEye2.
     """
     parser = Parser(doc)
     add_paths(parser)
     add_subject(parser)
-    add_run(parser)
+    add_run(parser, None, f" ({HIDDEN_DIM}; fine-tuning: the pretrained run's)")
     add_compute(parser)
     add_precision(parser)
     add_tracking(parser)
@@ -276,14 +281,14 @@ def training_parser(doc, **of_mindeye2):
                        help="pretrain on all subjects but --subj")
     stage.add_argument("--multisubject_ckpt", metavar="RUN",
                        help="fine-tune from this pretraining run: a name, or `auto` for that of --subj and the feature")
-    network = parser.add_argument_group("network")
-    network.add_argument("--model", choices=["components", "mindeye2", "ridge"], default="components",
+    network = parser.add_argument_group("network", "in fine-tuning, what is not given is the pretrained run's")
+    network.add_argument("--model", choices=["components", "mindeye2", "ridge"],
                          help="components: regression of the features' principal components; mindeye2: the published "
-                              "networks; ridge: the linear baseline, in closed form")
+                              "networks; ridge: the linear baseline, in closed form (components)")
     network.add_argument("--n_blocks", type=whole, metavar="N", help="residual MLP blocks" + by_model("n_blocks"))
     network.add_argument("--dropout", type=float, metavar="P", help="of the blocks" + by_model("dropout"))
-    network.add_argument("--prior_depth", type=whole, default=6, metavar="N",
-                         help="layers of mindeye2's diffusion prior (c and g)")
+    network.add_argument("--prior_depth", type=whole, metavar="N",
+                         help=f"layers of mindeye2's diffusion prior, c and g ({MINDEYE2_DEFAULTS['prior_depth']})")
     optimum = add_loop(parser, by_model)
     optimum.add_argument("--weight_decay", type=float, metavar="W", help="AdamW's" + by_model("weight_decay"))
     optimum.add_argument("--clip_scale", type=float, metavar="W",
@@ -304,7 +309,8 @@ def by_model(name):
 
 def resolve_training(defaults, args):
     """Give the flags that depend on --model, and were not given, their defaults {model: {name: value}}."""
-    for name, value in defaults[args.model].items():
+    args.model = args.model or "components"
+    for name, value in ({"hidden_dim": HIDDEN_DIM} | defaults[args.model]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 

@@ -14,6 +14,7 @@ Reads betas, wds/*/train and c_components.hdf5 (mindeye2: c_all.hdf5); writes tr
 """
 
 import sys
+from functools import partial
 
 import options
 import utils
@@ -24,12 +25,13 @@ def get_parser():
 
 
 def main(argv=None):
-    args = get_parser().parse_args(argv)
+    from training.settings import Plan, like_pretrained
+
+    args = get_parser().parse_args(argv, complete=partial(like_pretrained, ["c"]))
     from training.components import train_decoder
     from training.mindeye2 import train_tokens
     from training.objectives import BrainObjective
     from training.ridge import train_ridge
-    from training.settings import Plan
 
     plan = Plan.from_args(args)  # whose trials; --val_fraction of their images validate
     if args.model == "ridge":

@@ -24,12 +24,13 @@ def get_parser():
 
 
 def main(argv=None):
-    args = get_parser().parse_args(argv)
+    from training.settings import Plan, like_pretrained
+
+    args = get_parser().parse_args(argv, complete=lambda given: like_pretrained(["g", given.feat[0]], given))
     from training.components import train_decoder
     from training.mindeye2 import train_tokens
     from training.objectives import BrainObjective
     from training.ridge import train_ridge
-    from training.settings import Plan
 
     plan = Plan.from_args(args)  # whose trials; --val_fraction of their images validate
     if args.model == "ridge":

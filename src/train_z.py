@@ -13,21 +13,25 @@ Reads betas, wds/*/train and z_components.hdf5 (mindeye2: z_all.hdf5 and g_12_al
 """
 
 import sys
+from functools import partial
 
 import options
 import utils
 
 
 def get_parser():
-    parser = options.training_parser(__doc__, clip_scale=0.1)  # mindeye2's: beside an L1 loss of about one
-    parser.add_argument("--decoder_channels", type=options.whole, nargs=3, default=[64, 128, 256], metavar="N",
-                        help="widths of mindeye2's VAE decoder, last level first; multiples of 32")
+    # mindeye2's: its contrast stands beside an L1 loss of about one
+    parser = options.training_parser(__doc__, clip_scale=0.1, decoder_channels=[64, 128, 256])
+    parser.add_argument("--decoder_channels", type=options.whole, nargs=3, metavar="N",
+                        help="widths of mindeye2's VAE decoder, last level first; multiples of 32 (64 128 256)")
     return parser
 
 
 def main(argv=None):
-    args = get_parser().parse_args(argv)
-    if any(width < 32 or width % 32 for width in args.decoder_channels):
+    from training.settings import Plan, like_pretrained
+
+    args = get_parser().parse_args(argv, complete=partial(like_pretrained, ["z"]))
+    if any(width < 32 or width % 32 for width in args.decoder_channels or ()):
         raise utils.UserError(f"--decoder_channels {args.decoder_channels}: wanted multiples of 32")
     from models import LatentModel
     from training.components import train_decoder
@@ -35,7 +39,6 @@ def main(argv=None):
     from training.objectives import LatentObjective
     from training.ridge import train_ridge
     from training.runs import open_run
-    from training.settings import Plan
 
     plan = Plan.from_args(args)  # whose trials; --val_fraction of their images validate
     if args.model == "ridge":

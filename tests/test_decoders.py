@@ -1,6 +1,7 @@
 """Decoders of components: trained, stopped and resumed, scored, stacked with a ridge, given a new voxel encoder."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -157,6 +158,38 @@ def test_fine_tuning_starts_from_the_trunk_of_the_same_features(trained, tmp_pat
     again = [*NETWORK, "--multisubject_ckpt", "auto", "--overwrite"]
     assert train(paths, *again, "--n_blocks", 2, "--dropout", 0.5) == 2  # of what differs only what must not
     assert "was pretrained with --n_blocks 1, here 2; give" in capsys.readouterr().err
+
+
+def test_fine_tuning_takes_its_network_from_the_pretrained_run(trained, tmp_path, capsys):
+    """What flags of it are not given; what is given can contradict. The run that `auto` means may have any width."""
+    paths = copy_world(trained, tmp_path)
+    assert train(paths, *NETWORK, "--multi_subject", "--dropout", 0.4) == 0
+    small = [word for word in flags_of(paths) if word not in ("--hidden_dim", "8", "--n_blocks", "--prior_depth", "1")]
+    small = [*small[2:], "--num_epochs", "2", "--multisubject_ckpt", "auto"]  # without --model
+
+    def finetune(*flags):
+        return utils.run_cli(train_c.main, [*small, *map(str, flags)])
+
+    assert finetune() == 0
+    name = "pretrained_subj01_3sess_ext1_c_8_mlp"
+    made = checkpoint(paths, name)
+    assert made["model_args"].items() >= {"hidden_dim": 8, "n_blocks": 1, "dropout": 0.4, "contrast": ["c"]}.items()
+    best = min(map(json.loads, (paths.run(name) / "metrics.jsonl").read_text().splitlines()),
+               key=lambda row: row["val/loss_mse"])
+    last = (f"best on validation (epoch {best['step']} of 2): loss_mse {best['val/loss_mse']:.4f}, "
+            f"R2 of c {best['val/r2_c']:.3f}; {paths.run(name)}")
+    assert capsys.readouterr().out.endswith(f"{name}: {last}\n")
+    assert (paths.run(name) / "log.txt").read_text().endswith(f"{last}\n")
+
+    assert finetune("--clip_scale", 0, "--tag", "b") == 2
+    assert "was pretrained with --clip_scale above 0, here 0; give no" in capsys.readouterr().err
+    assert finetune("--model", "mindeye2", "--tag", "b") == 2
+    assert "was pretrained with --model components, here mindeye2; give no" in capsys.readouterr().err
+    shutil.copytree(paths.run("multisubject_subj01_ext1_c_8_mlp"), paths.run("multisubject_subj01_ext1_c_9_mlp"))
+    assert finetune("--tag", "b") == 2
+    assert "auto: there are multisubject_subj01_ext1_c_8_mlp, multisub" in capsys.readouterr().err
+    assert finetune("--tag", "b", "--hidden_dim", 7) == 2
+    assert "--hidden_dim 8" in capsys.readouterr().err and not list(paths.run("").glob("*_b"))
 
 
 def test_missing_components_are_one_line(tmp_path, capsys):

@@ -213,7 +213,7 @@ def test_paths_are_looked_for_from_here_then_from_the_root(tmp_path, monkeypatch
 OUR_LINES = [
     r"ROOT/\S+: .+", r"pictures +ROOT/\S+", r"metrics +ROOT/\S+", r"contact sheet +ROOT/\S+", r"report +ROOT/\S+",
     r"metric +value .*", r"[a-z0-9_]+ +[\d.]+ .*", r"[\w, ]+: missing, .*", r"set +PixCorr .*",
-    r"(reconstructed|control: [a-z ]+|ceiling: [\w ]+?)(  +(-|[\d.]+))+",
+    r"(reconstructed|control: [a-z ]+|ceiling: [\w ]+?)(  +(-|-?[\d.]+))+",
     r"(control|ceiling|baseline): .*: not measured, .*",
 ]
 

@@ -48,6 +48,16 @@ def runs_like(paths, flags, feat, stage=None):
     return listed(found)
 
 
+def pretrained_widths(paths, subj, feat, tag):
+    """List the --hidden_dim of the runs of a feature that were pretrained without a subject, ascending."""
+    found = []
+    for file in paths.run("").glob(f"multisubject_{subj}_*/last.pth"):
+        name = re.fullmatch(RUN.replace("{feat}", feat), file.parent.name)
+        if name and (name["tag"] or "") == tag and name["hidden_dim"]:
+            found.append(int(name["hidden_dim"]))
+    return sorted(found)
+
+
 def scores_like(paths, flags, feat):
     """Say which scores of a feature there are, of any subject, and the flags that lead to each; '' for none."""
     pattern = f"(?:{RUN}|{CEILING}){HEAD}{VARIANT}".replace("{feat}", feat)

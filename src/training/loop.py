@@ -16,7 +16,7 @@ import utils
 from disk.checkpoints import RUN_KEYS, load_checkpoint, require_keys, save_checkpoint
 from disk.files import save_json
 from models import load_trunk, restore
-from training.tracking import Tracker
+from training.tracking import Tracker, load_rows
 
 HOW_ADAMW_RUNS = {"params", "fused", "foreach", "capturable", "differentiable"}  # not what it computes
 STEPS_BETWEEN_VOTES = 20  # how often several processes ask each other whether to stop
@@ -111,6 +111,7 @@ def fit(run, model, objective, loop):
                 team.any(False)  # no process exits while the main one writes: launchers end all when one ends
                 raise utils.Interrupted(f"{run.folder / 'last.pth'} holds epoch {at.epoch}, step {at.step}; run it "
                                         "again with --resume to go on", stop.received or signal.SIGTERM)
+    conclude(run, objective)
     tracker.finish()
 
 
@@ -247,10 +248,12 @@ def check_pretrained(run, source):
 
 def check_network(run, pretrained, wanted):
     """Refuse to fine-tune a network of other sizes than the pretrained one; both: model_args."""
-    differing = ["{} {}, here {}".format(*in_flags(key, found, wanted.get(key))) for key, found in pretrained.items()
-                 if key not in ("kind", "n_voxels", "dropout") and found != wanted.get(key)]
     if pretrained["kind"] != wanted["kind"]:
-        differing = [f"--model {pretrained['kind']}, here {wanted['kind']}"]
+        models = [{"components": "components"}.get(sizes["kind"], "mindeye2") for sizes in (pretrained, wanted)]
+        differing = ["--model {}, here {}".format(*models)]
+    else:
+        differing = ["{} {}, here {}".format(*in_flags(key, found, wanted[key])) for key, found in pretrained.items()
+                     if key not in ("n_voxels", "dropout") and found != wanted[key]]
     if differing:
         raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: was pretrained with "
                               f"{'; '.join(differing)}; give no such flag (the network is then as pretrained), or "
@@ -305,6 +308,19 @@ def start_records(run, loop, epoch=None):
         return NoTracker()
     save_json(run.folder / "config.json", run.config | {"git_commit": utils.git_commit()})
     return Tracker(run.folder, run.name, run.config, loop.wandb_log, loop.wandb_project, epoch)
+
+
+def conclude(run, objective):
+    """Say how good the best epoch was on validation (metrics.jsonl), and where the run lies: a training's last line."""
+    if not run.team.is_main:
+        return
+    key = f"val/{objective.judge}"
+    rows = [row for row in load_rows(run.folder / "metrics.jsonl") if key in row]
+    best = min(rows, key=lambda row: row[key])
+    r2 = [f"{name.removeprefix('val/r2_')} {value:.3f}" for name, value in best.items() if name.startswith("val/r2_")]
+    epoch = f" (epoch {best['step']} of {rows[-1]['step']})" if len(rows) > 1 else ""
+    run.say(f"best on validation{epoch}: {objective.judge} {best[key]:.4f}" + f", R2 of {', '.join(r2)}" * bool(r2)
+            + f"; {run.folder}")
 
 
 class NoTracker:

@@ -8,7 +8,7 @@ import torch
 import utils
 from disk.checkpoints import save_checkpoint
 from models import RidgeDecoder
-from training.loop import start_records
+from training.loop import conclude, start_records
 from training.objectives import ComponentObjective
 from training.runs import open_component_run
 
@@ -50,6 +50,7 @@ def train_ridge(plan, name, feats):
     save_checkpoint(run.folder / "last.pth", {
         "model": model.state_dict(), "model_args": model.model_args, "epoch": plan.loop.num_epochs,
         "config": run.config, "subjects": [subj], "n_voxels": run.n_voxels, **objective.kept})
+    conclude(run, objective)
 
 
 def decompose(responses):

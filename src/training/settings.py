@@ -1,17 +1,20 @@
 """What a train script was asked for, checked: how the loop runs, and whose trials it runs on."""
 
+import itertools
 import os
 from dataclasses import dataclass, fields
 
 import utils
-from disk.hints import how_to_train, runs_like
+from disk.hints import how_to_train, pretrained_widths, runs_like
 from disk.names import Paths, run_name
+from options import HIDDEN_DIM
 
 # what may differ between a run and its continuation: how it is run, not what it computes
 NOT_SCIENCE = {"root", "data_path", "device", "precision", "compile", "resume", "overwrite", "num_workers",
                "ckpt_every", "ckpt_minutes", "wandb_log", "wandb_project", "dry_run", "feat", "tag"}
 
-
+# of a run's configuration, what its network is made of (clip_scale: whether it has heads for the contrast)
+ARCHITECTURE = ("model", "hidden_dim", "n_blocks", "dropout", "prior_depth", "decoder_channels", "clip_scale")
 OF_MINDEYE2 = {"prior_depth", "prior_scale", "decoder_channels"}  # what says nothing about --model components
 
 
@@ -118,8 +121,44 @@ class Plan:
                              + f"pretrain first ({how_to_train(wanted, feat)})")
 
 
+def like_pretrained(feats, args):
+    """Give the flags of the network that were not given (None) the values that the pretrained run was trained with.
+
+    args: of options.training_parser; without --multisubject_ckpt, or where that run is not there, they stay as they
+    are. feats: the features that the run may be named by. `auto` is, without --hidden_dim, the run of the default width
+    or else the only one; raises UserError where it could be several.
+    """
+    if not args.multisubject_ckpt:
+        return
+    from disk.files import load_json  # loads numpy, which --help does without
+
+    paths, name = Paths.from_args(args), args.multisubject_ckpt
+    if name == "auto":
+        places = itertools.product(dict.fromkeys((args.tag, "")), feats)
+        name = next(filter(None, (pretrained_run(paths, args, tag, feat) for tag, feat in places)), None)
+    if name is None or not (paths.run(name) / "config.json").exists():
+        return
+    pretrained = load_json(paths.run(name) / "config.json")
+    for name in ARCHITECTURE:
+        if getattr(args, name, 0) is None and name in pretrained:
+            setattr(args, name, pretrained[name])
+
+
+def pretrained_run(paths, args, tag, feat):
+    """Return the name of the run without args.subj that `auto` means, of this tag and feature; None for none."""
+    names = {width: run_name("pretrain", args.subj, feat, width, tag=tag)
+             for width in pretrained_widths(paths, args.subj, feat, tag)}
+    if args.hidden_dim or HIDDEN_DIM in names:
+        return names.get(args.hidden_dim or HIDDEN_DIM)
+    if len(names) > 1:
+        raise utils.UserError(f"--multisubject_ckpt auto: there are {', '.join(names.values())}; give the --hidden_dim "
+                              "of one")
+    return next(iter(names.values()), None)
+
+
 def check_flags(flags):
-    """Raise UserError for a value out of range, of those flags {name: value} that the script has."""
+    """Raise UserError for a value out of range, of those flags {name: value} that the script has, and the model."""
+    flags = {name: value for name, value in flags.items() if value is not None}
     for name in ("num_epochs", "ckpt_every", "batch_size", "hidden_dim", "prior_depth", "trunk_width"):
         if name in flags and flags[name] < 1:
             raise utils.UserError(f"--{name} {flags[name]}: wanted at least 1")
