@@ -156,7 +156,7 @@ class PriorAttention(nn.Module):
 
     def __init__(self, width, heads, dim_head):
         super().__init__()
-        self.heads = heads
+        self.heads, self.dim_head = heads, dim_head
         self.norm = nn.LayerNorm(width, bias=False)
         self.to_q = nn.Linear(width, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(width, 2 * dim_head, bias=False)
@@ -172,8 +172,11 @@ class PriorAttention(nn.Module):
         null_k, null_v = self.null_kv.to(k.dtype).expand(len(x), 1, 2, -1).split(1, dim=2)  # (B, 1, 1, d)
         k, v = torch.cat([null_k, k], dim=2), torch.cat([null_v, v], dim=2)  # (B, 1, L + 1, d)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        # fused kernels in half precision want channels by the eight. 52 of them and 4 zeros have the same products
+        q, k, v = (F.pad(t, (0, -self.dim_head % 8)) for t in (q, k, v))
         k, v = (t.expand(-1, self.heads, -1, -1) for t in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=self.TEMPERATURE)
+        out = out[..., : self.dim_head]  # (B, heads, L, d)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
@@ -256,6 +259,19 @@ class PriorNetwork(nn.Module):
         return self.out(x[:, -self.tokens :])
 
 
+def cosine_schedule(timesteps):
+    """Return abar (timesteps,), the share of x0 in the variance of x_t (Nichol & Dhariwal 2021, eq. 17)."""
+    angles = (torch.arange(timesteps + 1, dtype=torch.float64) / timesteps + 0.008) / 1.008 * math.pi / 2
+    abar = angles.cos().square()
+    betas = (1 - abar[1:] / abar[:-1]).clamp(max=0.999)  # or at the last timestep nothing would be left of x0
+    return (1 - betas).cumprod(0).float()
+
+
+def spaced_timesteps(timesteps, steps):
+    """Return `steps` of the timesteps 0 ... timesteps - 1, evenly spaced, from the last one down."""
+    return [round(timesteps * i / steps) - 1 for i in range(steps, 0, -1)]
+
+
 class DiffusionPrior(nn.Module):
     """Draws clean image tokens given brain tokens: MindEye2's prior, DALL-E 2's without the text.
 
@@ -264,18 +280,13 @@ class DiffusionPrior(nn.Module):
 
     def __init__(self, tokens, width, depth=6, dim_head=52, timesteps=100, cond_drop_prob=0.2):
         super().__init__()
-        from diffusers import DDIMScheduler
-
         self.net = PriorNetwork(tokens, width, depth, dim_head)
         self.cond_drop_prob = cond_drop_prob
         # differs from MindEye2: targets are standardised, so that the noise (variance one) and the loss see what tells
         # images apart and not what all images share, which in CLIP's layers is most of the variance
         self.register_buffer("target_mean", torch.zeros(tokens, width))
         self.register_buffer("target_std", torch.ones(()))
-        self.schedule = DDIMScheduler(
-            num_train_timesteps=timesteps, beta_schedule="squaredcos_cap_v2", prediction_type="sample",
-            clip_sample=False, timestep_spacing="trailing",
-        )
+        self.register_buffer("abar", cosine_schedule(timesteps), persistent=False)
 
     def loss(self, brain, target, draws):
         """Return each sample's mean squared error of x0, standardised, (B,), and the prediction in the target's units.
@@ -286,8 +297,9 @@ class DiffusionPrior(nn.Module):
         """
         time, noise, drop = draws
         x0 = (target - self.target_mean) / self.target_std
-        t = (time * self.schedule.config.num_train_timesteps).long()
-        noisy = self.schedule.add_noise(x0, noise.to(x0.dtype), t)
+        t = (time * len(self.abar)).long()
+        abar = self.abar[t, None, None]  # (B, 1, 1)
+        noisy = abar.sqrt() * x0 + (1 - abar).sqrt() * noise.to(x0.dtype)
         keep_brain = keep_noisy = None
         if self.training:
             keep_brain, keep_noisy = (drop >= self.cond_drop_prob).unbind(1)
@@ -296,23 +308,37 @@ class DiffusionPrior(nn.Module):
         return error, prediction * self.target_std + self.target_mean
 
     @torch.no_grad()
-    def sample(self, brain, steps=20, generator=None):
-        """Draw tokens (B, T, D) for brain tokens (B, T, D) with `steps` DDIM steps; one step predicts their mean.
+    def mean(self, brain):
+        """Return the mean of all clean tokens (B, T, D) that brain tokens (B, T, D) allow.
+
+        It is what the network answers without noisy tokens, as in a fifth of its training: there it is a regression.
+        One step of `sample` would have that mean too, if the network ignored the noise it is given at the last timestep;
+        it does not, and its error is the larger for it.
+        """
+        noisy = self.net.null_noisy.expand_as(brain)
+        last = torch.full((len(brain),), len(self.abar) - 1, device=brain.device)
+        return self.net(noisy, last, brain) * self.target_std + self.target_mean
+
+    @torch.no_grad()
+    def sample(self, brain, steps=20, generators=None):
+        """Draw tokens (B, T, D) for brain tokens (B, T, D) with `steps` DDIM steps.
+
+        A sample lies about the mean as the true tokens do, and so has twice its squared error.
 
         differs from MindEye2: eta 0, from the last of the training's timesteps; there eta 1, from t = 94 of 100.
 
-        generator: None, one, or a list of one per sample, which makes a sample independent of its batch.
+        generators: one per sample, on the CPU, which makes a sample independent of its batch; None draws from torch's.
         """
-        from diffusers.utils.torch_utils import randn_tensor
-
-        most = self.schedule.config.num_train_timesteps
+        most = len(self.abar)
         if steps > most:
             raise utils.UserError(f"--prior_steps {steps}: wanted at most the {most} that the prior was trained with")
-        self.schedule.set_timesteps(steps)
-        x = randn_tensor(brain.shape, generator=generator, device=brain.device, dtype=brain.dtype)
-        for t in self.schedule.timesteps.tolist():
-            prediction = self.net(x, torch.full((len(x),), t, device=x.device), brain)
-            x = self.schedule.step(prediction.to(x.dtype), t, x).prev_sample
+        draws = (torch.randn(brain.shape[1:], generator=generator) for generator in generators or [None] * len(brain))
+        x = torch.stack([*draws]).to(brain)
+        times = spaced_timesteps(most, steps)
+        for t, abar, after in zip(times, self.abar[times], [*self.abar[times[1:]], torch.ones(())], strict=True):
+            x0 = self.net(x, torch.full((len(x),), t, device=x.device), brain).to(x.dtype)
+            noise = (x - abar.sqrt() * x0) / (1 - abar).sqrt()
+            x = after.sqrt() * x0 + (1 - after).sqrt() * noise
         return x * self.target_std + self.target_mean
 
     def standardise(self, mean, std):
@@ -626,10 +652,12 @@ class BrainModel(nn.Module):
         return backbone, contrast, self.prior.loss(backbone, target, draws)[0]
 
     @torch.no_grad()
-    def predict(self, voxels, prior_steps=20, generators=None):
-        """Scores (B, T, D): nsdgeneral, a sample of the prior (its mean with one step), and retrieval, the contrast."""
+    def predict(self, voxels, prior_steps=1, generators=None):
+        """Scores (B, T, D): nsdgeneral, the prior's mean (with more steps a sample), and retrieval, the contrast."""
         backbone, contrast = self(voxels)
-        return {"nsdgeneral": self.prior.sample(backbone, prior_steps, generators), "retrieval": contrast}
+        # differs from MindEye2: the mean by default; there 20 steps
+        predicted = self.prior.mean(backbone) if prior_steps == 1 else self.prior.sample(backbone, prior_steps, generators)
+        return {"nsdgeneral": predicted, "retrieval": contrast}
 
 
 class LatentModel(nn.Module):
@@ -664,7 +692,7 @@ class LatentModel(nn.Module):
         return latents * self.target_std + self.target_mean, tokens
 
     @torch.no_grad()
-    def predict(self, voxels, prior_steps=None, generators=None):
+    def predict(self, voxels, prior_steps=1, generators=None):
         """Scores (B, C, h, w): nsdgeneral, latents that carry the VAE's scaling factor. There is nothing to draw."""
         return {"nsdgeneral": self(voxels)[0]}
 

@@ -1,5 +1,6 @@
 """The networks: naive references, sizes that do not divide, and a prior that learns a toy world in seconds."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -18,9 +19,11 @@ from models import (
     PriorAttention,
     VoxelEncoder,
     build_model,
+    cosine_schedule,
     load_trunk,
     rotary_table,
     rotate,
+    spaced_timesteps,
 )
 from training.objectives import draw_prior
 
@@ -82,6 +85,32 @@ def test_prior_attention_against_naive():
     torch.testing.assert_close(attention(x, bias, still), attention.to_out(out), atol=1e-5, rtol=1e-4)
 
 
+def test_attention_heads_are_padded_for_fused_kernels(monkeypatch):
+    """52 channels go in as 56; outputs and gradients are those of 52, and so are the weights of a checkpoint."""
+    torch.manual_seed(0)
+    attention = PriorAttention(width=64, heads=3, dim_head=52)
+    assert [tuple(p.shape) for p in (attention.to_q.weight, attention.to_kv.weight, attention.null_kv)] == [
+        (156, 64), (104, 64), (2, 52)]
+    x, bias = torch.randn(2, 7, 64, requires_grad=True), torch.randn(3, 7, 8, requires_grad=True)
+    wanted, sizes, fused = [x, bias, *attention.parameters()], [], F.scaled_dot_product_attention
+
+    def attend(q, k, v, **options):
+        sizes.append([t.shape[-1] for t in (q, k, v)])
+        return fused(q, k, v, **options)
+
+    def attend_unpadded(q, k, v, **options):
+        return F.pad(attend(*(t[..., :52] for t in (q, k, v)), **options), (0, 4))
+
+    found = []
+    for call in (attend, attend_unpadded):
+        monkeypatch.setattr(F, "scaled_dot_product_attention", call)
+        out = attention(x, bias, rotary_table(7, 32))
+        found.append([out, *torch.autograd.grad(out.pow(3).sum(), wanted)])
+    assert sizes == [[56] * 3, [52] * 3]
+    for padded, plain in zip(*found, strict=True):
+        torch.testing.assert_close(padded, plain, rtol=1e-6, atol=1e-6 * plain.abs().max().item())
+
+
 def test_prior_sees_both_ways():
     """Every clean token depends on every brain token and every noisy token, and on the time."""
     net = DiffusionPrior(tokens=3, width=8, depth=1).net
@@ -104,14 +133,24 @@ def test_prior_drops_conditions_per_sample():
     assert kept > 1e-3 and dropped == 0
 
 
-def test_prior_schedule_is_the_cosine():
-    """abar_t = cos^2((t/T + .008) / 1.008 * pi/2), relative to t = 0 (Nichol & Dhariwal, eq. 17)."""
-    schedule = DiffusionPrior(tokens=2, width=4, depth=1).schedule
+def test_the_cosine_schedule():
+    """abar_t = cos^2((t/T + .008) / 1.008 * pi/2), relative to t = 0 (Nichol & Dhariwal, eq. 17); diffusers', too."""
+    from diffusers import DDIMScheduler
+
+    found = cosine_schedule(100)
     for i in (0, 20, 50, 90):
         at = [math.cos((t / 100 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in (0, i + 1)]
-        assert float(schedule.alphas_cumprod[i]) == pytest.approx(at[1] / at[0], rel=1e-4)
-    schedule.set_timesteps(20)
-    assert schedule.timesteps.tolist() == list(range(99, 0, -5))
+        assert float(found[i]) == pytest.approx(at[1] / at[0], rel=1e-4)
+    torch.testing.assert_close(found, DDIMScheduler(100, beta_schedule="squaredcos_cap_v2").alphas_cumprod)
+
+
+def test_steps_are_spread_over_the_schedule():
+    assert spaced_timesteps(100, 20) == list(range(99, 0, -5))
+    assert spaced_timesteps(100, 7) == [99, 85, 70, 56, 42, 28, 13]
+    for steps in range(1, 101):
+        times = spaced_timesteps(100, steps)
+        assert len(times) == steps and times[0] == 99 and times[-1] >= 0
+        assert all(100 / steps - 1 <= before - after <= 100 / steps + 1 for before, after in itertools.pairwise(times))
 
 
 class Oracle(torch.nn.Module):
@@ -140,7 +179,7 @@ def test_prior_loss_noises_the_standardised_target():
     torch.testing.assert_close(prediction, target + 0.05)
     noisy, t, keep_brain, keep_noisy = prior.net.seen[0]
     assert t.min() == 0 and t.max() == 99
-    abar = prior.schedule.alphas_cumprod[t][:, None, None]
+    abar = cosine_schedule(100)[t][:, None, None]
     noise = (noisy - abar.sqrt() * standard) / (1 - abar).sqrt()
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
     for keep in (keep_brain, keep_noisy):
@@ -150,22 +189,57 @@ def test_prior_loss_noises_the_standardised_target():
     assert prior.net.seen[1][2:] == (None, None)
 
 
-def test_prior_sample_follows_ddim():
-    """Against DDIM written out, with a prediction that depends on x_t."""
-    prior = DiffusionPrior(tokens=2, width=4, depth=1).eval()
-    mean = torch.randn(2, 4)
+@pytest.mark.parametrize("steps", [1, 3, 7, 20, 30, 60, 99])
+def test_prior_sample_follows_ddim(steps):
+    """Against DDIM written out, step by step: every noise level is the one of the timestep that comes next."""
+    prior = DiffusionPrior(tokens=2, width=16, depth=1).eval()
+    mean, brain = torch.randn(2, 16), torch.randn(3, 2, 16)
     prior.standardise(mean, 0.25)
-    brain = torch.randn(3, 2, 4)
-    noise = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(1))
-    actual = prior.sample(brain, steps=10, generator=torch.Generator().manual_seed(1))
-    x, abar = noise, prior.schedule.alphas_cumprod
+    actual = prior.sample(brain, steps, [torch.Generator().manual_seed(row) for row in range(3)])
+    share_after = [1.0, *cosine_schedule(100).tolist()]  # of x0, after 0 ... 100 steps of noising
+    x = torch.stack([torch.randn(2, 16, generator=torch.Generator().manual_seed(row)) for row in range(3)])
+    left = [round(100 * i / steps) for i in range(steps, -1, -1)]  # of those, before each step: 100, ..., 0
     with torch.no_grad():
-        for t in range(99, 0, -10):
-            x0 = prior.net(x, torch.full((3,), t), brain)
-            eps = (x - abar[t].sqrt() * x0) / (1 - abar[t]).sqrt()
-            after = abar[t - 10] if t >= 10 else torch.tensor(1.0)
-            x = after.sqrt() * x0 + (1 - after).sqrt() * eps
-    torch.testing.assert_close(actual, x / 4.0 + mean, atol=1e-5, rtol=1e-4)
+        for before, after in itertools.pairwise(left):
+            share, next_share = share_after[before], share_after[after]
+            x0 = prior.net(x, torch.full((3,), before - 1), brain)
+            noise = (x - share**0.5 * x0) / (1 - share) ** 0.5
+            x = next_share**0.5 * x0 + (1 - next_share) ** 0.5 * noise
+    torch.testing.assert_close(actual, x / 4.0 + mean, atol=1e-4, rtol=1e-4)
+
+
+def test_steps_that_divide_the_schedule_are_those_of_diffusers():
+    from diffusers import DDIMScheduler
+
+    prior = DiffusionPrior(tokens=2, width=4, depth=1).eval()
+    scheduler = DDIMScheduler(100, beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample=False,
+                              timestep_spacing="trailing")
+    scheduler.set_timesteps(20)
+    brain, x = torch.randn(1, 2, 4), torch.randn(1, 2, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(prior.net(x, t[None], brain), t, x).prev_sample
+    torch.testing.assert_close(prior.sample(brain, 20, [torch.Generator().manual_seed(0)]), x, atol=1e-5, rtol=1e-4)
+
+
+def test_the_mean_is_what_training_without_noisy_tokens_regresses():
+    """The prediction that training's loss sees for a sample whose noisy tokens are dropped; no noise is drawn."""
+    prior = DiffusionPrior(tokens=3, width=8, depth=2)
+    prior.standardise(torch.randn(3, 8), 0.5)
+    brain, target = torch.randn(2, 2, 3, 8)
+    draws = torch.tensor([0.999, 0.999]), torch.randn(2, 3, 8), torch.tensor([[1.0, 0.1], [1.0, 0.1]])
+    _, prediction = prior.loss(brain, target, draws)  # at the last timestep, with the brain, without noisy tokens
+    torch.testing.assert_close(prior.mean(brain), prediction.detach())
+
+
+@pytest.mark.parametrize(("steps", "called"), [(1, "mean"), (2, "sample")])
+def test_a_model_predicts_the_mean_unless_it_is_asked_for_steps(monkeypatch, steps, called):
+    model, voxels, calls = tiny_model().eval(), {"subj01": torch.randn(2, 5)}, []
+    for name in ("mean", "sample"):
+        monkeypatch.setattr(model.prior, name, lambda brain, *rest, name=name: calls.append((name, *rest)))
+    model.predict(voxels, steps)
+    model.predict(voxels)
+    assert calls == [(called, steps, None)[:1 if steps == 1 else 3], ("mean",)]
 
 
 def test_prior_sample_is_independent_of_the_batch():
@@ -173,9 +247,38 @@ def test_prior_sample_is_independent_of_the_batch():
     brain = torch.randn(4, 3, 8)
 
     def draw(rows):
-        return prior.sample(brain[rows], steps=5, generator=[torch.Generator().manual_seed(r) for r in rows])
+        return prior.sample(brain[rows], 5, [torch.Generator().manual_seed(row) for row in rows])
 
     torch.testing.assert_close(draw([2, 0]), draw([0, 1, 2, 3])[[2, 0]], atol=1e-5, rtol=1e-4)
+
+
+class GaussianWorld(torch.nn.Module):
+    """Stands for a prior's network that knows its world: x0 = brain + spread * noise, of which it answers the mean.
+
+    E[x0 | x_t, brain] = brain + s^2 sqrt(abar) / (s^2 abar + 1 - abar) * (x_t - sqrt(abar) brain), with s the spread.
+    """
+
+    def __init__(self, spread):
+        super().__init__()
+        self.spread = spread
+
+    def forward(self, noisy, t, brain):
+        abar = cosine_schedule(100)[t][:, None, None]
+        gain = self.spread**2 * abar.sqrt() / (self.spread**2 * abar + 1 - abar)
+        return brain + gain * (noisy - abar.sqrt() * brain)
+
+
+@pytest.mark.parametrize(("steps", "spread"), [(20, 0.53), (60, 0.57)])
+def test_a_sample_has_the_spread_of_its_world_and_twice_the_error_of_the_mean(steps, spread):
+    """The brain knows .4 of a variance of one. The mean explains that; a sample that spreads like the rest, -.2."""
+    torch.manual_seed(0)
+    prior = DiffusionPrior(tokens=4, width=8, depth=1)
+    prior.net = GaussianWorld(0.6**0.5)
+    brain = 0.4**0.5 * torch.randn(2000, 4, 8)
+    truth = brain + 0.6**0.5 * torch.randn(2000, 4, 8)
+    drawn = prior.sample(brain, steps)
+    assert (drawn - brain).square().mean() == pytest.approx(spread, abs=0.01)  # of .6: the fewer steps, the less
+    assert 1 - (drawn - truth).square().mean() == pytest.approx(0.4 - spread, abs=0.02)
 
 
 def test_prior_recovers_a_toy_world():
@@ -200,7 +303,7 @@ def test_prior_recovers_a_toy_world():
         optimizer.step()
         schedule.step()
     state = torch.randint(6, (200,))
-    drawn = prior.eval().sample(states[state])
+    drawn = prior.eval().sample(states[state], steps=20)
     errors = torch.stack([(drawn - clean[state] - sign * side).square().mean(dim=(1, 2)) for sign in (1, -1)])
     assert errors.amin(0).mean() < 0.4 * side.square().mean()
     assert 0.3 < (errors[0] < errors[1]).float().mean() < 0.7

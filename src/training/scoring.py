@@ -379,7 +379,7 @@ def predict(source, responses, what):
         rows = slice(start, start + request.batch_size)
         # noise from (seed, image id), so that the batch size does not matter
         seeds = [utils.derive_seed(request.seed, image_id) for image_id in responses.image_ids[rows]]
-        generators = [torch.Generator(trained.device).manual_seed(seed) for seed in seeds]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         voxels = torch.from_numpy(np.ascontiguousarray(responses.betas[rows])).to(trained.device)
         scores = source.model.predict({trained.whose: voxels}, request.prior_steps, generators)
         parts.append({name: rows.cpu().numpy() for name, rows in scores.items()})
