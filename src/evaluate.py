@@ -111,6 +111,8 @@ def evaluate(args, paths):
         eval_clip = find_model(eval_clip, paths, "--eval_clip", hint)
     for folder in (outdir, outdir / "report"):
         check_writable(folder)
+    what = "the seen images" if args.seen else "pictures"
+    print(f"{images.folder}: {what} of {len(images.image_ids)} images, compared with what was seen", flush=True)
 
     # who judges: networks, and the subject's own responses
     device = utils.pick_device(args.device)
