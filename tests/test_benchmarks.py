@@ -5,6 +5,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pytest
 import torch
 
 from sampling.decoders import load_guidance_decoder
@@ -14,6 +15,7 @@ from tiny_sd import LATENT
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import bench_busy
 import bench_features
 import bench_gnet
 import bench_recon
@@ -54,6 +56,26 @@ def test_a_distilled_decoder_is_one_for_guidance(paths, tiny_models, tmp_path, c
     pipe = load_pipeline(tiny_models[0], torch.device("cpu"))
     image = load_guidance_decoder(str(folder), pipe)(torch.randn(2, 4, LATENT, LATENT))
     assert image.shape == (2, 3, 2 * LATENT, 2 * LATENT) and 0 <= image.min() and image.max() <= 1
+
+
+def test_a_stage_is_timed_quiet_and_beside_a_busy_loop(tmp_path, monkeypatch, capsys):
+    """In a world of links: what a stage writes is not the demo's."""
+    demo = tmp_path / "demo"
+    for file in ("settings.sh", "nsddata_stimuli/a.hdf5", "train_logs/run/last.pth", "scores_all/s.npy",
+                 "outputs_all/subj01/cp_4096_v1/300/0.4/00000.png"):
+        (demo / file).parent.mkdir(parents=True, exist_ok=True)
+        (demo / file).write_text("")
+    monkeypatch.setattr(bench_busy, "DEMO", demo)
+    monkeypatch.setattr(bench_busy, "STAGES", {"stage": "echo + command; sleep .05; echo {n} {epochs}; sleep .05; "
+                                                        "rm $ROOT/scores_all/s.npy; touch $ROOT/scores_all/s.npy"})
+    monkeypatch.setattr(bench_busy, "print_starts", lambda: None)
+    bench_busy.main(["--stages", "stage", "--rounds", "1"])
+    name, quiet, busy, _, first, *_ = capsys.readouterr().out.splitlines()[-1].split()
+    assert name == "stage" and 0.1 <= float(quiet) and 0.1 <= float(busy) and float(first) <= float(quiet)
+    assert not (demo / "scores_all/s.npy").is_symlink()
+    monkeypatch.setattr(bench_busy, "STAGES", {"stage": "echo why; exit 3"})
+    with pytest.raises(SystemExit, match="(?s)failed.*why"):
+        bench_busy.main(["--stages", "stage", "--rounds", "1"])
 
 
 def test_the_judge_reads_through_gaussian_fields():

@@ -85,6 +85,8 @@ def load_networks(eval_clip, device, weights_dir=None):
     for metric, load in utils.progress(loaders.items(), desc="load networks", unit="network"):
         try:
             network = load()
+        except ModuleNotFoundError as error:
+            missing[metric] = f"{error.name} is not installed (bash scripts/setup.sh requirements-eval.txt)"
         except (ImportError, OSError, RuntimeError) as error:  # not installed, does not import, or weights out of reach
             missing[metric] = str(error).strip().splitlines()[0]
         else:
