@@ -311,9 +311,8 @@ class DiffusionPrior(nn.Module):
     def mean(self, brain):
         """Return the mean of all clean tokens (B, T, D) that brain tokens (B, T, D) allow.
 
-        It is what the network answers without noisy tokens, as in a fifth of its training: there it is a regression.
-        One step of `sample` would have that mean too, if the network ignored the noise it is given at the last timestep;
-        it does not, and its error is the larger for it.
+        It is the network's answer without noisy tokens, which in a fifth of its training it does not have: there it is a
+        regression. One step of `sample`, from noise alone, would give that mean if the network ignored the noise.
         """
         noisy = self.net.null_noisy.expand_as(brain)
         last = torch.full((len(brain),), len(self.abar) - 1, device=brain.device)
@@ -655,8 +654,10 @@ class BrainModel(nn.Module):
     def predict(self, voxels, prior_steps=1, generators=None):
         """Scores (B, T, D): nsdgeneral, the prior's mean (with more steps a sample), and retrieval, the contrast."""
         backbone, contrast = self(voxels)
-        # differs from MindEye2: the mean by default; there 20 steps
-        predicted = self.prior.mean(backbone) if prior_steps == 1 else self.prior.sample(backbone, prior_steps, generators)
+        if prior_steps == 1:  # differs from MindEye2: the default; there a sample in 20 steps
+            predicted = self.prior.mean(backbone)
+        else:
+            predicted = self.prior.sample(backbone, prior_steps, generators)
         return {"nsdgeneral": predicted, "retrieval": contrast}
 
 

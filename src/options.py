@@ -14,18 +14,21 @@ SESSIONS = {"subj01": 40, "subj02": 40, "subj03": 32, "subj04": 30,
 VAL_FRACTION = 0.05  # of the training images, by image: for validation
 VISION_LAYERS = ["g_2", "g_4", "g_6", "g_8", "g_10", "g_12"]  # NeuralDiffuser's: blocks 1-6 of CLIP ViT-B/32
 FEATURES = ["c", "z", *VISION_LAYERS]
+MODELS = ("components", "mindeye2", "ridge")  # what --model takes
 # what --guidance_rule, --guidance_grad and --guidance_x0 take
 RULES, GRADS, X0S = ("raw", "norm"), ("xt", "x0"), ("cond", "cfg")
 MAX_SHIFT = 0.6  # --guidance_rule norm moves the predicted image by at most this many sigma (rms)
 
 
-# of the flags that depend on --model: components' from first trials on the small world, mindeye2's as published but for
-# the length of the training (docs/method.md, Deviations from MindEye2)
 HIDDEN_DIM = 1024
+# of the flags that depend on --model: components' from first trials on the small world, mindeye2's as published
 COMPONENTS_DEFAULTS = {"n_blocks": 2, "dropout": 0.3, "batch_size": 64, "num_epochs": 25, "max_lr": 1e-3,
                        "weight_decay": 0.1, "clip_scale": 0.0, "mixup_pct": 0.0}
-MINDEYE2_DEFAULTS = {"n_blocks": 4, "dropout": 0.15, "batch_size": 42, "num_epochs": 30, "max_lr": 3e-4,
+MINDEYE2_DEFAULTS = {"n_blocks": 4, "dropout": 0.15, "batch_size": 24, "num_epochs": 150, "max_lr": 3e-4,
                      "weight_decay": 0.01, "clip_scale": 1.0, "mixup_pct": 0.33, "prior_depth": 6}
+# where pretraining has others. MindEye2 counts 150 epochs of 30,000 trials, of all seven subjects together: 4.5 million
+# trials, which are 29 times all that NSD has of them for training
+PRETRAINING_DEFAULTS = {"components": {}, "ridge": {}, "mindeye2": {"batch_size": 42, "num_epochs": 29}}
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -269,6 +272,9 @@ def training_parser(doc, **of_mindeye2):
 
     How a training by these defaults differs from MindEye2's: docs/method.md, Deviations from MindEye2.
     """
+    defaults = {"components": COMPONENTS_DEFAULTS, "ridge": COMPONENTS_DEFAULTS,
+                "mindeye2": MINDEYE2_DEFAULTS | of_mindeye2}
+    note = partial(by_model, defaults)
     parser = Parser(doc)
     add_paths(parser)
     add_subject(parser)
@@ -282,48 +288,55 @@ def training_parser(doc, **of_mindeye2):
     stage.add_argument("--multisubject_ckpt", metavar="RUN",
                        help="fine-tune from this pretraining run: a name, or `auto` for that of --subj and the feature")
     network = parser.add_argument_group("network", "in fine-tuning, what is not given is the pretrained run's")
-    network.add_argument("--model", choices=["components", "mindeye2", "ridge"],
+    network.add_argument("--model", choices=MODELS,
                          help="components: regression of the features' principal components; mindeye2: the published "
                               "networks; ridge: the linear baseline, in closed form (components)")
-    network.add_argument("--n_blocks", type=whole, metavar="N", help="residual MLP blocks" + by_model("n_blocks"))
-    network.add_argument("--dropout", type=float, metavar="P", help="of the blocks" + by_model("dropout"))
+    network.add_argument("--n_blocks", type=whole, metavar="N", help="residual MLP blocks" + note("n_blocks"))
+    network.add_argument("--dropout", type=float, metavar="P", help="of the blocks" + note("dropout"))
     network.add_argument("--prior_depth", type=whole, metavar="N",
                          help=f"layers of mindeye2's diffusion prior, c and g ({MINDEYE2_DEFAULTS['prior_depth']})")
-    optimum = add_loop(parser, by_model)
-    optimum.add_argument("--weight_decay", type=float, metavar="W", help="AdamW's" + by_model("weight_decay"))
+    optimum = add_loop(parser, note)
+    optimum.add_argument("--weight_decay", type=float, metavar="W", help="AdamW's" + note("weight_decay"))
     optimum.add_argument("--clip_scale", type=float, metavar="W",
-                         help="weight of the contrast" + by_model("clip_scale"))
+                         help="weight of the contrast" + note("clip_scale"))
     optimum.add_argument("--prior_scale", type=float, default=30.0, metavar="W",
                          help="weight of the MSE of mindeye2's prior (c and g)")
     optimum.add_argument("--mixup_pct", type=float, metavar="FRACTION",
-                         help="epochs with MixCo" + by_model("mixup_pct"))
-    parser.resolve = partial(resolve_training, {"components": COMPONENTS_DEFAULTS, "ridge": COMPONENTS_DEFAULTS,
-                                                "mindeye2": MINDEYE2_DEFAULTS | of_mindeye2})
+                         help="epochs with MixCo" + note("mixup_pct"))
+    parser.resolve = partial(resolve_training, defaults)
     return parser
 
 
-def by_model(name):
-    """Say a flag's default, which depends on --model."""
-    return f" (components: {COMPONENTS_DEFAULTS[name]}, mindeye2: {MINDEYE2_DEFAULTS[name]})"
+def by_model(defaults, name):
+    """Say a flag's default, which depends on --model and, for some, on the stage. defaults: {model: {name: value}}."""
+    said = []
+    for model in ("components", "mindeye2"):
+        pretraining = PRETRAINING_DEFAULTS[model].get(name)
+        said.append(f"{model}: {defaults[model][name]:g}" + (f", pretraining {pretraining:g}" if pretraining else ""))
+    return f" ({'; '.join(said)})"
 
 
 def resolve_training(defaults, args):
     """Give the flags that depend on --model, and were not given, their defaults {model: {name: value}}."""
     args.model = args.model or "components"
-    for name, value in ({"hidden_dim": HIDDEN_DIM} | defaults[args.model]).items():
+    chosen = {"hidden_dim": HIDDEN_DIM} | defaults[args.model]
+    if args.multi_subject:
+        chosen |= PRETRAINING_DEFAULTS[args.model]
+    for name, value in chosen.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
 
-def add_loop(parser, by_model=None):
+def add_loop(parser, note=lambda name: "", **defaults):
     """Add the flags of the loop itself, and what is validated on; returns the group of the optimisation.
 
-    by_model: where their defaults depend on --model, the function that says so.
+    defaults: of batch_size, num_epochs and max_lr; or note(name), what to say of them where they depend on --model.
     """
-    default, note = (MINDEYE2_DEFAULTS.get, lambda name: "") if by_model is None else (lambda name: None, by_model)
+    default = defaults.get
     optimum = parser.add_argument_group("optimisation")
     optimum.add_argument("--batch_size", type=whole, default=default("batch_size"), metavar="TRIALS",
-                         help="over all subjects and all processes" + note("batch_size"))
+                         help="at most, over all subjects and processes; subjects with fewer trials give fewer"
+                              + note("batch_size"))
     optimum.add_argument("--num_epochs", type=whole, default=default("num_epochs"), metavar="N",
                          help="of training" + note("num_epochs"))
     optimum.add_argument("--max_lr", type=float, default=default("max_lr"), metavar="LR",
@@ -358,8 +371,10 @@ def scoring_parser(doc):
     parser.add_argument("--checkpoint", choices=["last", "best"], default="last", help="best: by validation")
     parser.add_argument("--adapt_epochs", type=whole, default=10, metavar="N",
                         help="epochs to fit a new voxel encoder for (--head adapt)")
-    parser.add_argument("--prior_steps", type=whole, default=20, metavar="N",
-                        help="DDIM steps of the prior (c, g): 20 draws a sample, 1 predicts the mean")
+    parser.add_argument("--num_workers", type=whole, default=2, metavar="N",
+                        help="data loader processes, where a voxel encoder is fitted")
+    parser.add_argument("--prior_steps", type=whole, default=1, metavar="N",
+                        help="of mindeye2's prior (c, g): 1 predicts the mean, more draw a sample in N DDIM steps")
     parser.add_argument("--stack", action=argparse.BooleanOptionalAction, default=True,
                         help="average with the ridge's prediction where a ridge run is there (STAGES=ridge), weighted "
                              "on validation images")

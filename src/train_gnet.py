@@ -27,8 +27,7 @@ def get_parser():
     options.add_compute(parser)
     options.add_precision(parser)
     options.add_tracking(parser)
-    options.add_loop(parser)
-    parser.set_defaults(max_lr=1e-3)
+    options.add_loop(parser, batch_size=42, num_epochs=30, max_lr=1e-3)
     parser.add_argument("--multi_subject", action=argparse.BooleanOptionalAction, default=False,
                         help="one trunk for all subjects and all sessions, regardless of --subj and --num_sessions")
     parser.add_argument("--trunk_width", type=options.whole, default=64, metavar="CHANNELS",
