@@ -30,6 +30,8 @@ def get_parser():
                         metavar="STAGE", help="stages to check for: " + ", ".join(sources.STAGES) + " (all)")
     parser.add_argument("--feats", nargs="+", type=options.feature, default=options.FEATURES,
                         metavar="FEAT", help="features to train on (c z g_2 ... g_12)")
+    parser.add_argument("--model", choices=options.MODELS, default="components",
+                        help="what will be trained; mindeye2 needs no components")
     parser.add_argument("--sd_model", default=sources.SD_MODEL, metavar="NAME|DIR")
     parser.add_argument("--clip_model", default=sources.CLIP_MODEL, metavar="NAME|DIR")
     parser.add_argument("--eval_clip", default=sources.EVAL_CLIP, metavar="NAME|DIR")
@@ -97,11 +99,11 @@ def everything_to_look_at(world, args):
             yield f"feature: {feat}", f"{root}bash scripts/features.sh{again}", look
             file = paths.components(feat)
             mend = f"{root}bash scripts/features.sh" + (f" --feats {feat}" if again else "")
-            look = partial(checks.look_at_components, world, feat, args.subjects, args.deep)
+            look = partial(checks.look_at_components, world, feat, args.subjects, args.deep, args.model)
             yield f"components: {feat}", (f"rm {file}; " if file.exists() else "") + mend, look
-    room = partial(checks.look_at_disk, world, args.feats, args.stages)
+    room = partial(checks.look_at_disk, world, args.feats, args.stages, args.model)
     yield "disk", "make room, or put ROOT on another disk", room
-    yield "memory", "", checks.look_at_memory
+    yield "memory", "", partial(checks.look_at_memory, args.model)
     yield "GPU", "", checks.look_at_gpu
 
 

@@ -85,6 +85,15 @@ def test_a_stage_asks_for_what_it_reads(paths, capsys):
     assert examine(paths, capsys, "--stages", "recon")[0] == 0
 
 
+def test_mindeye2_needs_no_components(paths, capsys):
+    paths.components("c").unlink()
+    status, lines = examine(paths, capsys, "--model", "mindeye2")
+    (line,) = [line for line in lines if "components: c" in line]
+    assert status == 0 and line.startswith("warn") and "--model components (the default) and ridge need it" in line
+    status, lines = examine(paths, capsys)
+    assert status == 1 and any(line.startswith("fail  components: c") and "mindeye2 does not" in line for line in lines)
+
+
 def test_weights_in_the_older_format_are_weights(paths, capsys):
     for folder in ("sd", "clip"):
         shutil.copytree(MODELS / folder, paths.root / folder)
@@ -357,7 +366,7 @@ def test_files_of_the_real_sizes(real, capsys):
     found = "\n".join(lines)
     for words in ("(22500, 13153) float32", "(73000, 425, 425, 3) uint8", "(73000, 77, 768) float16",
                   "4 keep 80.0 % of the variance", "146000 captions of 73000 images", "30 sessions", "1985 trials",
-                  "checkpoints 12.0 GB"):
+                  "checkpoints 2.4 GB"):
         assert words in found, words
 
 

@@ -23,8 +23,10 @@ from nsd.rows import open_betas, open_feature, open_stimuli
 from nsd.trials import load_trials
 
 SAMPLE = 16  # rows of a file that are looked at without --deep
-RUN_BYTES = 6e9  # pretraining and fine-tuning of one feature at --hidden_dim 1024 (benchmarks/stage_costs.py)
-MEMORY = 16e9  # bytes of main memory that training c at its defaults takes (benchmarks/bench_train.py)
+# by --model: bytes at most of a run's pretraining and fine-tuning at --hidden_dim 1024 (benchmarks/stage_costs.py), and
+# of the main memory that training takes (benchmarks/bench_train.py)
+RUN_BYTES = {"components": 1.2e9, "mindeye2": 3e9, "ridge": 0.4e9}
+MEMORY = {"components": 6e9, "mindeye2": 16e9, "ridge": 8e9}
 
 
 class World:
@@ -225,8 +227,12 @@ def look_at_feature(world, feat, subjects, deep):
     return f"{rows.shape} {rows.dtype}, {looked(deep)}"
 
 
-def look_at_components(world, feat, subjects, deep):
+def look_at_components(world, feat, subjects, deep, model):
     """Every image that the subjects saw has its coefficients, and they are of the feature file that is there."""
+    file = world.paths.components(feat)
+    if not file.exists():
+        lack = Doubt if model == "mindeye2" else utils.UserError
+        raise lack(f"{file}: not found; --model components (the default) and ridge need it, mindeye2 does not")
     components = open_components(world.paths, feat)
     look_at_seen(world, components.rows, subjects, deep)
     return f"{components.k} keep {100 * components.kept:.1f} % of the variance, {looked(deep)}"
@@ -269,7 +275,7 @@ def look_at_weights(group, name):
     return f"{name}: {len(needed)} files"
 
 
-def look_at_disk(world, feats, stages):
+def look_at_disk(world, feats, stages, model):
     """Room for the features that are not there and for the checkpoints of a full plan."""
     width, k = {"c": 59136, "z": 16384}, 1024  # of float16 numbers; components, in float32
     features = 0
@@ -277,7 +283,8 @@ def look_at_disk(world, feats, stages):
         f = width.get(feat, 38400)
         features += 2 * sources.N_IMAGES * f if not world.paths.feature(feat).exists() else 0
         features += 4 * k * (sources.N_IMAGES + f) if not world.paths.components(feat).exists() else 0
-    runs = RUN_BYTES * len(feats) if "train" in stages and world.is_nsd else 0
+    n_runs = len(feats if model == "mindeye2" else {feat[0] for feat in feats})  # else the layers of g share one
+    runs = RUN_BYTES[model] * n_runs if "train" in stages and world.is_nsd else 0
     free = shutil.disk_usage(world.paths.root).free
     plan = f"{utils.in_bytes(free)} free; features to write {utils.in_bytes(features)}, checkpoints " \
            f"{utils.in_bytes(runs)} at most"
@@ -288,11 +295,11 @@ def look_at_disk(world, feats, stages):
     return plan
 
 
-def look_at_memory():
+def look_at_memory(model):
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if found < MEMORY:
+    if found < MEMORY[model]:
         raise Doubt(f"{utils.in_bytes(found)} of main memory; training on NSD at its defaults takes about "
-                    f"{utils.in_bytes(MEMORY)}, a smaller --batch_size less")
+                    f"{utils.in_bytes(MEMORY[model])}, a smaller --batch_size less")
     return f"{utils.in_bytes(found)} of main memory"
 
 
@@ -300,6 +307,7 @@ def look_at_gpu():
     import torch
 
     if not torch.cuda.is_available():
-        raise Doubt("no GPU is visible: on a CPU, training on NSD takes weeks (the demo world does not)")
+        raise Doubt("no GPU is visible: on a CPU, decoders of components are trained on NSD in hours, but features and "
+                    "pictures take weeks (those of the demo world do not)")
     return "; ".join(f"{gpu.name}, {utils.in_bytes(gpu.total_memory)}" for gpu in
                      map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))
