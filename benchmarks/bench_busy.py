@@ -1,15 +1,15 @@
 """Is the pipeline quick to start, and at ease beside a busy neighbour?
 
-Start: seconds of every script's --help, in a bare Python. Stages: each runs by its real command, with a small load of the
-demo world (bash scripts/demo.sh makes it), on two cores: alone, and while an endless loop has one of them. Wanted: at most
-2 s, and at most twice the time.
+Start: seconds of every script's --help, in a bare Python. Stages: each runs by its real command, with a small load of
+the demo world (bash scripts/demo.sh makes it), on two cores: alone, and while an endless loop has one of them. Wanted:
+at most 2 s, and at most twice the time.
 
     python benchmarks/bench_busy.py                        # about ten minutes
     python benchmarks/bench_busy.py --rounds 1 --images 8 --stages recon
 
-Quiet and busy take turns, and the ratio is that of the shortest times: of neighbours that are not ours the least. The
-results go to a folder that is deleted at the end; the demo's own are only read. Seconds to the first line are those of a
-command's first word about its work (after the `+ command` of the shell scripts).
+Quiet and busy take turns, and the ratio is that of the shortest times, those least disturbed by others. The results go
+to a folder that is deleted at the end; the demo's own are only read. Seconds to the first line are those to a command's
+first word about its work (after the `+ command` of the shell scripts).
 """
 
 import argparse
@@ -26,13 +26,13 @@ REPO = Path(__file__).resolve().parent.parent
 DEMO = REPO / "demo"
 WANTED_START, WANTED_RATIO = 2.0, 2.0
 CORES = sorted(os.sched_getaffinity(0))[:2] if hasattr(os, "sched_getaffinity") else []
-# what each stage runs, after `source demo/settings.sh`; {n}: images of the load
+# what each stage runs, after `source demo/settings.sh`, on {n} images or for {epochs} epochs
 STAGES = {
-    "features": "FEATS='z g' bash scripts/features.sh --overwrite --components 0",
     "train": "STAGES=finetune FEATS=c bash scripts/train.sh --num_epochs {epochs} --tag busy --overwrite",
     "score": "bash scripts/score.sh --overwrite",
     "recon": "bash scripts/recon.sh --limit {n} --overwrite",
     "evaluate": "rm -rf $ROOT/outputs_all/.features; bash scripts/evaluate.sh",
+    "features": "FEATS='c g' bash scripts/features.sh --overwrite --components 0",  # last: the others need components
 }
 BUSY_LOOP = "while True: pass"
 
