@@ -311,7 +311,7 @@ class DiffusionPrior(nn.Module):
     def mean(self, brain):
         """Return the mean of all clean tokens (B, T, D) that brain tokens (B, T, D) allow.
 
-        It is the network's answer without noisy tokens, which in a fifth of its training it does not have: there it is a
+        It is the network's answer without noisy tokens, which it lacks in a fifth of its training: there it is a
         regression. One step of `sample`, from noise alone, would give that mean if the network ignored the noise.
         """
         noisy = self.net.null_noisy.expand_as(brain)

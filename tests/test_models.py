@@ -326,11 +326,15 @@ def test_the_decoder_of_maps_is_that_of_diffusers_vae(widths):
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)))
 
 
-def test_training_z_and_scoring_load_no_library_that_they_do_not_use():
+def test_training_and_scoring_load_no_library_that_they_do_not_use():
     program = """
 import sys
+import torch
 import training.latent_statistics, training.mindeye2, training.ridge, training.scoring
-from models import LatentModel
+from models import BrainModel, LatentModel
+prior = BrainModel({"subj01": 3}, 8, 5, 4, prior_depth=1)
+for steps in (1, 2):
+    prior.eval().predict({"subj01": torch.zeros(1, 3)}, steps, [torch.Generator()])
 LatentModel({"subj01": 3}, 8, (4, 8, 8), 5, 4, channels=(32, 32, 32))
 seldom = ("diffusers", "transformers", "sklearn", "wandb", "accelerate", "deepspeed", "pytorch_msssim")
 print([name for name in seldom if name in sys.modules])
