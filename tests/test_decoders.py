@@ -38,8 +38,8 @@ def trained(tmp_path_factory):
 
 
 def score(paths, *flags, script=score_c):
-    words = ["--hidden_dim", 8, "--num_sessions", 3, "--device", "cpu", "--run", "scratch", "--root", paths.root]
-    words += flags
+    words = ["--hidden_dim", 8, "--num_sessions", 3, "--device", "cpu", "--num_workers", 0, "--run", "scratch"]
+    words += ["--root", paths.root, *flags]
     return utils.run_cli(script.main, list(map(str, words)))
 
 

@@ -16,7 +16,18 @@ import torch
 
 import utils
 from shared import built_once, one_launch_at_a_time
-from tiny_runs import SCRATCH, SMALL, SRC, checkpoint, copy_world, paths_of, stopped_at, train, write_world
+from tiny_runs import (
+    SCRATCH,
+    SMALL,
+    SRC,
+    VARIANTS,
+    checkpoint,
+    copy_world,
+    paths_of,
+    stopped_at,
+    train,
+    write_world,
+)
 from training.team import ALONE, Team
 
 TESTS = Path(__file__).parent
@@ -92,31 +103,38 @@ def gloo_threads():
 # --- real launches ------------------------------------------------------------------------------------------------
 
 
-def losses_of(paths):
-    return losses_in(paths.run(SCRATCH) / "metrics.jsonl")
+def losses_of(paths, variant):
+    return losses_in(paths.run(SCRATCH + variant) / "metrics.jsonl")
 
 
 def losses_in(file):
+    """Losses and R2 of every epoch, (epochs, metrics)."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    keys = ("train/loss", "train/loss_clip", "train/loss_prior", "val/loss", "val/loss_prior")
+    keys = sorted(key for key in rows[0] if "loss" in key or "r2" in key)
     return torch.tensor([[row[key] for key in keys] for row in rows])
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A world with a run of one process that was stopped after six of its 16 steps, and the losses of a whole one."""
+    """A world with runs of one process that were stopped after six of their steps, and the losses of whole ones."""
     def build(folder):
         paths = write_world(folder)
-        assert train(paths, *SCIENCE) == 0
-        (paths.run(SCRATCH) / "metrics.jsonl").rename(folder / "whole.jsonl")
-        shutil.rmtree(paths.run(SCRATCH))
-        with stopped_at(6):
-            assert train(paths, *SCIENCE) == 143
-        stopped = checkpoint(paths)
-        assert (stopped["epoch"], stopped["step"]) == (1, 2)
+        for variant, (objective, flags) in VARIANTS.items():
+            run = paths.run(SCRATCH + variant)
+            assert train(paths, *SCIENCE, *flags) == 0
+            (run / "metrics.jsonl").rename(folder / f"whole{variant}.jsonl")
+            shutil.rmtree(run)
+            with stopped_at(6, objective):
+                assert train(paths, *SCIENCE, *flags) == 143
+            assert position(paths, variant) == {"": (1, 2), "_k": (1, 2), "_few": (1, 1)}[variant]
 
     folder = built_once(tmp_path_factory, "alone", build)
-    return paths_of(folder), losses_in(folder / "whole.jsonl")
+    return paths_of(folder), {variant: losses_in(folder / f"whole{variant}.jsonl") for variant in VARIANTS}
+
+
+def position(paths, variant):
+    state = checkpoint(paths, SCRATCH + variant)
+    return state["epoch"], state["step"]
 
 
 def launched(config, stopped, tmp_path_factory, steps):
@@ -133,7 +151,8 @@ def launched(config, stopped, tmp_path_factory, steps):
 
 
 def launch(config, worlds, steps):
-    shutil.rmtree(worlds[0].run(SCRATCH))
+    for variant in VARIANTS:
+        shutil.rmtree(worlds[0].run(SCRATCH + variant))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SRC}:{TESTS}", "DS_ACCELERATOR": "cpu"}
     program = [TESTS / "tiny_runs.py", *(f"{world.root}:{step}" for world, step in zip(worlds, steps, strict=True))]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
@@ -141,7 +160,8 @@ def launch(config, worlds, steps):
                *program, *SMALL, *SCIENCE]
     result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count({"ddp": "; 2 processes, cpu", "zero2": "; DeepSpeed, 1 process, cpu"}[config]) == 2
+    said = {"ddp": "; 2 processes, cpu", "zero2": "; DeepSpeed, 1 process, cpu"}[config]
+    assert result.stdout.count(said) == 2 * len(VARIANTS)
 
 
 @pytest.fixture(scope="module")
@@ -157,28 +177,36 @@ def zero2(alone, tmp_path_factory):
     return launched("zero2", alone[0], tmp_path_factory, steps=(0, 5))
 
 
-def assert_as_alone(paths, alone):
-    assert losses_of(paths).shape == (4, 5)
-    torch.testing.assert_close(losses_of(paths), alone[1], rtol=TOLERANCE, atol=1e-6)
+def assert_as_alone(paths, alone, variant):
+    expected = alone[1][variant]
+    assert len(expected) == 4 and expected.shape[1] >= 5
+    torch.testing.assert_close(losses_of(paths, variant), expected, rtol=TOLERANCE, atol=1e-6)
 
 
-def test_two_processes_compute_what_one_computes_and_one_goes_on_from_them(ddp, alone):
-    assert checkpoint(ddp[0])["epoch"] == 2
-    assert train(ddp[0], *SCIENCE) == 0
-    assert_as_alone(ddp[0], alone)
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
-def test_two_processes_go_on_from_one(ddp, alone):
-    assert_as_alone(ddp[1], alone)
+@each_variant
+def test_two_processes_compute_what_one_computes_and_one_goes_on_from_them(ddp, alone, variant):
+    assert position(ddp[0], variant) == (2, 0)
+    assert train(ddp[0], *SCIENCE, *VARIANTS[variant][1]) == 0
+    assert_as_alone(ddp[0], alone, variant)
 
 
-def test_zero2_computes_what_one_process_computes(zero2, alone):
-    assert_as_alone(zero2[0], alone)
+@each_variant
+def test_two_processes_go_on_from_one(ddp, alone, variant):
+    assert_as_alone(ddp[1], alone, variant)
 
 
-def test_zero2_goes_on_from_one_process_and_the_reverse(zero2, alone):
-    stopped = checkpoint(zero2[1])  # from (1, 2) to (2, 3)
-    assert (stopped["epoch"], stopped["step"]) == (2, 3)
-    assert stopped["optimizer"]["step"] == 11 and len(stopped["optimizer"]["exp_avg"]) > 10
-    assert train(zero2[1], *SCIENCE) == 0
-    assert_as_alone(zero2[1], alone)
+@each_variant
+def test_zero2_computes_what_one_process_computes(zero2, alone, variant):
+    assert_as_alone(zero2[0], alone, variant)
+
+
+@each_variant
+def test_zero2_goes_on_from_one_process_and_the_reverse(zero2, alone, variant):
+    assert position(zero2[1], variant) == {"": (2, 3), "_k": (2, 3), "_few": (2, 1)}[variant]  # five steps later
+    moments = checkpoint(zero2[1], SCRATCH + variant)["optimizer"]
+    assert moments["step"] == 11 and len(moments["exp_avg"]) > 10
+    assert train(zero2[1], *SCIENCE, *VARIANTS[variant][1]) == 0
+    assert_as_alone(zero2[1], alone, variant)

@@ -22,8 +22,9 @@ from nsd.rows import open_feature
 from nsd.trials import load_trials, split_trials
 from tiny_nsd import SHARED
 from tiny_runs import FINETUNED, PRETRAINED, SCRATCH, checkpoint, stopped_at, train, write_world
+from training.loop import make_loader
 
-FLAGS = ["--hidden_dim", "8", "--num_sessions", "3", "--device", "cpu"]
+FLAGS = ["--hidden_dim", "8", "--num_sessions", "3", "--device", "cpu", "--num_workers", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,19 @@ def test_a_head_that_does_not_fit_is_refused(world, capsys):
         assert score(world, *flags, "--overwrite") == 2
         assert "head_subj01_1sess/last.pth: its weights do not fit" in capsys.readouterr().err
     file.unlink()
+
+
+def test_adapting_reads_with_workers(world, monkeypatch):
+    asked = []
+
+    def noting(batches, num_workers, team):
+        asked.append(num_workers)
+        return make_loader(batches, num_workers, team)
+
+    monkeypatch.setattr("training.loop.make_loader", noting)
+    flags = ("--run", "pretrain", "--adapt_epochs", 1, "--num_sessions", 2, "--num_workers", 1, "--overwrite")
+    assert score(world, *flags) == 0
+    assert asked == [1, 1]  # training and validation
 
 
 def test_adapting_that_was_stopped_goes_on(world):
@@ -256,6 +270,7 @@ def test_ridge_scores_and_refuses_to_adapt(world, capsys):
     (["--run", "scratch"], SCRATCH),
     (["--subj", 2], "pretrained_subj02_3sess_ext1_c_8_mlp"),
     (["--batch_size", 0], "--batch_size 0"),
+    (["--num_workers", -1], "--num_workers -1"),
     (["--run", "finetune:2", "--head", "own"], "pretrained_subj02"),
 ])
 def test_bad_input(world, capsys, flags, words):

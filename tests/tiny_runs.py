@@ -18,11 +18,18 @@ from disk.checkpoints import load_checkpoint
 from disk.names import Paths
 from features.components import write_components
 from tiny_nsd import N_IMAGES, write_tiny_nsd
-from training.objectives import BrainObjective
+from training.objectives import BrainObjective, ComponentObjective
 
 SRC = Path(__file__).resolve().parent.parent / "src"
 SMALL = ["--model", "mindeye2", "--hidden_dim", "8", "--n_blocks", "1", "--prior_depth", "1", "--batch_size", "6",
          "--num_workers", "0", "--device", "cpu", "--num_sessions", "3", "--val_fraction", "0.2"]
+# {end of the run's name: (objective, flags)}: trainings of c that several processes must do as one does
+VARIANTS = {
+    "": (BrainObjective, []),
+    "_k": (ComponentObjective, ["--model", "components", "--tag", "k", "--clip_scale", 0.1, "--mixup_pct", 0.5]),
+    # one image validates: fewer than there are processes
+    "_few": (ComponentObjective, ["--model", "components", "--tag", "few", "--val_fraction", 0]),
+}
 SHAPES = {"c": (3, 6), "g_2": (2, 4), "g_12": (5, 4), "z": (4, 8, 8)}
 SCRATCH = "scratch_subj01_3sess_ext1_c_8_mlp"
 PRETRAINED, FINETUNED = "multisubject_subj01_ext1_c_8_mlp", "pretrained_subj01_3sess_ext1_c_8_mlp"
@@ -83,12 +90,14 @@ def stopped_at(step, objective_class=BrainObjective):
 
 
 def train_in_turn(argv):
-    """Train c in several worlds, ROOT:STEP ..., each stopped in that step (0: nowhere), with the flags that follow."""
+    """Train every one of VARIANTS in several worlds, ROOT:STEP ..., each stopped in that step (0: nowhere), with the
+    flags that follow."""
     worlds = list(itertools.takewhile(lambda word: not word.startswith("--"), argv))
-    for world in worlds:
+    for world, variant in itertools.product(worlds, VARIANTS):
         root, _, step = world.rpartition(":")
-        with stopped_at(int(step)), suppress(utils.Interrupted):
-            train_c.main([*argv[len(worlds):], "--root", root])
+        objective, flags = VARIANTS[variant]
+        with stopped_at(int(step), objective), suppress(utils.Interrupted):
+            train_c.main([*argv[len(worlds):], *map(str, flags), "--root", root])
 
 
 if __name__ == "__main__":  # under a launcher, whose start takes longer than the trainings: all of them in one

@@ -53,14 +53,15 @@ class Request:
     batch_size: int  # images
     seed: int
     device: str
+    num_workers: int
     overwrite: bool
 
     @classmethod
     def from_args(cls, args):
         """Read parsed flags; raises UserError for a value out of range."""
-        for name in ("batch_size", "prior_steps", "adapt_epochs"):
-            if getattr(args, name) < 1:
-                raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
+        for name, least in (("batch_size", 1), ("prior_steps", 1), ("adapt_epochs", 1), ("num_workers", 0)):
+            if getattr(args, name) < least:
+                raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least {least}")
         given = {field.name: getattr(args, field.name) for field in fields(cls) if field.name != "paths"}
         return cls(Paths.from_args(args), **given)
 
@@ -350,7 +351,8 @@ def adapt(request, feat, run, state, checkpoint_hash):
     if changed:
         last.unlink()
     loop = Loop(request.adapt_epochs, trained["max_lr"], trained["batch_size"], request.seed, request.device,
-                weight_decay=trained.get("weight_decay", 0.01), resume=True, overwrite=changed)
+                weight_decay=trained.get("weight_decay", 0.01), num_workers=request.num_workers, resume=True,
+                overwrite=changed)
     plan = Plan(request.paths, "adapt", request.subj, request.num_sessions, trained["val_fraction"],
                 request.hidden_dim, request.tag, None, loop, config)
     team = Team.assemble(request.device)
