@@ -7,7 +7,7 @@ PNGs + index.csv of recon.py, stimuli -> protocol `mindeye2` -> a value per metr
     python src/evaluate.py --subjects 1 2 5 7        # a row for each, and their mean
     python src/evaluate.py --images DIR --seen     # the seen images against themselves: every metric's best
 
-Reads index.csv and config.json of the images, nsd_stimuli.hdf5, retrieval.npy of the scores behind them and, for brain
+Reads index.csv and config.json of the images, nsd_stimuli.hdf5, the scores behind them and, for brain
 correlation, betas and the GNet of --gnet_run. Beside the images it writes
     metrics.json           the values            metrics_per_image.csv   a row per image
     metrics.csv            every row of the table   metrics.tex          a line for a paper

@@ -1,6 +1,7 @@
 """The benchmarks run, and the pictures of the fast sampler are those of the published procedure rendered plainly."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import h5py
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from nsd.checks import RUN_BYTES
 from sampling.decoders import load_guidance_decoder
 from sampling.pipeline import load_pipeline
 from tiny_nsd import N_IMAGES
@@ -21,7 +23,9 @@ import bench_gnet
 import bench_recon
 import distil_decoder
 import gnet_guidance
+import stage_costs
 
+ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--images", "2", "--reference_images", "1", "--rounds", "1", "--num_inference_steps", "4",
          "--guidance_strength", "0.5", "--batch_size", "2", "--device", "cpu"]
 
@@ -124,3 +128,22 @@ def test_bench_features_prints_its_ratios(monkeypatch, capsys):
     assert header.split() == ["images/s", "/", "network", "/", "one", "memory"]
     assert [line.split()[0] for line in table] == ["c", "z", "g"]
     assert all(float(value) > 0 for line in table for value in line.split()[1:4])
+
+
+def test_the_documents_say_what_stage_costs_counts():
+    with torch.device("meta"):
+        flops = sum(flops for _, flops in stage_costs.training("components"))
+        of_ridge = sum(stage_costs.ridge_flops(n) for n in (1, 1, 6))
+    size = {model: sum(size for *_, size in stage_costs.checkpoints(model)) for model in ("components", "ridge")}
+    docs = {name: (ROOT / name).read_text() for name in ("README.md", "docs/method.md")}
+    assert f"{size['components'] / 1e9:.1f} GB of checkpoints; {flops / 1e15:.1f} petaFLOP" in docs["README.md"]
+    assert f"by count {of_ridge / 1e12:.0f} teraFLOP for all features of subject 1" in docs["docs/method.md"]
+    assert size["components"] + size["ridge"] < 6e9
+
+
+def test_room_for_checkpoints_is_what_they_take():
+    for model, known in RUN_BYTES.items():
+        by_run = Counter()
+        for _, run, size in stage_costs.checkpoints(model):
+            by_run[run] += size
+        assert 0.9 * known <= max(by_run.values()) <= known, (model, by_run)
