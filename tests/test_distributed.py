@@ -10,11 +10,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import utils
+from models import Decoder
 from shared import built_once, one_launch_at_a_time
 from tiny_runs import (
     SCRATCH,
@@ -28,6 +30,7 @@ from tiny_runs import (
     train,
     write_world,
 )
+from training.objectives import ComponentObjective
 from training.team import ALONE, Team
 
 TESTS = Path(__file__).parent
@@ -72,6 +75,23 @@ def test_join_undoes_take_and_keeps_the_own_gradient(monkeypatch, n, offset):
         if len(own):
             (gradient,) = torch.autograd.grad((joined * weight).sum(), own)
             assert torch.equal(gradient, team_of(rank, size).take(weight, offset))
+
+
+@pytest.mark.parametrize(("training", "progress", "mixed"), [(True, 0.2, 1), (True, 0.6, 0), (False, 0.2, 0)])
+def test_voxels_are_gathered_only_where_they_are_mixed(monkeypatch, training, progress, mixed):
+    widths = []
+
+    def all_gather(parts, padded):
+        widths.append(padded.shape[1])
+        for part in parts:
+            part.copy_(padded)
+
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    objective = ComponentObjective({"c": SimpleNamespace(total=1.0)}, mixup_pct=0.5)
+    batch = {"voxels": {"subj01": torch.randn(2, 11)}, "sizes": {"subj01": 4}, "image_ids": torch.arange(4),
+             "c": torch.randn(2, 5)}
+    objective(Decoder({"subj01": 11}, 8, {"c": 5}).train(training), batch, progress, team=team_of(0, 2))
+    assert 5 in widths and widths.count(11) == mixed
 
 
 def test_alone_is_free():

@@ -76,11 +76,16 @@ def test_every_metric_of_the_page_is_in_an_offline_run(paths, monkeypatch, scrip
     assert [row["train/loss"] for row in rows] == [row["train/loss"] for row in written]
 
 
-def test_metrics_of_components_are_those_of_the_page(paths):
-    assert train(paths, "--model", "components", "--num_epochs", 1, "--tag", "k") == 0
+def test_metrics_of_components_are_those_of_the_page(paths, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    flags = ["--model", "components", "--clip_scale", 0.1, "--num_epochs", 1, "--tag", "k", "--wandb_log"]
+    assert train(paths, *flags) == 0
+    (sent,) = offline_rows(paths.run(SCRATCH + "_k"))
+    keys = {key for key in sent if not key.startswith("_")}
+    assert {"train/loss_mse", "val/loss_mse", "val/r2_c", "val/loss_clip", "val/fwd_pct_correct"} <= keys
+    assert keys <= {key.replace("<feat>", "c") for key in keys_of_the_page("components") | keys_of_the_page("c")}
     (row,) = [json.loads(line) for line in (paths.run(SCRATCH + "_k") / "metrics.jsonl").read_text().splitlines()]
-    known = {key.replace("<feat>", "c") for key in keys_of_the_page("components") | keys_of_the_page("c")}
-    assert {"train/loss_mse", "val/loss_mse", "val/r2_c", "val/fwd_pct_correct"} <= row.keys() - {"step"} <= known
+    assert keys == row.keys() - {"step"}
 
 
 def test_gnets_metrics_are_those_of_the_page(paths, monkeypatch):

@@ -19,16 +19,17 @@ import train_c
 import train_g
 import train_z
 from disk.checkpoints import load_checkpoint, save_checkpoint
-from models import BrainModel, build_model
+from models import BrainModel, Decoder, build_model
 from nsd.components import open_components
 from nsd.rows import open_feature
 from nsd.trials import load_trials, split_by_image
 from tiny_nsd import N_VOXELS
 from tiny_runs import FINETUNED, PRETRAINED, SCRATCH, checkpoint, copy_world, stopped_at, train, write_world
-from training.loop import weight_decay_groups
+from training.loop import make_optimizer, weight_decay_groups
 from training.objectives import BrainObjective, LatentObjective
 from training.ridge import RIDGE_ALPHAS, decompose, solve
 from training.runs import target_statistics
+from training.settings import Loop
 
 TIMES = {"train/samples_per_s", "train/data_wait_pct"}
 
@@ -423,6 +424,25 @@ def test_no_weight_decay_on_biases_and_norms():
     expected = {name for name, p in model.named_parameters() if "bias" in name or p.ndim == 1}
     assert {names[id(p)] for p in free["params"]} == expected and "prior.net.offset_bias" in expected
     assert (decayed["weight_decay"], free["weight_decay"]) == (1e-2, 0.0)
+
+
+def test_the_optimizer_is_adamw():
+    """Fused, as it runs here, against PyTorch's plain loop over the parameters."""
+    loop, networks = Loop(num_epochs=2, max_lr=1e-2, batch_size=1, seed=0), []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = Decoder({"subj01": 50, "subj02": 40}, 16, {"c": 7})
+        optimizer, schedule = make_optimizer(model, loop, steps_per_epoch=20)
+        if not fused:
+            optimizer = torch.optim.AdamW(weight_decay_groups(model, loop.weight_decay), lr=1e-2, foreach=False)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=40, pct_start=0.5)
+        for _ in range(40):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+            schedule.step()
+        networks.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*networks, rtol=1e-6, atol=1e-6)
 
 
 # --- the linear baseline ------------------------------------------------------------------------------------------
