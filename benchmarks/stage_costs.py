@@ -2,7 +2,7 @@
 
     python benchmarks/stage_costs.py                    # hours at 60 teraFLOP/s, about what bf16 reaches on an A100
     python benchmarks/stage_costs.py --tflops 20 --mbytes 10
-    python benchmarks/stage_costs.py --ridge_seconds    # also times a stretch of the ridge, on this machine's CPU
+    python benchmarks/stage_costs.py --ridge_seconds    # also what the ridge takes on this CPU
 
 Networks of Stable Diffusion 1.4's, CLIP's and this project's default sizes on PyTorch's meta device, under its own
 FLOP counter; a multiplication and its addition are two. Trainings: forward and backward passes of the real networks and
@@ -42,7 +42,7 @@ def get_parser():
     parser = options.Parser(__doc__)
     parser.add_argument("--tflops", type=float, default=60, metavar="TERAFLOPS", help="that the GPU reaches (60)")
     parser.add_argument("--mbytes", type=float, default=50, metavar="MB/S", help="that the network brings (50)")
-    parser.add_argument("--ridge_seconds", action="store_true", help="time a stretch of the ridge: minutes, 5 GB")
+    parser.add_argument("--ridge_seconds", action="store_true", help="time a part of the ridge, on the CPU: a minute")
     return parser
 
 
@@ -168,23 +168,31 @@ def ridge_flops(n_feats, n=TRAINED_IMAGES, n_voxels=sources.PUBLISHED["subj01"][
     return 2 * n**2 * n_voxels + 9 * n**3 + n_feats * solved
 
 
-def time_ridge():
-    """Time the kernel and its eigenvectors at the real sizes, and a solve for 64 of 1,024 components with 2 penalties.
+def time_ridge(share=4):
+    """Time a ridge on a quarter of the images, all voxels and 64 components, and extrapolate the core-hours.
+
+    Eigenvectors take the cube of the images, the rest their square; what a penalty takes is told from the rest of a
+    solve by taking one and three of them.
     """
-    n, n_voxels = TRAINED_IMAGES, sources.PUBLISHED["subj01"][1]
+    n, n_voxels = TRAINED_IMAGES // share, sources.PUBLISHED["subj01"][1]
     responses, targets = torch.randn(n, n_voxels), torch.randn(n, 64)
-    marks = [time.process_time()]
+    rows = responses.double()
+    kernel = seconds(lambda: rows @ rows.T)
+    eigenvectors = seconds(lambda: decompose(responses)) - kernel
     decomposed = decompose(responses)
-    marks.append(time.process_time())
-    for alphas in (RIDGE_ALPHAS[:1], RIDGE_ALPHAS[:3]):
-        solve(decomposed, targets, alphas)
-        marks.append(time.process_time())
-    decomposing, once, thrice = (b - a for a, b in zip(marks, marks[1:], strict=False))
-    for_two = max(thrice - once, 0)  # penalties: what is left of `once` is done once
-    solving = ((once - for_two / 2) + len(RIDGE_ALPHAS) * for_two / 2) * K / 64
-    total = 3 * decomposing + len(FEATURES) * solving
-    print(f"\nridge of subject 1, core-hours on this CPU: kernel and eigenvectors {decomposing / 3600:.2f} (once for "
-          f"each of c, z and g), a feature {solving / 3600:.2f}; in all {total / 3600:.1f}")
+    once, thrice = (seconds(lambda k=k: solve(decomposed, targets, RIDGE_ALPHAS[:k])) for k in (1, 3))
+    solving = once + (len(RIDGE_ALPHAS) - 1) * (thrice - once) / 2
+    decomposing = (kernel + eigenvectors * share) * share**2 / 3600
+    solving *= K / 64 * share**2 / 3600
+    print(f"\nridge of subject 1, core-hours on this CPU: kernel and eigenvectors {decomposing:.2f} (for c, z and g "
+          f"each), a feature {solving:.2f}; in all {3 * decomposing + len(FEATURES) * solving:.1f}")
+
+
+def seconds(call):
+    """CPU time of call(), of all threads together."""
+    started = time.process_time()
+    call()
+    return time.process_time() - started
 
 
 def drawing():

@@ -6,7 +6,7 @@ a checkpoint lists the checksums of its tensors.
 
 from disk.files import archive_hash
 from nsd.components import open_components, source_of
-from nsd.rows import open_betas, open_stimuli, sample_hash
+from nsd.rows import open_betas, open_feature, open_stimuli, sample_hash
 
 
 def inputs_there(paths, subjects=(), components=(), features=(), stimuli=False, runs=()):
@@ -19,7 +19,8 @@ def inputs_there(paths, subjects=(), components=(), features=(), stimuli=False, 
              paths.betas(subj).exists()}
     found |= {f"components of {feat}": open_components(paths, feat).digest for feat in components if
               paths.components(feat).exists()}
-    found |= {f"feature {feat}": source_of(paths.feature(feat)) for feat in features if paths.feature(feat).exists()}
+    found |= {f"feature {feat}": source_of(open_feature(paths, feat).path) for feat in features if
+              paths.feature(feat).exists()}
     if stimuli and paths.stimuli.joinpath("nsd_stimuli.hdf5").exists():
         found["stimuli"] = sample_hash(open_stimuli(paths))
     return found | {f"run {file.parent.name}": archive_hash(file) for file in runs if file is not None

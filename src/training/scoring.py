@@ -114,10 +114,12 @@ class Trained:
     @cached_property
     def network(self):
         """The network, with the voxel encoder of `whose`, on the device."""
+        n_voxels, subj = self.test.betas.shape[1], self.request.subj  # read first: so damaged responses are named
+        check_inputs(self.state, self.file, inputs_there(self.request.paths, {subj} & self.state["n_voxels"].keys()))
         if self.head == "adapt":
             network = adapt(self.request, self.state["config"]["feat"], self.run, self.state, self.hash)
         else:
-            check_head(self.whose, self.request.subj, self.test.betas.shape[1], self.state["n_voxels"], self.file)
+            check_head(self.whose, subj, n_voxels, self.state["n_voxels"], self.file)
             network = restore(self.state, self.file)
         return network.eval().to(self.device)
 
@@ -133,7 +135,8 @@ class Trained:
     def ridge(self, file, feat):
         """Return the network of a ridge's checkpoint, on the device."""
         state = self._ridge_state(file)
-        check_inputs(state, file, self.request, feat, "fit it again with --overwrite, or leave it out (--no-stack)")
+        check_inputs(state, file, inputs_there(self.request.paths, [self.request.subj], [feat]),
+                     "fit it again with --overwrite, or leave it out (--no-stack)")
         if file not in self._ridges:
             self._ridges[file] = restore(state, file).eval().to(self.device)
         return self._ridges[file]
@@ -166,16 +169,15 @@ def open_trained(request, feat, known=None):
     if known.head == "own" and subj not in state["n_voxels"]:
         raise utils.UserError(f"{checkpoint}: has voxel encoders of {', '.join(state['n_voxels'])}, wanted "
                               f"{subj}; fine-tune on {subj}, or use --head adapt")
-    check_inputs(state, checkpoint, request, feat, "train it again with --overwrite, or put those back")
+    if "components" in state["model_args"]:
+        check_inputs(state, checkpoint, inputs_there(paths, components=[feat]))
     return known
 
 
-def check_inputs(state, file, request, feat, mend):
-    """Raise UserError where a run's checkpoint says that it was trained on other responses of the subject than are
-    there now, or predicts other components; mend: what to do then."""
+def check_inputs(state, file, there, mend="train it again with --overwrite, or put those back"):
+    """Raise UserError where a run's checkpoint says that it was trained on other inputs than those that are there now
+    (origins.inputs_there); mend: what to do then."""
     recorded = state["config"].get("made_from", {})
-    subjects = [request.subj] if request.subj in state["n_voxels"] else []
-    there = inputs_there(request.paths, subjects, [feat] if "components" in state["model_args"] else [])
     if recorded and (others := changed(recorded, there)):
         raise utils.UserError(f"{file}: was trained on others than are there now: {', '.join(others)}; {mend}")
 
@@ -218,8 +220,10 @@ def open_source(trained, feat, **settings):
         return None
     if components is None:
         source = Source(trained, folder, config, trained.network)
-        if (known := r2_of_rows(source, predict(source, trained.validation, "validate")["nsdgeneral"])) is not None:
-            config["r2"] = {"network": known, "scored": known}
+        config["r2"] = {}
+        if request.paths.feature(feat).exists():
+            r2 = r2_of_rows(source, predict(source, trained.validation, "validate")["nsdgeneral"])
+            config["r2"] = {"network": r2, "scored": r2}
         return source
     model = FeatureOf(trained.network, components).to(trained.device)
     config["r2"] = validate(model, ridge and trained.ridge(ridge, feat), trained)
@@ -306,15 +310,13 @@ def validate(model, ridge, trained):
 def r2_of_rows(source, predicted):
     """Return the share of variance that predictions (N, ...) of the validation images explain.
 
-    The variance is that of the feature's components, or, without them, that of these images. None where the true rows
-    are not there.
+    The variance is that of the feature's components, or, of networks that predict none, that of these images.
     """
-    paths, feat, image_ids = source.request.paths, source.config["feat"], source.trained.validation.image_ids
-    if not paths.feature(feat).exists():
-        return None
-    true = open_feature(paths, feat)[image_ids].astype(np.float32).reshape(len(image_ids), -1)
+    image_ids = source.trained.validation.image_ids
+    true = open_feature(source.request.paths, source.config["feat"])[image_ids].astype(np.float32)
+    true = true.reshape(len(image_ids), -1)
     error = float(np.square(predicted.reshape(true.shape) - true).sum(1).mean())
-    total = open_components(paths, feat).total if paths.components(feat).exists() else float(true.var(0).sum())
+    total = source.model.components.total if isinstance(source.model, FeatureOf) else float(true.var(0).sum())
     return 1 - error / total
 
 
