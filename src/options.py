@@ -373,8 +373,6 @@ def scoring_parser(doc):
                         help="epochs to fit a new voxel encoder for (--head adapt)")
     parser.add_argument("--num_workers", type=whole, default=2, metavar="N",
                         help="data loader processes, where a voxel encoder is fitted")
-    parser.add_argument("--num_workers", type=whole, default=2, metavar="N",
-                        help="data loader processes, where a voxel encoder is fitted")
     parser.add_argument("--prior_steps", type=whole, default=1, metavar="N",
                         help="of mindeye2's prior (c, g): 1 predicts the mean, more draw a sample in N DDIM steps")
     parser.add_argument("--stack", action=argparse.BooleanOptionalAction, default=True,
