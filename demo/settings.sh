@@ -12,9 +12,10 @@ export ROOT SUBJ=1 HF_HUB_OFFLINE=1
 export FEATURES_FLAGS="--sd_model models/sd --clip_model models/clip --components 256"
 export CHECK_DATA_FLAGS="--sd_model models/sd --clip_model models/clip --eval_clip models/clip"
 
-# train.sh: the decoders, and how long they learn from seven brains (fine-tuning has the default schedule)
-export TRAIN_FLAGS="--hidden_dim 512 --batch_size 70 --num_workers 0"
-export PRETRAIN_C_FLAGS="--num_epochs 6" PRETRAIN_G_FLAGS="--num_epochs 6" PRETRAIN_Z_FLAGS="--num_epochs 6"
+# train.sh: the decoders, and how they learn from seven brains (fine-tuning has the default schedule)
+export TRAIN_FLAGS="--hidden_dim 512 --num_workers 0"
+PRETRAIN_C_FLAGS="--num_epochs 6 --batch_size 140 --max_lr 1.5e-3"
+export PRETRAIN_C_FLAGS PRETRAIN_Z_FLAGS=$PRETRAIN_C_FLAGS PRETRAIN_G_FLAGS=$PRETRAIN_C_FLAGS
 export TRAIN_GNET_FLAGS="--num_epochs 8 --batch_size 32"
 
 # score.sh: which decoders
