@@ -18,6 +18,9 @@ for knob in WANDB_LOG DRY_RUN; do
     [[ ${!knob:-0} == [01] ]] || refuse "$knob: ${!knob} is not a setting; wanted 1 (yes) or 0 (no)"
 done
 
+export JOBS=${JOBS:-1}
+[[ $JOBS =~ ^[1-9][0-9]*$ ]] || refuse "JOBS: $JOBS is not a number of jobs; wanted 1, 2, ..."
+
 # Features, g standing for all of its layers; G_FEATS: the layers among them, which share a process.
 ALL_G="g_2 g_4 g_6 g_8 g_10 g_12"
 ALL_FEATS="c z $ALL_G"
@@ -76,3 +79,34 @@ run() {
     printf '+'; printf ' %q' "$@"; printf '\n'
     "$@"
 }
+
+# Run a command beside others, JOBS at a time; a bar is then lines, as in a log: beside COMMAND ...
+# `finish` waits for all of them and returns the status of one that failed. Each job is a process group of its own (set
+# -m), so that Ctrl-C and kill reach all that it has started, as SIGTERM.
+beside() {
+    if [[ $JOBS == 1 ]]; then
+        "$@"
+        return
+    fi
+    [[ ${#jobs[@]} -lt $JOBS ]] || finish
+    trap 'stop 130' INT
+    trap 'stop 143' TERM
+    [[ -n ${OMP_NUM_THREADS:-} ]] || export OMP_NUM_THREADS=$(((cores + JOBS - 1) / JOBS))
+    set -m
+    "$@" 2> >(cat >&2) &
+    jobs+=($!)
+    set +m
+}
+finish() {
+    local status=0 job
+    for job in ${jobs[@]+"${jobs[@]}"}; do wait "$job" || status=$?; done
+    jobs=()
+    return $status
+}
+stop() {
+    local job
+    for job in ${jobs[@]+"${jobs[@]}"}; do kill -TERM -- "-$job" 2>/dev/null || true; done
+    wait
+    exit "$1"
+}
+jobs=() cores=$(getconf _NPROCESSORS_ONLN)

@@ -16,6 +16,7 @@
 #   FEATS="c z g_2 g_4 g_6 g_8 g_10 g_12"    features to train; g: all of its layers
 #   STAGES="pretrain finetune"               one after another; also scratch (on SUBJ alone), ridge (the linear
 #                                            baseline), gnet
+#   JOBS=1                                   so many trainings of a stage side by side, sharing the cores
 #   ROOT=<the repository>                    the folder that holds data and results
 #   LAUNCH=""                                accelerate launch ..., for several GPUs
 #   WANDB_LOG=0                              1: log to W&B
@@ -51,7 +52,8 @@ for stage in "${STAGES[@]}"; do
     esac
     flags+=(--subj "$SUBJ" --resume)
     for feat in c z; do
-        if wants "$feat"; then train "$feat" "$stage" "${flags[@]}"; fi
+        if wants "$feat"; then beside train "$feat" "$stage" "${flags[@]}"; fi
     done
-    if [[ ${#G_FEATS[@]} -gt 0 ]]; then train g "$stage" --feat "${G_FEATS[@]}" "${flags[@]}"; fi
+    if [[ ${#G_FEATS[@]} -gt 0 ]]; then beside train g "$stage" --feat "${G_FEATS[@]}" "${flags[@]}"; fi
+    finish # fine-tuning starts from what pretraining made
 done

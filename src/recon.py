@@ -45,6 +45,7 @@ DEFAULT_SCALE = {"raw": 300000.0, "norm": 0.3}
 # what may differ between two runs that fill one folder: it does not change any picture (but on a GPU the last digits)
 FREE_OPTIONS = ("root", "data_path", "batch_size", "limit", "ids", "num_samples", "outdir", "overwrite",
                 "offload", "dry_run", "wandb_log", "wandb_project")
+PATH_OPTIONS = ("sd_model", "clip_model", "guidance_decoder", "z", "target_fmri_npy")
 GNET_OPTIONS = ("use_gnet", "gnet_roi", "gnet_kappa", "gnet_alpha", "gnet_run", "target_fmri_npy")
 
 
@@ -132,7 +133,8 @@ def main(argv=None):
     scores, image_ids = read_scores(files)
     rows = pick_rows(image_ids, args.ids, args.limit, args.subj)
     jobs = [(row, sample) for row in rows for sample in range(args.num_samples)]
-    config = config_of(args, {**files, **guide_files(paths, args), "image_ids": files["c"].parent / "image_ids.npy"})
+    files |= {**guide_files(paths, args), "image_ids": files["c"].parent / "image_ids.npy"}
+    config = config_of(args, paths, files)
 
     folder = paths.find(args.outdir) if args.outdir else paths.images_of(vars(args))
     name = f"recon_{args.subj}_{folders.name_of(folder)}".replace(" ", "_")
@@ -292,11 +294,12 @@ def resolve_device(args, team):
     args.device, args.precision = team.device.type, names[team.precision]
 
 
-def config_of(args, files):
+def config_of(args, paths, files):
     """Everything that decides what the pictures look like, hashes of `files` too, and the commit for the record."""
     from disk.files import file_hash
 
-    decisive = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
+    decisive = {name: paths.as_recorded(value) if name in PATH_OPTIONS and value else value
+                for name, value in vars(args).items() if name not in FREE_OPTIONS}
     if not args.use_gnet:  # what does not guide does not matter
         decisive = {name: value for name, value in decisive.items() if name not in GNET_OPTIONS}
     if not args.feats and not args.use_gnet:

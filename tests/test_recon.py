@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,6 +282,19 @@ def test_other_settings_are_refused_unless_overwritten(root, models, capsys):
     assert "cfg_scale 7.5 -> 3.0" in message and "seed 42 -> 1" in message and "--overwrite" in message
     assert run(root, models, "--seed", 1, "--limit", 2, "--overwrite") == 0
     assert list(pictures(folder_of(root))) == ["00000.png", "00001.png"]  # none of the old seed stays
+
+
+def test_a_root_that_moved_has_the_same_pictures(root, models, tmp_path_factory, capsys):
+    """Models under the root are recorded from there."""
+    for model in models:
+        shutil.copytree(model, root / "models" / model.name)
+    moved = tmp_path_factory.mktemp("elsewhere") / "root"
+    inside = [Path("models", model.name) for model in models]
+    assert run(root, inside, "--limit", 1, *GUIDED) == 0
+    root.rename(moved)
+    capsys.readouterr()
+    assert run(moved, inside, "--limit", 1, *GUIDED) == 0
+    assert "1 pictures wanted, 1 exist" in capsys.readouterr().out
 
 
 def test_new_scores_are_other_settings(root, models, capsys):

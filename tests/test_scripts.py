@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,63 @@ def test_help_is_a_screen_and_runs_nothing(script, tmp_path):
         used |= {"WANDB_LOG"} if "LOGGED" in work else set()
         assert set(re.findall(r"^  ([A-Z]+(?:_LOG|_RUN)?)=\S", done.stdout, re.MULTILINE)) >= used
         assert f"python3 src/{FIRST.get(script.stem, script.stem)}" in done.stdout and " --help" in done.stdout
+
+
+@pytest.fixture
+def side_by_side(tmp_path):
+    """Start train.sh with JOBS=3, a program that takes its time in place of Python; returns the process and its log."""
+    log, program = tmp_path / "log", tmp_path / "slow"
+    program.write_text(f"""#!/usr/bin/env bash
+name=$(basename "$1" .py) stage=finetune
+[[ " $* " != *" --multi_subject "* ]] || stage=pretrain
+trap 'echo "killed $name" >>{log}; exit 143' TERM
+echo "start $stage $name $OMP_NUM_THREADS" >>{log}
+for i in $(seq ${{SLOW:-5}}); do sleep 0.1; done
+echo "end $stage $name" >>{log}
+[[ $name != "${{FAILS:-}}" ]]
+""")
+    program.chmod(0o755)
+
+    def start(**knobs):
+        environment = {"PATH": os.environ["PATH"], "ROOT": str(tmp_path), "PYTHON": str(program), "JOBS": "3", **knobs}
+        return subprocess.Popen(["bash", REPO / "scripts/train.sh"], env=environment, cwd=tmp_path, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    return start, log
+
+
+def test_jobs_run_side_by_side_stage_by_stage(side_by_side):
+    start, log = side_by_side
+    process = start()
+    assert process.wait(30) == 0
+    lines = [line.split() for line in log.read_text().splitlines()]
+    for part, stage in ((lines[:6], "pretrain"), (lines[6:], "finetune")):
+        assert [(word, when) for word, when, *_ in part] == [("start", stage)] * 3 + [("end", stage)] * 3
+        assert {line[2] for line in part} == {"train_c", "train_z", "train_g"}
+    assert {line[3] for line in lines if line[0] == "start"} == {str(-(-os.cpu_count() // 3))}
+
+
+def test_a_job_that_fails_ends_the_script_when_the_others_are_done(side_by_side):
+    start, log = side_by_side
+    assert start(FAILS="train_z").wait(30) == 1
+    assert log.read_text().count("end pretrain") == 3 and "finetune" not in log.read_text()
+
+
+def test_a_script_that_is_stopped_stops_its_jobs(side_by_side):
+    start, log = side_by_side
+    process = start(SLOW="300")
+    deadline = time.monotonic() + 20
+    while not log.exists() or log.read_text().count("start") < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(20) == 143
+    while log.read_text().count("killed") < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("jobs", ["0", "two", "-1"])
+def test_jobs_is_a_number(call, jobs):
+    done = call("train", JOBS=jobs)
+    assert done.returncode == 2 and not done.calls and f"JOBS: {jobs} is not a number of jobs" in done.stderr

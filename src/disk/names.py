@@ -38,6 +38,10 @@ class Paths:
         folder = self.find(given)
         return str(folder) if folder.is_dir() else given
 
+    def as_recorded(self, path):
+        """Return a path as configs keep it: from the root, if it lies there, so that a root can be moved."""
+        return str(Path(path).relative_to(self.root)) if Path(path).is_relative_to(self.root) else str(path)
+
     @property
     def stimuli(self):
         """Folder of NSD's stimuli, their captions and their features."""

@@ -59,7 +59,7 @@ def without_decoder(seen, run, no_run, paths, feat, store, device):
     makers = dict(zip(PLAIN, (
         lambda label: mean_image(label, seen, run, paths),
         lambda label: nearest_image(label, seen, run, paths, feat),
-        lambda label: vae_round_trip(label, seen, run["sd_model"], store, device)), strict=True))
+        lambda label: vae_round_trip(label, seen, run["sd_model"], paths, store, device)), strict=True))
     if run is None:
         return {}, dict.fromkeys(makers, no_run)
     sets, absent = {}, {}
@@ -107,14 +107,14 @@ def nearest_image(label, seen, run, paths, feat):
     return PictureSet(label, seen.image_ids, lambda i, k: stimuli[nearest[[i]].numpy()][0])
 
 
-def vae_round_trip(label, seen, sd_model, store, device):
+def vae_round_trip(label, seen, sd_model, paths, store, device):
     """What the VAE of sd_model, a folder or hub id, makes of the seen images when nothing is decoded from the brain."""
     if sd_model is None:
         raise utils.UserError("config.json of the images does not say which --sd_model drew them")
     from diffusers import AutoencoderKL
 
     try:
-        vae = AutoencoderKL.from_pretrained(sd_model, subfolder="vae").to(device).eval()
+        vae = AutoencoderKL.from_pretrained(paths.model(sd_model), subfolder="vae").to(device).eval()
     except (OSError, ValueError) as error:
         raise utils.UserError(f"{sd_model}: its VAE could not be loaded ({str(error).splitlines()[0]})") from None
     side = vae.config.sample_size
