@@ -93,7 +93,7 @@ beside() {
     trap 'stop 143' TERM
     [[ -n ${OMP_NUM_THREADS:-} ]] || export OMP_NUM_THREADS=$(((cores + JOBS - 1) / JOBS))
     set -m
-    "$@" 2> >(cat >&2) &
+    "$@" 2> >(trap '' TERM; cat >&2) & # what a job says when it is stopped still gets through
     jobs+=($!)
     set +m
 }
