@@ -28,7 +28,7 @@ stage() {
     local seconds=$((SECONDS - start))
     [[ -e $file && $(<"$file") -ge $seconds ]] || echo "$seconds" >"$file"
 }
-train() { env FEATS="$1" STAGES="$2" bash "$scripts/train.sh"; }
+train() { env JOBS=3 FEATS="$1" STAGES="$2" bash "$scripts/train.sh"; } # side by side: small networks fill no two cores
 sets=$ROOT/outputs_all/subj01
 real=$sets/cp_4096_v1/300/0.4 unguided=$sets/cp_4096_v1/0/0 shuffled=$sets/cp_4096_v1_shuffle/300/0.4
 
@@ -36,13 +36,10 @@ stage mini_nsd "drawing 7,300 scenes and simulating eight brains that see them, 
     run "$PYTHON" "$ROOT/make_mini_nsd.py" --root "$ROOT"
 stage features "computing the scenes' true features c, z and g, about 1 minute" bash "$scripts/features.sh"
 
-stage pretrain_c "training the decoder of c (meaning) on seven brains, about 80 seconds" train c pretrain
-stage finetune_c "fine-tuning it on subject 1, about 30 seconds" train c finetune
-stage pretrain_g "training the decoder of g (looks, six layers) on seven brains, about 80 seconds" train g pretrain
-stage finetune_g "fine-tuning it on subject 1, about 30 seconds" train g finetune
-stage pretrain_z "training the decoder of z (layout) on seven brains, about 80 seconds" train z pretrain
-stage finetune_z "fine-tuning it on subject 1, about 30 seconds" train z finetune
-stage ridge "fitting a ridge to all of them, which the decoders are averaged with, about 15 seconds" train "c z g" ridge
+stage pretrain "training decoders of c (meaning), z (layout) and g (looks, six layers) on seven brains, about 1 minute" \
+    train "c z g" pretrain
+stage finetune "fine-tuning them on subject 1, about 40 seconds" train "c z g" finetune
+stage ridge "fitting a ridge to all of them, which the decoders are averaged with, about 6 seconds" train "c z g" ridge
 
 stage score "decoding 100 test images that no training saw, about 20 seconds" bash "$scripts/score.sh"
 stage score_shuffled "the same from the responses to other images, a null control, about 20 seconds" \

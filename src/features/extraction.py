@@ -26,6 +26,7 @@ def extract(maker, paths, team, subjects=None, dtype="float16", num_workers=2, o
     if not maker.feats:
         return
     missing = {feat: len(wanted) - (0 if there[feat] is None else there[feat][wanted].sum()) for feat in maker.feats}
+    team.print(f"{' '.join(missing)}: to compute for {max(missing.values())} images, by {maker.model}")
     network = maker.load()
     row_shape = maker.row_shape(network)
     needed = sum(missing.values()) * np.prod(row_shape) * np.dtype(dtype).itemsize
@@ -46,7 +47,7 @@ def extract(maker, paths, team, subjects=None, dtype="float16", num_workers=2, o
     team.wait()
     for feat, file in files.items():
         team.print(f"{file.path}: wrote {missing[feat]} rows, {FeatureFile(file.path).written.sum()} of {n_images} are "
-                   f"there, {dtype}, by {maker.model}")
+                   f"there, {dtype}")
 
 
 def wanted_images(paths, subjects, n_images):
