@@ -11,12 +11,25 @@ refuse() {
     exit 2
 }
 
+if [[ -z ${ROOT:-} && ${0##*/} =~ ^(train|score|recon|evaluate)\.sh$ && -e $REPO/demo/nsddata/experiments &&
+    ! -e $REPO/nsddata/experiments ]]; then
+    echo "note: there is no data in $REPO yet; to work on the demo world: source demo/settings.sh" >&2
+fi
 export ROOT=${ROOT:-$REPO}
 SUBJ=${SUBJ:-1}
 [[ $SUBJ =~ ^(subj)?0?[1-8]$ ]] || refuse "SUBJ: $SUBJ is not a subject; wanted 1 ... 8"
 for knob in WANDB_LOG DRY_RUN; do
     [[ ${!knob:-0} == [01] ]] || refuse "$knob: ${!knob} is not a setting; wanted 1 (yes) or 0 (no)"
 done
+
+# Names that a knob may be mistaken for: near_miss NAME KNOB PATTERN. What is meant for another program has other values.
+near_miss() {
+    [[ ! ${!1:-} =~ ^($3)([\ ,].*)?$ ]] || refuse "$1: no such knob; wanted $2"
+}
+for name in FEAT FEATURES; do near_miss $name FEATS "[czg]|g_?[0-9]+"; done
+near_miss STAGE STAGES "pretrain|finetune|scratch|ridge|gnet"
+for name in SUB SUBJECT SUBJECTS; do near_miss $name SUBJ "(subj)?0?[1-8]"; done
+near_miss JOB JOBS "[0-9]+"
 
 export JOBS=${JOBS:-1}
 [[ $JOBS =~ ^[1-9][0-9]*$ ]] || refuse "JOBS: $JOBS is not a number of jobs; wanted 1, 2, ..."

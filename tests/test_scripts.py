@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -25,10 +26,10 @@ def call(tmp_path):
     program.write_text(f'#!/usr/bin/env bash\nprintf "%q " "$@" >>{log}; echo >>{log}\n')
     program.chmod(0o755)
 
-    def call(name, *flags, **knobs):
+    def call(name, *flags, scripts=REPO / "scripts", **knobs):
         log.write_text("")
         environment = {"PATH": os.environ["PATH"], "ROOT": str(tmp_path), "PYTHON": str(program), **knobs}
-        done = subprocess.run(["bash", REPO / f"scripts/{name}.sh", *flags], env=environment, cwd=tmp_path, text=True,
+        done = subprocess.run(["bash", scripts / f"{name}.sh", *flags], env=environment, cwd=tmp_path, text=True,
                               capture_output=True, check=False)
         done.calls = [shlex.split(line) for line in log.read_text().splitlines()]
         return done
@@ -60,6 +61,35 @@ def test_a_wrong_value_of_a_knob_is_one_line_and_nothing_runs(call, name, knob, 
     assert done.returncode == 2 and not done.calls and not done.stdout
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {knob}: ") and words in line
+
+
+@pytest.mark.parametrize(("name", "value", "wanted"), [
+    ("FEAT", "c", "FEATS"), ("FEATURES", "g_2 z", "FEATS"), ("STAGE", "finetune", "STAGES"), ("SUBJECT", "2", "SUBJ"),
+    ("SUBJECTS", "1 2", "SUBJ"), ("SUB", "subj02", "SUBJ"), ("JOB", "3", "JOBS")])
+def test_a_name_that_is_nearly_a_knobs_is_refused(call, name, value, wanted):
+    done = call("train", **{name: value})
+    assert done.returncode == 2 and not done.calls
+    assert done.stderr == f"error: {name}: no such knob; wanted {wanted}\n"
+
+
+def test_what_other_programs_export_is_let_through(call):
+    others = {"FEATURES": "sandbox ccache", "STAGE": "prod", "SUBJECT": "bert", "SUBJECTS_DIR": "/data", "JOB": "dbus",
+              "SLURM_JOB_ID": "7", "FEAT": "/opt/fsl/feat", "SUB": "sub-02"}
+    done = call("score", FEATS="c", **others)
+    assert done.returncode == 0 and not done.stderr and names(done.calls) == ["score_c.py"]
+
+
+def test_without_data_the_demo_world_is_named_where_it_is(call, tmp_path):
+    """Only where ROOT is left to be the repository, by scripts that read results."""
+    note = "note: there is no data in {} yet; to work on the demo world: source demo/settings.sh\n"
+    copy = tmp_path / "clone"
+    shutil.copytree(REPO / "scripts", copy / "scripts")
+    for world, name, root, wanted in ((False, "score", "", ""), (True, "score", "", note.format(copy)),
+                                      (True, "download", "", ""), (True, "score", str(tmp_path), "")):
+        if world:
+            (copy / "demo/nsddata/experiments").mkdir(parents=True, exist_ok=True)
+        done = call(name, scripts=copy / "scripts", ROOT=root, FEATS="c")
+        assert done.returncode == 0 and done.stderr == wanted
 
 
 def test_features_in_every_script_that_lists_them(call):
