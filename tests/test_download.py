@@ -235,15 +235,30 @@ def test_the_plan_without_network_is_of_published_sizes(ask, site, monkeypatch, 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     folder = ask.root / "MindEyeV2/mindeyev2"
     folder.mkdir()
-    (folder / "betas_all_subj01_fp32_renorm.hdf5").write_bytes(b"something")
+    with open(folder / "betas_all_subj01_fp32_renorm.hdf5", "wb") as file:  # of NSD's size, but a hole; with a header
+        file.truncate(30000 * 15724 * 4 + 2048)
     said, _, *rows, total = ask("--dry_run").splitlines()
     assert said == "no answer from 127.0.0.1: sizes as published, files under 10 MB not counted"
     rows = {row.split()[0]: row.split()[1:] for row in rows}
     assert list(rows) == sources.DEFAULT_GROUPS and rows["stimuli"][1:3] == ["39.6", "GB"]
     assert rows["betas"][:4] == ["8", "12.3", "GB", "1"] and rows["trials"][:3] == ["300", "3.0", "GB"]
     assert rows["sd"][1:3] == ["4.3", "GB"] and total == "to fetch: 335 files, 59.8 GB"
+    assert rows["design"][:6] == ["4", "<", "40", "MB", "0", "<"]  # whose sizes are not known
     assert "to fetch: 42 files, 419.5 MB" in ask("--dry_run", "--subj", 1, "--what", "trials")
     assert {path for _, path, _ in site.asked} == {"/"}
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_another_data_sets_files_are_not_the_published_ones(ask, answers):
+    """As in the demo's world, whose files have NSD's names."""
+    file = ask.root / "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"a small world's")
+    flags = () if answers else ("--nsd_url", "http://127.0.0.1:9")
+    *_, row, total, said = ask("--dry_run", "--what", "stimuli", *flags).splitlines()
+    assert row.split()[4] == "0" and total.startswith("to fetch: 1 files")
+    assert said == ("1 of them are there, but are not the published files (cut off, or of another data set), and would "
+                    f"be replaced: {file}")
 
 
 def test_a_proxy_that_never_answers_costs_seconds(ask, monkeypatch):

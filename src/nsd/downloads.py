@@ -83,7 +83,9 @@ def known_plan(groups, subjects, paths):
         for file in sources.files_of(group, subjects):
             for remote, size in sources.known_files(file).items():
                 path = paths.data_path / remote if file.origin == "hub" else paths.root / file.local
-                yield Item(group, file.origin, remote, path, size, None, path.is_file())
+                made = file.origin == "coco" or not size  # captions, from an archive; or a size that is not known
+                yield Item(group, file.origin, remote, path, size, None,
+                           path.is_file() if made else _is_about(path, size))
         repository, patterns = sources.weights_of(group) or (None, [])
         for name in patterns:
             size = sources.SIZES.get(name, sources.SIZES.get(f"{repository}/{name}"))
@@ -153,6 +155,11 @@ def _has_size(path, size):
     return path.is_file() and path.stat().st_size == size
 
 
+def _is_about(path, size):
+    """Whether a file is there, of about that size: published numbers leave out headers, and shards differ by trials."""
+    return path.is_file() and abs(path.stat().st_size - size) < size / 3
+
+
 def _is_intact(item):
     """Whether a file has its published checksum; True where there is none to compare."""
     if item.origin == "hub" and item.checksum:
@@ -168,13 +175,21 @@ def show(plan, groups):
     for group in groups:
         items = [item for item in plan if item.group == group]
         there = [item for item in items if item.there]
-        size, kept = sum(item.size for item in items), sum(item.size for item in there)
+        size, rest = in_bytes(items), in_bytes([item for item in items if not item.there])
         folder = os.path.commonpath([item.path.parent for item in items]) if items else "-"
-        print(f"{group:<11}{len(items):>6}{utils.in_bytes(size):>11}{len(there):>7}{utils.in_bytes(size - kept):>11}"
-              f"  {folder}")
+        print(f"{group:<11}{len(items):>6}{size:>11}{len(there):>7}{rest:>11}  {folder}")
     missing = [item for item in plan if not item.there]
-    print(f"to fetch: {len(missing)} files, {utils.in_bytes(sum(item.size for item in missing))}")
+    print(f"to fetch: {len(missing)} files, {in_bytes(missing)}")
+    if others := [item.path for item in missing if item.path.is_file()]:
+        print(f"{len(others)} of them are there, but are not the published files (cut off, or of another data set), "
+              f"and would be replaced: {others[0]}{', ...' if len(others) > 1 else ''}")
     return missing
+
+
+def in_bytes(items):
+    """Write the size of some Items; of files of which only an upper bound is known (size 0), that bound."""
+    size = sum(item.size for item in items)
+    return f"< {10 * len(items)} MB" if items and not size else utils.in_bytes(size)
 
 
 def check_space(missing):
