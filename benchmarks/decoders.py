@@ -67,7 +67,8 @@ def get_parser():
     parser.add_argument("--mindeye2_seeds", type=options.whole, nargs="*", default=[0], metavar="SEED",
                         help="seeds of the published networks, which take ten times as long")
     parser.add_argument("--hidden_dim", type=options.whole, default=512, metavar="UNITS")
-    parser.add_argument("--pretrain", nargs="*", default=["--num_epochs", "6"], metavar="FLAG", help="of pretraining")
+    parser.add_argument("--pretrain", nargs="*", default=["--num_epochs", "6", "--batch_size", "140", "--max_lr", "1.5e-3"], metavar="FLAG",
+                        help="of pretraining, components")
     return parser
 
 
@@ -86,7 +87,8 @@ def methods(args):
         for seed in args.seeds:
             for run in args.feats:
                 common = [*base(args), "--num_sessions", str(sessions), "--tag", f"bench{seed}"]
-                timed(seconds, ("ridge", run), SCRIPTS[run][0], [*common, "--model", "ridge", "--resume"])
+                timed(seconds, ("ridge", run), SCRIPTS[run][0],
+                      [*common, "--model", "ridge", "--seed", str(seed), "--resume"])
                 train(args, run, common, seed, seconds, "components")
                 for method, flags in (("ridge", ["--run", "ridge"]), ("components", ["--no-stack"]), ("stacked", [])):
                     measure(found, method, run, [*common, *flags, "--overwrite"])
