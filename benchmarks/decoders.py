@@ -67,8 +67,8 @@ def get_parser():
     parser.add_argument("--mindeye2_seeds", type=options.whole, nargs="*", default=[0], metavar="SEED",
                         help="seeds of the published networks, which take ten times as long")
     parser.add_argument("--hidden_dim", type=options.whole, default=512, metavar="UNITS")
-    parser.add_argument("--pretrain", nargs="*", default=["--num_epochs", "6", "--batch_size", "140", "--max_lr", "1.5e-3"], metavar="FLAG",
-                        help="of pretraining, components")
+    parser.add_argument("--pretrain", nargs="*", metavar="FLAG", help="of components' pretraining",
+                        default=["--num_epochs", "6", "--batch_size", "140", "--max_lr", "1.5e-3"])
     return parser
 
 
