@@ -7,15 +7,20 @@ PNGs + index.csv of recon.py, stimuli -> protocol `mindeye2` -> a value per metr
     python src/evaluate.py --subjects 1 2 5 7        # a row for each, and their mean
     python src/evaluate.py --images DIR --seen     # the seen images against themselves: every metric's best
 
+Of recon.py's flags only those are needed that name the folder: --subj, --method, --guidance_scale, --guidance_strength,
+--control, --test_split, --repeats, --run ground_truth, --use_gnet with --gnet_roi and --gnet_kappa. What else was set
+is read from the folder's config.json; --images DIR needs none of them.
+
 Reads index.csv and config.json of the images, nsd_stimuli.hdf5, the scores behind them and, for brain
 correlation, betas and the GNet of --gnet_run. Beside the images it writes
     metrics.json           the values            metrics_per_image.csv   a row per image
     metrics.csv            every row of the table   metrics.tex          a line for a paper
     compared.json          each --compare and control: its values, and the difference, images paired
     report/index.html      all of it, to browse  contact_sheet.png       seen and reconstructed
-Values of several samples of one image are averaged first. Intervals: 95 %, bootstrap over images. What was extracted is
-kept in outputs_all/.features, by content; an interrupted one continues. A folder or file is looked for from the current
-folder, then from --root. Protocol, controls and how to read a report: docs/evaluation.md.
+Values of several samples of one image are averaged first. Intervals: 95 %, bootstrap over images; exact for rates that
+are 0 or 1 of every image. The results before are replaced; --outdir keeps both. What was extracted is kept in
+outputs_all/.features, by content; an interrupted one continues. A folder or file is looked for from the current folder,
+then from --root. Protocol, controls and how to read a report: docs/evaluation.md.
 """
 
 import argparse
@@ -26,9 +31,20 @@ import utils
 from disk.names import Paths, images_name
 from nsd import sources
 
+FEW = 20  # images
+NEEDED = "--method, --guidance_scale, --guidance_strength, --control, --run, --use_gnet, ..., or --images DIR"
+
+
+class Parser(options.Parser):
+    """A parser for those who come from recon.py with all its flags."""
+
+    def error(self, message):
+        more = f"; evaluate needs only the flags that name the folder: {NEEDED}"
+        super().error(message + more * message.startswith("unrecognized"))
+
 
 def get_parser():
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     options.add_paths(parser)
     options.add_subject(parser)
     options.add_run(parser)
@@ -91,8 +107,8 @@ def evaluate(args, paths):
     from evaluation.gallery import sheet_of
     from evaluation.measuring import Findings, Scale, brain_of, unmeasured
     from evaluation.networks import FeatureStore, load_networks
-    from evaluation.picture_sets import MADE, SEEN, PictureSet, check_ids, of_the_same_images, read_compared
-    from evaluation.results import check_writable
+    from evaluation.picture_sets import MADE, SEEN, PictureSet, check_ids, of_the_same_images, read_compared, unlike
+    from evaluation.results import check_writable, no_longer_compared
     from nsd.rows import open_stimuli
     from sampling.folders import name_of, read_images
 
@@ -102,7 +118,7 @@ def evaluate(args, paths):
     check_ids(images, stimuli)
     run, no_run = run_behind(images)
     check_rows(images, run, paths)
-    compared = {} if args.seen else read_compared(args.compare, paths.find, taken=(SEEN, MADE, *controls.LABELS))
+    compared = {} if args.seen else read_compared(args.compare, paths, taken=(SEEN, MADE, *controls.LABELS))
     outdir = images.folder / "seen" if args.seen else images.folder
     outdir = paths.find(args.outdir) if args.outdir else outdir
     eval_clip = args.eval_clip
@@ -111,6 +127,7 @@ def evaluate(args, paths):
         eval_clip = find_model(eval_clip, paths, "--eval_clip", hint)
     for folder in (outdir, outdir / "report"):
         check_writable(folder)
+    remarks = [no_longer_compared(outdir, compared)]
     what = "the seen images" if args.seen else "pictures"
     print(f"{images.folder}: {what} of {len(images.image_ids)} images, compared with what was seen", flush=True)
 
@@ -139,36 +156,45 @@ def evaluate(args, paths):
     found |= unmeasured(missing)
 
     # what they are compared with: other folders, null controls, ceilings
-    others, absent = {label: PictureSet.of_folder(label, other) for label, other in compared.items()}, {}
+    drawn, plain, absent = {}, {}, {}
     if args.controls and not args.seen:
         drawn, absent = controls.drawn(images, [other.folder for other in compared.values()])
         plain, reasons = controls.without_decoder(seen, run, no_run, paths, args.retrieval_feat, store, device)
-        others |= drawn | plain
         absent |= reasons
-        absent["baseline: ridge"] = "score and draw it with --run ridge --method NAME, and give it as --compare"
+        if not any((other.config or {}).get("run") == "ridge" for other in compared.values()):
+            absent["baseline: ridge"] = "score and draw it with --run ridge --method ridge, and --compare it"
+    others = {label: PictureSet.of_folder(label, other) for label, other in (compared | drawn).items()} | plain
     whole, lacking = of_the_same_images(others, images.image_ids)
     measured |= {label: scale.measure(pictures) for label, pictures in whole.items()}
     differences = {label: scale.differences(measured[made.label], measured[label]) for label in whole}
 
+    for label, other in (compared | drawn).items():
+        if label in whole and (how := unlike(images, other, controls.DRAWN.get(label, ()))):
+            remarks.append(f"{label}: drawn otherwise than what is evaluated: {how}")
+    if len(images.image_ids) < FEW:
+        remarks.append(f"n = {len(images.image_ids)}: intervals and ranks of so few images say little")
+
     shown = {} if args.seen else {MADE: made, **others}
     sheet = sheet_of(name_of(images.folder), seen, shown, found, args.sheet_images)
     note = brain.note((images.config or {}).get("gnet_run")) if brain else None
-    write(outdir, Findings(images, {SEEN: seen, made.label: made, **whole}, measured, differences, absent | lacking),
-          sheet, note, paths, args)
+    findings = Findings(images, {SEEN: seen, made.label: made, **whole}, measured, differences, absent | lacking,
+                        tuple(filter(None, remarks)))
+    folders = {label: paths.as_recorded(other.folder) for label, other in (compared | drawn).items()}
+    write(outdir, findings, folders, sheet, note, paths, args)
     return found
 
 
-def write(outdir, findings, sheet, note, paths, args):
+def write(outdir, findings, folders, sheet, note, paths, args):
     """Everything that was found: to files, to the report, to W&B and to the terminal."""
     from evaluation import report
-    from evaluation.results import format_sets, format_table, table_of, write_results
+    from evaluation.results import format_absent, format_sets, format_table, table_of, write_results
     from sampling.folders import name_of
     from training.tracking import Tracker
 
     folder, results = findings.images.folder, findings.results
     config = {"protocol": "mindeye2", "images": str(folder), "n_samples": findings.n_samples,
               "git_commit": utils.git_commit(), "options": vars(args), "brain_correlation": note}
-    write_results(outdir, findings, config, sheet)
+    write_results(outdir, findings, config, sheet, folders)
     report.write(outdir / "report", findings, config, paths)
 
     name = f"evaluate_{args.subj}_{name_of(folder)}".replace(" ", "_")
@@ -181,8 +207,9 @@ def write(outdir, findings, sheet, note, paths, args):
         print(f"\n{format_sets(findings.measured)}\n")
     if note:
         print(f"brain_correlation: {note}")
-    for label, why in findings.absent.items():
-        print(f"{label}: not measured, {why}")
+    print(format_absent(findings.absent), end="")
+    for remark in findings.remarks:
+        print(remark)
     print(f"metrics        {outdir / 'metrics.json'}\ncontact sheet  {outdir / 'contact_sheet.png'}\n"
           f"report         {outdir / 'report/index.html'}")
     tracker.finish()
@@ -191,7 +218,9 @@ def write(outdir, findings, sheet, note, paths, args):
 def images_folder(args, paths):
     """--images, or the folder the flags name (recon.py's rules); without --guidance_scale the only one there is."""
     if args.images:
-        return paths.find(args.images)
+        from evaluation.picture_sets import find_set
+
+        return find_set(paths, f"--images {args.images}", args.images)
     named = args.guidance_scale is not None
     folder = paths.images_of({**vars(args), "guidance_scale": args.guidance_scale if named else 0})
     found = [folder] if named else sorted(

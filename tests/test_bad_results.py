@@ -157,8 +157,8 @@ CASES = [  # script, what is broken, how, flags, words of the line: flag or file
     (evaluate, "ids of no stimulus", index(",5,", ",500,"), [], ("index.csv", "500", "0..23")),
     (evaluate, "retrieval with a program", hostile_npy(f"{SCORES_C}/retrieval.npy"), [], ("retrieval.npy",)),
     (evaluate, "stimuli missing", without(STIM), [], (STIMULUS_FILE, "not found", "--root")),
-    (evaluate, "images nowhere", whole, ["--images", "nowhere"], ("nowhere/index.csv", "not found", "recon.sh")),
-    (evaluate, "compared nowhere", whole, ["--compare", "x=nowhere"], ("nowhere/index.csv", "not found", "recon.sh")),
+    (evaluate, "images nowhere", whole, ["--images", "nowhere"], ("--images nowhere", "not found", IMAGES)),
+    (evaluate, "compared nowhere", whole, ["--compare", "x=nowhere"], ("--compare x=nowhere", "not found", IMAGES)),
     (evaluate, "weights nowhere", whole, ["--weights_dir", "/nowhere"], ("--weights_dir", "/nowhere", "check")),
     (evaluate, "CLIP nowhere", whole, ["--eval_clip", "ROOT"], ("--eval_clip", "not a CLIP", "give")),
 ]

@@ -1,12 +1,15 @@
 """evaluate.py and the demo's summary on a world of 24 images: files in, files out, and what is refused."""
 
+import contextlib
 import json
 import re
+import shlex
 from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import wandb
 from PIL import Image
@@ -18,7 +21,7 @@ import utils
 from disk.files import file_hash, load_csv, save_csv, save_json
 from disk.names import Paths, run_name
 from disk.scores import save_scores
-from evaluation import gallery, metrics, networks
+from evaluation import gallery, metrics, networks, results
 from evaluation.networks import load_clip
 
 IDS = [3, 4, 7, 11, 12, 20]  # the test images, ascending; their rows are 0..5
@@ -221,14 +224,17 @@ def test_folder_of_flags(root):
     (lambda f: (f / "index.csv").write_text((f / "index.csv").read_text().replace(",3,", ",X,").replace(
         ",4,", ",3,").replace(",X,", ",4,")), (), "row 0 is image id 4, in"),
     (lambda f: None, ("--eval_clip", "no/such/clip"), "--eval_clip no/such/clip"),
-    (lambda f: None, ("--images", "nowhere"), "nowhere/index.csv"),
-    (lambda f: None, ("--compare", "x=nowhere"), "nowhere/index.csv"),
+    (lambda f: None, ("--images", "nowhere"), "--images nowhere: not found, neither in"),
+    (lambda f: None, ("--compare", "x=nowhere"), "--compare x=nowhere: not found, neither in"),
+    (lambda f: None, ("--compare", "x=/no/where"), "/no/where: not found; there are: outputs_all/subj01/cp_4096_v1/"),
+    (lambda f: None, ("--cfg_scale", "3"), "cfg_scale 3; evaluate needs only the flags that name the folder: --me"),
     (lambda f: None, ("--sheet_images", "0"), "--sheet_images 0"),
 ])
 def test_what_is_refused(root, capsys, damage, words, message):
     damage(images_of(root))
     argv = ["--root", str(root), "--images", str(images_of(root)), "--eval_clip", "none", *words]
-    assert utils.run_cli(evaluate.main, argv) == 2
+    with contextlib.suppress(SystemExit):  # argparse's own refusals
+        assert utils.run_cli(evaluate.main, argv) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and message in error[0]
 
@@ -348,7 +354,84 @@ def test_compared_sets_are_measured_and_subtracted_image_by_image(root, clip):
     rows = load_csv(folder / "metrics.csv", "", "")
     assert {row["set"] for row in rows} == {"reconstructed", "perfect"}
     assert (folder / "metrics.tex").read_text().count("&") == 15
-    assert "2 of the images are missing" in (folder / "report/index.html").read_text()
+    page = (folder / "report/index.html").read_text()
+    assert "2 of the images are missing (first: id 12): draw them without --limit" in page
+
+
+def test_a_report_that_is_replaced_says_what_it_no_longer_compares(root, capsys):
+    other, words = write_set(root / "an other", stimuli_of(root)[IDS]), ("--subj", 1, "--eval_clip", "none")
+    run(root, *words, "--compare", f"the best={other}")
+    assert "no longer compared" not in capsys.readouterr().out
+    run(root, *words)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("no longer compared"))
+    assert line in (images_of(root) / "report/index.html").read_text().replace("&#x27;", "'")
+    run(root, *words, *shlex.split(line.partition("keep with ")[2]))  # as it says
+    assert "the best" in json.loads((images_of(root) / "compared.json").read_text())
+    assert "no longer compared" not in capsys.readouterr().out
+
+
+def test_sets_that_were_drawn_otherwise_are_said_so(root, capsys):
+    pictures = stimuli_of(root)[IDS]
+    config = json.loads((images_of(root) / "config.json").read_text()) | {"method": "cp_4096_v1", "run": "ridge"}
+    own = config | {"cfg_scale": 5.0, "feats": ["g_2"], "guidance_rule": "raw"}
+    save_json(images_of(root) / "config.json", own)
+    sets = {"same": own | {"commit": "x", "method": "b"}, "other": own | {"cfg_scale": 7.5, "guidance_rule": "norm"},
+            "unguided": config | {"cfg_scale": 5.0, "feats": []}}
+    for label, settings in sets.items():
+        save_json(write_set(root / label, pictures) / "config.json", settings)
+    save_json(write_set(root / "twice", pictures.repeat(2, 0), samples=2) / "config.json", own)
+    shuffled = root / "outputs_all/subj01/cp_4096_v1_shuffle/300000/0.2"
+    save_json(write_set(shuffled, pictures) / "config.json", own | {"control": "shuffle"})
+    run(root, "--images", images_of(root), "--eval_clip", "none", "--compare", *(f"{s}={s}" for s in (*sets, "twice")))
+    out, page = capsys.readouterr().out, (images_of(root) / "report/index.html").read_text()
+    said = dict(re.findall("^(.*): drawn otherwise than what is evaluated: (.*)$", out, re.MULTILINE))
+    assert said == {"other": "cfg_scale 7.5, not 5.0; guidance_rule norm, not raw", "unguided": "feats none, not g_2",
+                    "twice": "2 pictures of each image, not 1"}
+    assert all(how in page for how in said.values())
+    assert "baseline: ridge" not in out  # one of the sets is it
+
+
+def test_few_images_are_said_so_and_what_is_missing_is_said_shortly(root, capsys):
+    run(root, "--subj", 1, "--eval_clip", "none")
+    lines = capsys.readouterr().out.splitlines()
+    assert "n = 6: intervals and ranks of so few images say little" in lines
+    assert "brain_correlation: missing, no encoding model of subj01 (STAGES=gnet bash scripts/train.sh)" in lines
+    assert "n = 6:" in (images_of(root) / "report/index.html").read_text()
+    config = json.loads((images_of(root) / "config.json").read_text()) | {"subj": "subj03", "method": "cp_4096_v1"}
+    save_json(images_of(root) / "config.json", config)
+    run(root, "--subj", 1, "--eval_clip", "none")
+    lines = capsys.readouterr().out.splitlines()
+    assert "brain_correlation: missing, no encoding model of subj03 (SUBJ=3 STAGES=gnet bash scripts/train.sh)" in lines
+    assert "control: noise responses: not measured, score and draw it with --control noise" in lines
+
+
+def test_one_reason_is_one_line():
+    absent = {"control: a": "x not found", "control: b": "draw it", "ceiling: c": "x not found"}
+    assert results.format_absent(absent).splitlines() == ["control: a, ceiling: c: not measured, x not found",
+                                                          "control: b: not measured, draw it"]
+
+
+def test_rates_of_right_and_wrong_images_have_the_exact_interval(root, clip):
+    write_set(root / "perfect", stimuli_of(root)[IDS])
+    run(root, "--images", "perfect", "--eval_clip", clip)
+    found = metrics_in(root / "perfect")
+    for name, right in (("clip_two_way", 6), ("clip_top1", 6), ("brain_to_image_top1", 5)):
+        expected = scipy.stats.binomtest(right, 6).proportion_ci(method="exact")
+        entry = found[name]
+        assert entry["value"] == pytest.approx(right / 6), name
+        assert (entry["ci_low"], entry["ci_high"]) == pytest.approx((expected.low, expected.high)), name
+    for right, n in ((0, 4), (3, 9)):
+        expected = scipy.stats.binomtest(right, n).proportion_ci(method="exact")
+        assert metrics.exact_ci(np.arange(n) < right) == pytest.approx((expected.low, expected.high))
+
+
+def test_all_images_are_a_gallery_only_where_there_are_more_than_it_holds(root, monkeypatch):
+    run(root, "--subj", 1, "--eval_clip", "none")
+    assert "brain_to_image_top1_of_all" not in metrics_in(images_of(root))
+    monkeypatch.setattr(metrics, "GALLERY", 4)
+    run(root, "--subj", 1, "--eval_clip", "none")
+    found = metrics_in(images_of(root))
+    assert (found["brain_to_image_top1"]["gallery"], found["brain_to_image_top1_of_all"]["gallery"]) == (4, 6)
 
 
 def test_an_evaluation_keeps_what_it_extracted(root, clip, monkeypatch):

@@ -37,16 +37,16 @@ LABELS = (*DRAWN, *PLAIN)
 def drawn(images, known):
     """The controls that recon.py drew with the settings of `images`, an ImageSet.
 
-    known: folders that are measured anyway. Returns {label: PictureSet} and {label: how to get it}.
+    known: folders that are measured anyway. Returns {label: ImageSet} and {label: how to get it}.
     """
     sets, absent = {}, {}
     for label, changed in DRAWN.items():
         folder = folder_with(images, changed)
         if folder is None or not (folder / "index.csv").exists():
             flag = " ".join(f"--{key} {value}" for key, value in changed.items())
-            absent[label] = f"score and draw it with the same flags and {flag}, or give it as --compare"
+            absent[label] = f"score and draw it with {flag}"
         elif folder != images.folder and folder not in known:
-            sets[label] = PictureSet.of_folder(label, read_images(folder))
+            sets[label] = read_images(folder)
     return sets, absent
 
 

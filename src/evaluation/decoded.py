@@ -73,7 +73,8 @@ def retrieval(run, no_run, paths, feat, seed):
     """Retrieve images by the brain's embeddings of a feature and the reverse, over all test images of these scores.
 
     Returns the entries of metrics.json and {metric: why it is missing}; no_run: why `run` is None. Galleries of
-    metrics.GALLERY images, and (`_of_all`) of all. "of" says whose the n queries are: more than the drawn images.
+    metrics.GALLERY images, and, where there are more, (`_of_all`) of all. "of" says whose the n queries are: more than
+    the drawn images.
     """
     names = ("brain_to_image_top1", "image_to_brain_top1")
     if run is None:
@@ -90,11 +91,15 @@ def retrieval(run, no_run, paths, feat, seed):
     if brain[0].size != np.prod(seen.row_shape):
         raise utils.UserError(f"{folder}/{stem}.npy: rows of {brain.shape[1:]}, those of {paths.feature(feat)} are "
                               f"{seen.row_shape}; score again, or give --retrieval_feat another feature")
-    found = {}
-    for suffix, gallery in (("", min(metrics.GALLERY, len(ids))), ("_of_all", len(ids))):
+    found, galleries = {}, {"": min(metrics.GALLERY, len(ids))}
+    if len(ids) > metrics.GALLERY:
+        galleries["_of_all"] = len(ids)
+    for suffix, gallery in galleries.items():
         hits, drawn = metrics.retrieval_counts(brain, seen[ids], gallery, seed=seed)
-        found |= {name + suffix: {**summarise(partial(ratio, hits[name], drawn), len(ids), seed),
-                                  "of": scored(ids), "gallery": gallery} for name in names}
+        for name in names:
+            shares = np.divide(hits[name], drawn, out=np.full(len(ids), np.nan), where=drawn > 0)
+            found[name + suffix] = {**summarise(partial(ratio, hits[name], drawn), len(ids), seed, shares),
+                                    "of": scored(ids), "gallery": gallery}
     return found, {}
 
 

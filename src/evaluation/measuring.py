@@ -9,6 +9,7 @@ import numpy as np
 
 import utils
 from disk.files import file_hash
+from disk.names import run_name
 from encoding.encoder import Encoder, load_encoder
 from evaluation import metrics
 from nsd.regions import roi_masks
@@ -22,7 +23,9 @@ class Measured:
 
     def __init__(self, per_image, tables, seed):
         self.per_image, self.tables = per_image, tables
-        self.results = {name: summarise(self.statistic(name), len(values), seed) for name, values in per_image.items()}
+        self.results = {
+            name: summarise(self.statistic(name), len(values), seed, values if metrics.is_rate(name) else None)
+            for name, values in per_image.items()}
 
     def statistic(self, name):
         """The metric as a function of an index of images, for the bootstrap."""
@@ -46,6 +49,7 @@ class Findings(NamedTuple):
     measured: dict  # label -> Measured, the reconstructions first
     differences: dict  # label -> {metric: entry}, reconstructions minus that set, images paired
     absent: dict  # label -> why that set was not measured
+    remarks: tuple = ()  # what a reader must know, a line each
 
     @property
     def label(self):
@@ -145,6 +149,9 @@ def brain_of(paths, subj, image_ids, gnet_run, seed, device):
 
     gnet_run: a folder of train_logs, which must then be there (UserError); None takes the subject's own if it can.
     """
+    if not gnet_run and not (paths.run(run_name("scratch", subj, "gnet", None)) / "best.pth").exists():
+        whose = "" if subj == "subj01" else f"SUBJ={int(subj[-2:])} "
+        return None, f"no encoding model of {subj} ({whose}STAGES=gnet bash scripts/train.sh)"
     try:
         encoder = load_encoder(paths, subj, gnet_run, seed, device)
         responses = responses_to(paths, subj, image_ids).betas
@@ -175,9 +182,14 @@ def compare_features(name, real, preds, per_image, tables):
         per_image["clip_two_way_same_cluster"] = metrics.within_clusters(tables[name], clusters)
 
 
-def summarise(statistic, n, seed):
-    """A metric's entry of metrics.json."""
-    low, high = metrics.bootstrap_ci(statistic, n, seed=seed)
+def summarise(statistic, n, seed, shares=None):
+    """A metric's entry of metrics.json. shares (N,): of a rate, each image's; where all are 0 or 1 the interval is the
+    exact one."""
+    known = np.array([]) if shares is None else shares[~np.isnan(shares)]
+    if len(known) and np.isin(known, (0, 1)).all():
+        low, high = metrics.exact_ci(known)
+    else:
+        low, high = metrics.bootstrap_ci(statistic, n, seed=seed)
     return {"value": float(statistic(np.arange(n))), "ci_low": low, "ci_high": high, "n": n}
 
 

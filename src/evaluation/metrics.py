@@ -12,6 +12,11 @@ LOWER_IS_BETTER = ("clip_median_rank", "effnet_distance", "swav_distance")  # as
 GALLERY, DRAWS = 300, 30  # retrieval: images per gallery, galleries drawn
 
 
+def is_rate(metric):
+    """Whether a metric is a share, of images or of comparisons."""
+    return "two_way" in metric or "top1" in metric or "top5" in metric
+
+
 def resize(images, side):
     """Resize (N, 3, H, W) images to `side` pixels: bilinear, no antialiasing, as every resize of the protocol."""
     if images.shape[-2:] == (side, side):
@@ -190,6 +195,19 @@ def bootstrap_ci(statistic, n, draws=1000, level=0.95, seed=0):
     rng = np.random.default_rng(seed)
     values = [statistic(rng.integers(n, size=n)) for _ in range(draws)]
     low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def exact_ci(outcomes, level=0.95):
+    """Clopper & Pearson's interval (1934) of a proportion, (low, high); outcomes (N,): 0 or 1 of every image.
+
+    It holds for few images, too, and where all are right or all wrong: a bootstrap finds no spread there.
+    """
+    from scipy.stats import beta
+
+    n, right, tail = len(outcomes), int(np.sum(outcomes)), (1 - level) / 2
+    low = beta.ppf(tail, right, n - right + 1) if right else 0.0
+    high = beta.ppf(1 - tail, right + 1, n - right) if right < n else 1.0
     return float(low), float(high)
 
 

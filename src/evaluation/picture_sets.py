@@ -1,11 +1,13 @@
 """Sets of pictures as the metrics read them, wherever they come from."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import utils
+from disk.hints import listed
 from evaluation.metrics import resize
 from sampling.folders import name_of, read_images, read_png
 
@@ -68,15 +70,27 @@ def check_ids(images, stimuli):
                               f"({stimuli.path.parent}); give the --root they were made with")
 
 
-def read_compared(words, find, taken=()):
+def find_set(paths, said, given):
+    """Return the folder of pictures `given` by what was `said`, a flag and its value; UserError, which names those that
+    are there, for none."""
+    folder = paths.find(given)
+    if folder.exists():
+        return folder
+    where = "" if Path(given).expanduser().is_absolute() else f", neither in {Path.cwd()} nor in {paths.root}"
+    there = listed([(paths.as_recorded(index.parent), []) for index in paths.outputs_all.glob("subj*/*/*/*/index.csv")])
+    raise utils.UserError(f"{said}: not found{where}; " + (f"{there}: give one of them, or " if there else "")
+                          + "reconstruct first (bash scripts/recon.sh)")
+
+
+def read_compared(words, paths, taken=()):
     """{label: ImageSet} of --compare: [LABEL=]DIR; without a label it is named by its folder.
 
-    find: path of a DIR (disk.names.Paths.find). Raises UserError for a label given twice, and for one of `taken`.
+    Raises UserError for a label given twice, and for one of `taken`.
     """
     folders = {}
     for word in words:
-        label, _, folder = word.rpartition("=")
-        folder = find(folder)
+        label, _, given = word.rpartition("=")
+        folder = find_set(paths, f"--compare {word}", given)
         label = label or name_of(folder)
         if label in taken:
             raise utils.UserError(f"--compare {word}: {label!r} is the label of a set that is measured anyway; give "
@@ -88,6 +102,27 @@ def read_compared(words, find, taken=()):
     return {label: read_images(folder) for label, folder in folders.items()}
 
 
+def unlike(images, other, meant=()):
+    """Say how another ImageSet was drawn otherwise than `images`; '' for the same way, as far as it is known.
+
+    meant: settings that make it what it is. Settings that only one of them has (of guidance, where there was none) are
+    left out.
+    """
+    one, two = images.config or {}, other.config or {}
+    free = {"method", "score_hashes", "commit", "device", "compile", *meant}
+    said = [f"{name} {shown(two[name])}, not {shown(one[name])}" for name in one
+            if name in two and name not in free and two[name] != one[name]]
+    samples = [len(drawn.files[0]) for drawn in (other, images)]
+    if samples[0] != samples[1]:
+        said.append("{} picture{} of each image, not {}".format(samples[0], "s" * (samples[0] > 1), samples[1]))
+    return "; ".join(said)
+
+
+def shown(value):
+    """Write a setting as its flag takes it."""
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
 def of_the_same_images(sets, image_ids):
     """Those of {label: PictureSet} that have all of image_ids (N,), of these images alone; and {label: why not} of the
     others."""
@@ -95,7 +130,8 @@ def of_the_same_images(sets, image_ids):
     for label, pictures in sets.items():
         missing = np.setdiff1d(image_ids, pictures.image_ids)
         if missing.size:
-            lacking[label] = f"{missing.size} of the images are missing (first: id {missing[0]})"
+            lacking[label] = (f"{missing.size} of the images are missing (first: id {missing[0]}): draw them without "
+                              "--limit")
         else:
             whole[label] = pictures.of_ids(image_ids) if len(pictures.image_ids) > len(image_ids) else pictures
     return whole, lacking

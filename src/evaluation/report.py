@@ -14,7 +14,7 @@ from PIL import Image
 
 from disk.files import atomic_path, load_json
 from disk.names import run_of, scores_name
-from evaluation.metrics import LOWER_IS_BETTER
+from evaluation.metrics import LOWER_IS_BETTER, is_rate
 from nsd.rows import open_stimuli
 from sampling.folders import name_of
 from training.tracking import load_rows
@@ -122,10 +122,6 @@ def cell(entry, percent=False):
     return f"<td data-value={entry['value']:.6g}>{scale * entry['value']:.{digits}f}{interval}</td>"
 
 
-def is_rate(metric):
-    return "two_way" in metric or "top1" in metric or "top5" in metric
-
-
 def table(rows, metrics, first="", main=None):
     """rows: {label: {metric: entry}}."""
     head = "".join(f"<th scope=col>{escape(title_of(metric))}{' %' * is_rate(metric)}"
@@ -149,9 +145,11 @@ def results_section(findings, n_stimuli):
                          for metric, value in zip(PROTOCOL, values, strict=True)}
                  for label, values in PUBLISHED.items()}
     parts = ["<section id=results><h2>Results</h2>",
-             "<p class=faint>95 % intervals: bootstrap over images. ↓: lower is better. Two-way: chance is 50 %, and "
+             "<p class=faint>95 % intervals: bootstrap over images; exact for rates that are 0 or 1 of every image. "
+             "↓: lower is better. Two-way: chance is 50 %, and "
              "high values flatter: see the ranks. <em>Same cluster</em>: rivals are images of the same kind of scene "
              "(k-means of the seen images' CLIP features); knowing only the kind scores 50 % there.</p>",
+             *(f"<p class=faint>{escape(remark)}.</p>" for remark in findings.remarks),
              table(rows, here, "set", main), "<h2>Beyond the protocol</h2>", table(rows, beyond, "set", main)]
     if whole:
         of = ", ".join(dict.fromkeys(found[metric]["of"] for metric in whole if "of" in found[metric]))

@@ -1,8 +1,10 @@
 """The results of an evaluation as files and as text."""
 
+import shlex
+
 import numpy as np
 
-from disk.files import atomic_path, save_json, save_together, write_csv, write_json
+from disk.files import atomic_path, load_json, save_json, save_together, write_csv, write_json
 from evaluation.metrics import LOWER_IS_BETTER
 from evaluation.report import PROTOCOL, TITLES, latex_row
 from utils import UserError
@@ -19,11 +21,25 @@ def check_writable(folder):
                               ) from None
 
 
-def write_results(outdir, findings, config, sheet):
-    """The files beside the images, all or none; config: what metrics_config.json holds, sheet: a PIL image."""
+def no_longer_compared(outdir, labels):
+    """Say which sets the report of an earlier evaluation compares and this one, of `labels`, will not, and how to keep
+    them; None for none."""
+    file = outdir / "compared.json"
+    dropped = {label: found.get("folder", "DIR") for label, found in (load_json(file) if file.exists() else {}).items()
+               if label not in labels and not label.startswith(("control:", "ceiling:"))}
+    if not dropped:
+        return None
+    flags = " ".join(shlex.quote(f"{label}={folder}") for label, folder in dropped.items())
+    return f"no longer compared, unlike in the report before: {', '.join(dropped)}; keep with --compare {flags}"
+
+
+def write_results(outdir, findings, config, sheet, folders):
+    """The files beside the images, all or none; config: what metrics_config.json holds, sheet: a PIL image; folders:
+    {label: where it lies} of sets that were drawn."""
     rows = [{"image_id": image_id, **{name: float(values[i]) for name, values in findings.per_image.items()}}
             for i, image_id in enumerate(findings.images.image_ids)]
     compared = {label: {"results": findings.measured[label].results, "difference": found}
+                | ({"folder": folders[label]} if label in folders else {})
                 for label, found in findings.differences.items()}
     line = latex_row(config["options"]["method"], findings.results)
     save_together({
@@ -70,6 +86,14 @@ def format_table(results):
         interval = "" if entry["ci_low"] is None else f"{entry['ci_low']:.3f} .. {entry['ci_high']:.3f}"
         lines.append(f"{name:<{width}}{entry['value']:>8.3f}   {interval:<18}{entry['n']:>6}{whose(entry)}{better}")
     return "\n".join(lines + [f"{', '.join(names)}: missing, {why}" for why, names in missing.items()])
+
+
+def format_absent(absent):
+    """A line for each reason why some sets were not measured, {label: why}."""
+    labels = {}
+    for label, why in absent.items():
+        labels.setdefault(why, []).append(label)
+    return "".join(f"{', '.join(names)}: not measured, {why}\n" for why, names in labels.items())
 
 
 def whose(entry):
