@@ -31,6 +31,7 @@ picture being formed, and the picture is moved towards the subject's own respons
 """
 
 import argparse
+import shlex
 import sys
 from datetime import timedelta
 from functools import partial
@@ -144,7 +145,8 @@ def main(argv=None):
                      args.overwrite)
     if team.is_main:
         folders.write_index(folder, image_ids, args.seed)
-        print(f"pictures       {folder}")
+        print(f"pictures       {folder}\n"
+              f"evaluate with  bash scripts/evaluate.sh --images {shlex.quote(str(folder))}  # contact sheet, report")
 
 
 # --- what is drawn from -----------------------------------------------------------------------------------------------

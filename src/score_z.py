@@ -6,7 +6,7 @@ A regression's predictions vary less than the latents the diffusion was trained 
 the mean and standard deviation it has over training images: z = (predicted - m_p) / s_p * s_z + m_z, where m_p, s_p are
 those of the predictions on training images and m_z, s_z those of their true latents. Since predictions vary more on
 images that were fitted, all s_p are multiplied by one number: with it their variances add up to those of the
-predictions on the validation images. No test statistic is used. R2 is printed before (scored) and after it.
+predictions on the validation images. No test statistic is used. R2 is printed before and after it (restandardised).
 
     python src/score_z.py --subj 1
     python src/score_z.py --subj 1 --control shuffle      # null control: responses of other images

@@ -100,9 +100,10 @@ def test_stopped_and_resumed_equals_an_uninterrupted_one(trained, tmp_path, step
 
 
 @pytest.mark.parametrize(("script", "feat"), [(score_c, "c"), (score_g, "g_2")])
-def test_scores_are_rows_of_the_feature_and_r2_is_that_of_the_validation_images(trained, script, feat):
+def test_scores_are_rows_of_the_feature_and_r2_is_that_of_the_validation_images(trained, script, feat, capsys):
     more = ["--feat", "g_2"] if script is score_g else []
     assert score(trained, "--no-stack", *more, script=script) == 0
+    assert capsys.readouterr().out.splitlines()[-2].split() == "R2 on validation images network".split()
     folder = folder_of(trained, script)
     scores, config = np.load(folder / "nsdgeneral.npy"), json.loads((folder / "config.json").read_text())
     known = open_components(trained, feat)
@@ -125,8 +126,9 @@ def test_scores_are_rows_of_the_feature_and_r2_is_that_of_the_validation_images(
 @pytest.mark.parametrize("script", [score_c, score_z])
 def test_the_stack_is_the_best_average_on_validation_images(trained, script, capsys):
     assert score(trained, "--test_split", "val", "--overwrite", script=script) == 0
-    header, row = capsys.readouterr().out.splitlines()[-2:]
     more = ["restandardised"] if script is score_z else []
+    header, row, *notes = capsys.readouterr().out.splitlines()[-2 - len(more):]
+    assert [note.partition(":")[0] for note in notes] == more
     assert header.split() == "R2 on validation images network ridge scored".split() + more
     config = json.loads((folder_of(trained, script, "_val") / "config.json").read_text())
     r2 = config["r2"]

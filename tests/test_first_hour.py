@@ -214,7 +214,8 @@ OUR_LINES = [
     r"ROOT/\S+: .+", r"pictures +ROOT/\S+", r"metrics +ROOT/\S+", r"contact sheet +ROOT/\S+", r"report +ROOT/\S+",
     r"metric +value .*", r"[a-z0-9_]+ +[\d.]+ .*", r"[\w, ]+: missing, .*", r"set +PixCorr .*",
     r"(reconstructed|control: [a-z ]+|ceiling: [\w ]+?)(  +(-|-?[\d.]+))+",
-    r"(control|ceiling|baseline): .*: not measured, .*",
+    r"(control|ceiling|baseline): .*: not measured, .*", r"n = \d+: intervals and ranks .*",
+    r"evaluate with  bash scripts/evaluate.sh --images ROOT/\S+ .*",
 ]
 
 
@@ -246,7 +247,9 @@ def test_score_recon_and_evaluate_say_nothing_but_our_lines(pristine_nsd, tmp_pa
     lines = [line for line in done.stdout.replace(str(root), "ROOT").splitlines() if line]
     foreign = [line for line in lines if not any(re.fullmatch(ours, line) for ours in OUR_LINES)]
     assert not foreign, "\n".join(foreign)
-    assert "pictures       ROOT/outputs_all/subj01/cp_4096_v1_ground_truth/300/0.2" in lines
+    folder = "ROOT/outputs_all/subj01/cp_4096_v1_ground_truth/300/0.2"
+    at = lines.index(f"pictures       {folder}")
+    assert lines[at + 1].startswith(f"evaluate with  bash scripts/evaluate.sh --images {folder} ")
 
 
 def test_weights_that_a_file_lacks_are_not_kept_quiet():

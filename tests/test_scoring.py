@@ -51,14 +51,17 @@ def config(paths, name):
     return json.loads((paths.root / "scores_all/subj01" / name / "config.json").read_text())
 
 
-def test_scores_do_not_depend_on_the_batch_size(world):
+def test_scores_do_not_depend_on_the_batch_size(world, capsys):
     found = []
     for batch_size in (1, 100):
         assert score(world, "--batch_size", batch_size, "--overwrite") == 0
         found.append(scores(world, FINETUNED))
     assert found[0].shape == (len(SHARED), 3, 6)
     np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+    assert "the subject's own responses" not in capsys.readouterr().out
     assert score(world, "--control", "shuffle") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == ("(of the subject's own responses; --control shuffle is applied "
+                                                        "to the test images)")
     assert not np.allclose(scores(world, FINETUNED + "_shuffle"), found[0])
 
 

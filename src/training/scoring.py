@@ -432,14 +432,20 @@ def score(request, feats, finish=None, **settings):
                 scores["nsdgeneral"] = finish(source, scores["nsdgeneral"])
             save(source, scores)
         r2[feat] = load_json(request.folder(feat) / "config.json").get("r2", {})
-    print_r2(r2)
+    print_r2(r2, request.control)
 
 
-def print_r2(found):
-    """Print R2 on validation images, {feature: {prediction: R2}}, as a table."""
+def print_r2(found, control=None):
+    """Print R2 on validation images, {feature: {prediction: R2}}, as a table; control: of the scores, not of these."""
     columns = list(dict.fromkeys(name for values in found.values() for name in values))
     if not columns:
         return
+    if not any({"network", "ridge"} <= values.keys() for values in found.values()):
+        columns = [name for name in columns if name != "scored"]  # it is the one prediction that there is
     print(f"{'R2 on validation images':<26}" + "".join(f"{name:>16}" for name in columns))
     for feat, values in found.items():
         print(f"{feat:<26}" + "".join(f"{values[name]:>16.3f}" if name in values else f"{'-':>16}" for name in columns))
+    if "restandardised" in columns:
+        print("restandardised: z brought back to the latents' spread, for the start of the drawing")
+    if control:
+        print(f"(of the subject's own responses; --control {control} is applied to the test images)")
