@@ -10,6 +10,7 @@ rows. Files of NSD's full size are checked against its published numbers of tria
 themselves. Prints a table; exit status 1 when something needs repair.
 """
 
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -46,10 +47,28 @@ def main(argv=None):
     world = checks.World(Paths.from_args(args))
     for flag in ("sd_model", "clip_model", "eval_clip"):
         setattr(args, flag, world.paths.model(getattr(args, flag)))
+    if nothing_is_there(world.paths, args.subjects, args.stages):
+        everyone = args.subjects == sources.SUBJECTS
+        whose = "" if everyone else " --subj " + " ".join(str(int(subj[4:])) for subj in args.subjects)
+        print(f"nothing is in {world.paths.root} yet: {root_of(world.paths)}bash scripts/download.sh{whose}")
+        raise SystemExit(1)
     looks = utils.progress(list(everything_to_look_at(world, args)), desc="looking", leave=False, disable=None)
     findings = [checks.examine(what, mend, look) for what, mend, look in looks]
     if checks.report(findings):
         raise SystemExit(1)
+
+
+def nothing_is_there(paths, subjects, stages):
+    """Whether none of the files is there that these stages need of the data sets (weights lie elsewhere)."""
+    groups = {group for stage in stages for group in sources.STAGES[stage]}
+    files = [file for group in groups for file in sources.files_of(group, subjects)]
+    places = [(paths.data_path if file.origin == "hub" else paths.root, file.local) for file in files]
+    return bool(places) and not any(next(folder.glob(pattern), None) for folder, pattern in places)
+
+
+def root_of(paths):
+    """What stands in front of a command for this root."""
+    return "" if paths.root == utils.REPOSITORY else f"ROOT={shlex.quote(str(paths.root))} "
 
 
 def everything_to_look_at(world, args):
@@ -58,7 +77,7 @@ def everything_to_look_at(world, args):
 
     paths = world.paths
     groups = {group for stage in args.stages for group in sources.STAGES[stage]}
-    root = "" if paths.root == utils.REPOSITORY else f"ROOT={paths.root} "
+    root = root_of(paths)
 
     def download(group, *files, subj=None):
         """The command that fetches a group again; files of NSD's bucket have no checksum that --verify could use."""

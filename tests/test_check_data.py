@@ -85,6 +85,17 @@ def test_a_stage_asks_for_what_it_reads(paths, capsys):
     assert examine(paths, capsys, "--stages", "recon")[0] == 0
 
 
+def test_an_empty_root_is_one_line(tmp_path, capsys):
+    paths = Paths(tmp_path, tmp_path / "MindEyeV2/mindeyev2")
+    (tmp_path / "nsddata").mkdir()
+    assert examine(paths, capsys) == (1, [
+        f"nothing is in {tmp_path} yet: ROOT={tmp_path} bash scripts/download.sh --subj 1 3"])
+    assert len(examine(paths, capsys, "--stages", "recon")[1]) > 3  # which needs weights alone
+    paths.data_path.mkdir(parents=True)
+    (paths.data_path / "shared1000.npy").touch()
+    assert len(examine(paths, capsys)[1]) > 20
+
+
 def test_mindeye2_needs_no_components(paths, capsys):
     paths.components("c").unlink()
     status, lines = examine(paths, capsys, "--model", "mindeye2")

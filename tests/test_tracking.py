@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -137,7 +138,10 @@ def test_an_offline_run_says_where_it_lies_and_nothing_else(tmp_path):
     result = in_a_process(code, tmp_path / "a b", WANDB_MODE="offline")
     (line,) = (result.stdout + result.stderr).splitlines()
     (folder,) = tmp_path.glob("a b/wandb/offline-run-*")
-    assert line == f"W&B (offline): {folder}; to send it: wandb sync '{folder}'"
+    said, _, command = line.partition(": ")
+    words = shlex.split(command)
+    assert said == "W&B (offline); to send this run" and words[3:] == ["sync", str(folder)]
+    subprocess.run([*words[:4], "--help"], capture_output=True, check=True)
 
 
 def test_losing_wandb_does_not_stop_a_training(tmp_path):

@@ -96,11 +96,11 @@ class Tracker:
         self._to_wandb(send)
 
     def finish(self):
-        """Send what is left to W&B; where it is offline, say in which folder the run lies and how it is sent later."""
+        """Send what is left to W&B; where it is offline, print the command that sends the run's folder later."""
         self._to_wandb(lambda run: run.finish())
         if self.wandb_run is not None and self.wandb_run.settings.mode in OFFLINE:
-            folder = self.wandb_run.settings.sync_dir
-            print(f"W&B (offline): {folder}; to send it: wandb sync {shlex.quote(folder)}")
+            command = [sys.executable, "-m", "wandb", "sync", self.wandb_run.settings.sync_dir]  # not on PATH, too
+            print(f"W&B (offline); to send this run: {shlex.join(command)}")
 
     def _to_wandb(self, send):
         if self.wandb_run is None:
