@@ -15,7 +15,7 @@
 #   ROOT=<the repository>      the folder that holds data and results
 #   LAUNCH=""                  accelerate launch ..., for several GPUs
 #   WANDB_LOG=0                1: log to W&B
-#   DRY_RUN=0                  1: show the configuration and stop
+#   DRY_RUN=0                  1: show the configuration and the folders to write, and stop
 #   PYTHON=.venv/bin/python    the Python to use
 #   RECON_FLAGS=""             flags to put in front of yours
 #

@@ -13,7 +13,7 @@
 #   FEATS="c z g_2 g_4 g_6 g_8 g_10 g_12"    features to predict; g: all of its layers
 #   STAGES="pretrain finetune"               the last one decodes: pretrain, finetune, scratch or ridge; or gnet
 #   ROOT=<the repository>                    the folder that holds data and results
-#   DRY_RUN=0                                1: show the configuration and stop
+#   DRY_RUN=0                                1: show the configuration and the folders to write, and stop
 #   PYTHON=.venv/bin/python                  the Python to use
 #   SCORE_FLAGS="" SCORE_GNET_FLAGS=""       flags to put in front of yours
 #

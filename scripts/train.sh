@@ -20,7 +20,7 @@
 #   ROOT=<the repository>                    the folder that holds data and results
 #   LAUNCH=""                                accelerate launch ..., for several GPUs
 #   WANDB_LOG=0                              1: log to W&B
-#   DRY_RUN=0                                1: show the configuration and stop
+#   DRY_RUN=0                                1: show the configuration and the folders to write, and stop
 #   PYTHON=.venv/bin/python                  the Python to use
 #   TRAIN_FLAGS="" TRAIN_GNET_FLAGS=""       flags to put in front of yours; also of one stage, or of one stage
 #                                            and feature: PRETRAIN_FLAGS, FINETUNE_Z_FLAGS, ... (Z, C or G)

@@ -80,8 +80,9 @@ class Parser(argparse.ArgumentParser):
         """One line and exit 2, without argparse's page of usage."""
         self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
 
-    def parse_args(self, args=None, namespace=None, complete=None):
-        """complete: a function of what was parsed, which fills in flags that were not given before the defaults do."""
+    def parse_args(self, args=None, namespace=None, complete=None, writes=None):
+        """complete: a function of what was parsed, which fills in flags that were not given before the defaults do.
+        writes: one that lists the folders that will be written, which --dry_run shows, too."""
         words = sys.argv[1:] if args is None else args
         words = [word if not word.startswith("--") else _underscored(word) for word in words]
         parsed = super().parse_args(words, namespace)
@@ -90,7 +91,8 @@ class Parser(argparse.ArgumentParser):
         for fill_in in filter(None, (complete, self.resolve)):
             fill_in(parsed)
         if parsed.dry_run and self.dry_run_stops:
-            print(json.dumps(vars(parsed), indent=1, default=str))
+            folders = writes(parsed) if writes else []  # first: it may resolve what flags leave open
+            print(json.dumps({**vars(parsed), **({"writes": folders} if folders else {})}, indent=1, default=str))
             self.exit(0)
         return parsed
 

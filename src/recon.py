@@ -116,9 +116,9 @@ def layer_or_none(text):
 
 
 def main(argv=None):
-    args = get_parser().parse_args(argv)
+    args = get_parser().parse_args(argv, writes=lambda given: [resolve(given, Paths.from_args(given))])
     paths = Paths.from_args(args)
-    resolve(args, paths)
+    folder = resolve(args, paths)
 
     from sampling import drawing, folders
     from sampling.inputs import pick_rows, read_scores
@@ -137,7 +137,6 @@ def main(argv=None):
     files |= {**guide_files(paths, args), "image_ids": files["c"].parent / "image_ids.npy"}
     config = config_of(args, paths, files)
 
-    folder = paths.find(args.outdir) if args.outdir else paths.images_of(vars(args))
     name = f"recon_{args.subj}_{folders.name_of(folder)}".replace(" ", "_")
     tracker = partial(Tracker, folder, name, vars(args), args.wandb_log, args.wandb_project)
     with drawing.memory_advice(args.batch_size):
@@ -157,7 +156,7 @@ def score_files(paths, args):
 
     Raises UserError for scores that are not there, which names those that are.
     """
-    from disk.hints import scores_like
+    from disk.hints import how_to_score, scores_like
 
     feats = ["c", *args.feats, *(["z"] if args.z == "scores" else [])]
     files = {feat: paths.scores(args.subj, scores_name(vars(args), feat), feat) / "nsdgeneral.npy" for feat in feats}
@@ -165,7 +164,7 @@ def score_files(paths, args):
     for feat, file in files.items():
         there = scores_like(paths, vars(args), feat) if not file.exists() else ""
         utils.require(file, f"scores of {feat}", (f"{there}: give the flags of one, or " if there else "")
-                      + "run the score stage with these flags (bash scripts/score.sh)" + without.get(feat, ""))
+                      + how_to_score(paths, vars(args), feat) + without.get(feat, ""))
     if args.z not in ("scores", "none"):
         files["z"] = utils.require(args.z, "--z: latents", "give scores, none, or an .npy beside its image_ids.npy")
     return files
@@ -234,7 +233,10 @@ def brain_guide(args, paths, image_ids, team):
 
 
 def resolve(args, paths):
-    """Replace what the flags leave open (None, none) by what will be used; wrong values raise UserError."""
+    """Replace what the flags leave open (None, none) by what will be used; wrong values raise UserError.
+
+    Returns the folder that the pictures go to.
+    """
     args.feats = sorted({feat for feat in args.feats if feat}, key=lambda feat: int(feat.removeprefix("g_")))
     if args.guidance_scale is None:
         args.guidance_scale = DEFAULT_SCALE[args.guidance_rule]
@@ -267,6 +269,7 @@ def resolve(args, paths):
         args.z = str(paths.find(args.z))
     if args.compile and args.sag_scale:
         raise utils.UserError("--compile: cannot watch the UNet's attention for --sag_scale; give one of them")
+    return paths.find(args.outdir) if args.outdir else paths.images_of(vars(args))
 
 
 def resolve_gnet(args, paths):

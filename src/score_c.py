@@ -10,9 +10,11 @@ Reads train_logs/<run>/last.pth, betas and wds/*/new_test; writes scores_all/sub
 """
 
 import sys
+from functools import partial
 
 import options
 import utils
+from disk.names import scores_folders
 
 
 def get_parser():
@@ -20,7 +22,7 @@ def get_parser():
 
 
 def main(argv=None):
-    args = get_parser().parse_args(argv)
+    args = get_parser().parse_args(argv, writes=partial(scores_folders, ["c"]))
     from training.scoring import Request, score
 
     score(Request.from_args(args), ["c"])

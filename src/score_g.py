@@ -13,6 +13,7 @@ import sys
 
 import options
 import utils
+from disk.names import scores_folders
 
 
 def get_parser():
@@ -22,7 +23,7 @@ def get_parser():
 
 
 def main(argv=None):
-    args = get_parser().parse_args(argv)
+    args = get_parser().parse_args(argv, writes=lambda given: scores_folders(given.feat, given))
     from training.scoring import Request, score
 
     score(Request.from_args(args), args.feat)

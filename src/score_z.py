@@ -18,9 +18,11 @@ the statistics beside the checkpoint.
 
 import argparse
 import sys
+from functools import partial
 
 import options
 import utils
+from disk.names import scores_folders
 
 
 def get_parser():
@@ -32,9 +34,7 @@ def get_parser():
 
 
 def main(argv=None):
-    args = get_parser().parse_args(argv)
-    from functools import partial
-
+    args = get_parser().parse_args(argv, writes=partial(scores_folders, ["z"]))
     from nsd.components import source_of
     from training.scoring import Request, score
 

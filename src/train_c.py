@@ -27,7 +27,8 @@ def get_parser():
 def main(argv=None):
     from training.settings import Plan, like_pretrained
 
-    args = get_parser().parse_args(argv, complete=partial(like_pretrained, ["c"]))
+    args = get_parser().parse_args(argv, complete=partial(like_pretrained, ["c"]),
+                                   writes=lambda given: [Plan.from_args(given).folder("c")])
     from training.components import train_decoder
     from training.mindeye2 import train_tokens
     from training.objectives import BrainObjective

@@ -26,7 +26,10 @@ def get_parser():
 def main(argv=None):
     from training.settings import Plan, like_pretrained
 
-    args = get_parser().parse_args(argv, complete=lambda given: like_pretrained(["g", given.feat[0]], given))
+    args = get_parser().parse_args(
+        argv, complete=lambda given: like_pretrained(["g", given.feat[0]], given),
+        writes=lambda given: [Plan.from_args(given).folder(feat) for feat in
+                              (given.feat if given.model == "mindeye2" else ["g"])])
     from training.components import train_decoder
     from training.mindeye2 import train_tokens
     from training.objectives import BrainObjective

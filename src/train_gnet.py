@@ -41,14 +41,15 @@ def get_parser():
 
 
 def main(argv=None):
-    args = get_parser().parse_args(argv)
+    from training.settings import Plan
+
+    args = get_parser().parse_args(argv, writes=lambda given: [Plan.gnet_from_args(given).folder("gnet")])
     from models import GNet, gnet_input, load_prefilter
     from nsd.regions import roi_masks
     from nsd.repeats import noise_ceiling
     from training.loop import fit
     from training.objectives import EncodingObjective
     from training.runs import open_encoding_run
-    from training.settings import Plan
 
     plan = Plan.gnet_from_args(args)  # whose responses; --val_fraction of their images validate
     prefilter = plan.paths.find(args.prefilter) if args.prefilter else None

@@ -30,7 +30,8 @@ def get_parser():
 def main(argv=None):
     from training.settings import Plan, like_pretrained
 
-    args = get_parser().parse_args(argv, complete=partial(like_pretrained, ["z"]))
+    args = get_parser().parse_args(argv, complete=partial(like_pretrained, ["z"]),
+                                   writes=lambda given: [Plan.from_args(given).folder("z")])
     if any(width < 32 or width % 32 for width in args.decoder_channels or ()):
         raise utils.UserError(f"--decoder_channels {args.decoder_channels}: wanted multiples of 32")
     from models import LatentModel

@@ -74,7 +74,15 @@ MISTAKES = [  # what went wrong, script, its flags, words of the line: what ther
     ("a tag too many", recon, [*DRAW, "--tag", "new"], f"{C} (without --tag)"),
     ("another head", recon, [*DRAW, "--head", "adapt"], f"{C} (--head own)"),
     ("a control not scored", recon, [*DRAW, "--control", "noise"], f"{C} (without --control)", "(--control shuffle)"),
-    ("the ceiling not scored", recon, [*DRAW, "--run", "ground_truth"], "run the score stage with these flags"),
+    ("the ceiling not scored", recon, [*DRAW, "--run", "ground_truth"], "or score c (SUBJ=1 FEATS=c bash "
+     "scripts/score.sh --run ground_truth --num_sessions 3)"),
+    ("scratch not trained", recon, [*DRAW, "--run", "scratch", "--tag", "a", "--control", "mean"],
+     "or train it first (SUBJ=1 STAGES=scratch FEATS=c bash scripts/train.sh --hidden_dim 8 --num_sessions 3 --tag a), "
+     "then score c (SUBJ=1 FEATS=c bash scripts/score.sh --run scratch --hidden_dim 8 --num_sessions 3 --tag a "
+     "--control mean)"),
+    ("another's run not trained", recon, [*DRAW, "--subj", "3", "--run", "pretrain:1", "--head", "adapt"],
+     "train it first (SUBJ=1 STAGES=pretrain FEATS=c bash scripts/train.sh --hidden_dim 8), then score c (SUBJ=3 "
+     "FEATS=c bash scripts/score.sh --run pretrain:1 --hidden_dim 8 --num_sessions 3 --head adapt)"),
     ("a layer not scored", recon, [*DRAW, "--feats", "g_2", "g_4"], "scores of g_4", "leave it out of --feats"),
     ("z not scored", recon, [*DRAW, "--z", "scores"], "scores of z not found", "bash scripts/score.sh", "--z none"),
     ("a folder mistyped", recon, [*DRAW, "--sd_model", "models/sd/"], "--sd_model models/sd/: no such folder", "give"),
@@ -94,7 +102,7 @@ MISTAKES = [  # what went wrong, script, its flags, words of the line: what ther
      f"{SET} (--guidance_scale 300)"),
     ("another method", evaluate, ["--guidance_scale", "300", "--guidance_strength", "0.5", "--method", "mine"],
      f"{SET} (--method cp_4096_v1)", "bash scripts/recon.sh"),
-    ("pictures nowhere", evaluate, ["--images", "c/mine"], "c/mine/index.csv", "bash scripts/recon.sh"),
+    ("pictures nowhere", evaluate, ["--images", "c/mine"], "--images c/mine: not found", "bash scripts/recon.sh"),
     ("the judge not fetched", evaluate, OURS, "--eval_clip openai/clip-vit-large-patch14", "--what eval_clip)",
      "or leave it out (--eval_clip none)"),
     ("a label that is taken", evaluate, [*OURS, "--compare", "reconstructed=b/mine"], "'reconstructed'", "LABEL=DIR"),
@@ -180,6 +188,23 @@ def test_runs_are_named_with_the_flags_that_lead_there(tmp_path):
         "there are: multisubject_subj01_ext1_g_8 (--run pretrain), "
         "pretrained_subj01_3sess_ext1_g_2_384 (--hidden_dim 384)")
     assert hints.runs_like(paths, SIZES, "g_4") == "there are: multisubject_subj01_ext1_g_8 (--run pretrain)"
+
+
+def test_a_run_that_is_trained_is_only_scored(tmp_path):
+    paths, flags = Paths(tmp_path, tmp_path), {**SIZES, "run": "pretrain", "test_split": "val", "repeats": "single"}
+    folder = paths.run("multisubject_subj01_ext1_g_8")
+    folder.mkdir(parents=True)
+    (folder / "last.pth").touch()
+    assert hints.how_to_score(paths, flags, "g_2") == (
+        "score g_2 (SUBJ=1 FEATS=g_2 bash scripts/score.sh --run pretrain --hidden_dim 8 --num_sessions 3 "
+        "--test_split val --repeats single)")
+    assert hints.how_to_score(paths, flags, "z").startswith("train it first (SUBJ=1 STAGES=pretrain FEATS=z ")
+
+
+def test_eight_choices_are_all_listed():
+    found = [(f"run{i}", [f"--tag {i}"]) for i in range(8)]
+    assert "run7 (--tag 7)" in hints.listed(found) and "more" not in hints.listed(found)
+    assert hints.listed([*found, ("run8", [])]).endswith(", 1 more")
 
 
 @pytest.mark.parametrize("changed", [

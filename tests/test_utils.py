@@ -11,6 +11,14 @@ import pytest
 import torch
 
 import options
+import recon
+import score_c
+import score_g
+import score_z
+import train_c
+import train_g
+import train_gnet
+import train_z
 import utils
 from disk.checkpoints import load_checkpoint, save_checkpoint
 from disk.files import atomic_path, remove_leftovers, save_json, this_host
@@ -121,6 +129,28 @@ def test_dry_run_prints_and_stops(capsys):
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(["--dry_run", "--hidden_dim", "2e3"])
     assert stop.value.code == 0 and json.loads(capsys.readouterr().out)["hidden_dim"] == 2000
+
+
+@pytest.mark.parametrize(("script", "flags", "folders"), [
+    (train_c, ["--multi_subject"], ["train_logs/multisubject_subj01_ext1_c_1024_mlp"]),
+    (train_z, ["--model", "ridge", "--tag", "a"], ["train_logs/ridge_subj01_40sess_ext1_z_a"]),
+    (train_g, ["--multisubject_ckpt", "auto"], ["train_logs/pretrained_subj01_40sess_ext1_g_1024"]),
+    (train_g, ["--model", "mindeye2", "--feat", "g_2", "g_4"],
+     [f"train_logs/scratch_subj01_40sess_ext1_g_{k}_1024" for k in (2, 4)]),
+    (train_gnet, ["--subj", "2"], ["train_logs/gnet_subj02"]),
+    (score_c, ["--control", "shuffle"], ["scores_all/subj01/pretrained_subj01_40sess_ext1_c_1024_mlp_shuffle"]),
+    (score_z, ["--ground_truth"], ["scores_all/subj01/ground_truth_subj01_z"]),
+    (score_g, ["--feat", "g_2", "--run", "ridge"], ["scores_all/subj01/ridge_subj01_40sess_ext1_g_2/Linear-2"]),
+    (recon, [], ["outputs_all/subj01/cp_4096_v1/300000/0.2"]),
+    (recon, ["--feats", "none"], ["outputs_all/subj01/cp_4096_v1/0/0"]),
+    (recon, ["--outdir", "here"], ["here"]),
+])
+def test_a_dry_run_shows_the_folders_that_would_be_written(tmp_path, capsys, script, flags, folders):
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--root", str(tmp_path), "--dry_run", *flags])
+    assert stop.value.code == 0
+    assert json.loads(capsys.readouterr().out)["writes"] == [str(tmp_path / folder) for folder in folders]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("text", ["g_3", "g_0", "g_", "d", "g_x", ""])

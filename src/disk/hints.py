@@ -5,10 +5,10 @@ The reverse of disk.names, which makes names of flags (dicts, as it takes them);
 
 import re
 
-from disk.names import head_of, images_name
+from disk.names import head_of, images_name, runs_of
 from options import SESSIONS
 
-AT_MOST = 4  # that an error names
+AT_MOST = 8  # that an error names
 STAGES = {"multisubject": "pretrain", "pretrained": "finetune", "scratch": "scratch", "ridge": "ridge"}
 RUN = (r"(?P<prefix>multisubject|pretrained|scratch|ridge)_(?P<of>subj\d\d)(?:_(?P<num_sessions>\d+)sess)?_ext1_{feat}"
        r"(?:_(?P<hidden_dim>\d+))?(?:_mlp)?(?:_(?P<tag>.+?))??")
@@ -29,7 +29,24 @@ def how_to_train(flags, feat):
     if stage != "pretrain" and flags["num_sessions"] != SESSIONS[subj]:
         named.append(f"--num_sessions {flags['num_sessions']}")
     named += [f"--tag {flags['tag']}"] if flags["tag"] else []
-    return f"SUBJ={int(subj[-2:])} STAGES={stages} FEATS={feat} bash scripts/train.sh {' '.join(named)}".rstrip()
+    return " ".join([f"SUBJ={int(subj[-2:])} STAGES={stages} FEATS={feat} bash scripts/train.sh", *named])
+
+
+def how_to_score(paths, flags, feat):
+    """Say how the scores of a feature that flags mean are made: the command, and first that of a run that lacks."""
+    command = [f"SUBJ={int(flags['subj'][-2:])} FEATS={feat} bash scripts/score.sh"]
+    run, ceiling = own_run(flags), flags["run"] == "ground_truth"
+    command += [f"--run {as_written(run)}"] if run != "finetune" else []
+    command += [f"--hidden_dim {flags['hidden_dim']}"] if not ceiling and not run.startswith("ridge") else []
+    if flags["num_sessions"] != SESSIONS[flags["subj"]]:
+        command.append(f"--num_sessions {flags['num_sessions']}")
+    command += [f"--head {flags['head'].removeprefix('subj0')}"] if flags["head"] else []
+    for flag, default in {"tag": "", **DEFAULTS}.items():
+        command += [f"--{flag} {flags[flag]}"] if flags[flag] != default else []
+    scoring = f"score {feat} ({' '.join(command)})"
+    if ceiling or any((paths.run(name) / "last.pth").exists() for name in runs_of(flags, feat)):
+        return scoring
+    return f"train it first ({how_to_train(flags, feat)}), then {scoring}"
 
 
 def runs_like(paths, flags, feat, stage=None):
@@ -138,8 +155,7 @@ def differences(wanted, found):
     if subj != wanted["subj"]:
         words.append(f"--subj {int(subj[-2:])}")
     if found["run"] != own_run(wanted):
-        stage, colon, other = found["run"].partition(":")
-        words.append(f"--run {stage}" + (f":{int(other[-2:])}" if colon else ""))
+        words.append(f"--run {as_written(found['run'])}")
     if "head" in found and found["run"] != "ground_truth":
         if head_of({**wanted, "subj": subj, "run": found["run"]}) != found["head"]:
             words.append(f"--head {found['head'].removeprefix('subj0')}")
@@ -156,6 +172,12 @@ def differences(wanted, found):
         if flag in found and found[flag] != wanted[flag]:
             words.append(f"--{flag} {found[flag]}" if found[flag] else f"without --{flag}")
     return words
+
+
+def as_written(run):
+    """'pretrain:subj01' -> 'pretrain:1'."""
+    stage, colon, subj = run.partition(":")
+    return stage + (f":{int(subj[-2:])}" if colon else "")
 
 
 def own_run(flags):

@@ -92,6 +92,10 @@ class Paths:
         folder = self.scores_all / subj / name
         return folder / f"Linear-{feat[2:]}" if feat.startswith("g_") else folder
 
+    def scores_of(self, flags, feat):
+        """Folder of one feature's scores that the flags of a score script (a dict) mean."""
+        return self.scores(flags["subj"], scores_name(flags, feat), feat)
+
     def images(self, subj, method, guidance_scale, guidance_strength):
         """Folder of a set of reconstructions; those without guidance lie in 0/0."""
         if not guidance_scale * guidance_strength:
@@ -149,6 +153,11 @@ def scores_name(flags, feat):
     parts = [run_of(flags, feat)]
     parts += {"own": [], "adapt": [f"adapt{flags['num_sessions']}sess"]}.get(head, [f"head{head[-2:]}"])
     return "_".join([*parts, *_variant_of(flags)])
+
+
+def scores_folders(feats, args):
+    """List the folders that a score script writes, by its parsed flags."""
+    return [Paths.from_args(args).scores_of(vars(args), feat) for feat in feats]
 
 
 def images_name(flags):

@@ -226,7 +226,7 @@ def load_start(run, model, loop):
     run.introduce()
     if run.pretrained is not None:
         run.say(f"{len(copied)} tensors copied from {run.pretrained.parent.name} "
-                f"({', '.join(sorted({key.split('.')[0] for key in copied}))}); the voxel encoder starts from scratch")
+                "(all but the voxel encoder, which starts from scratch)")
     return state
 
 

@@ -17,7 +17,7 @@ import utils
 from disk.checkpoints import load_checkpoint
 from disk.files import archive_hash, load_json
 from disk.hints import how_to_train, runs_like
-from disk.names import Paths, head_of, runs_of, scores_name
+from disk.names import Paths, head_of, runs_of
 from disk.scores import save_scores
 from models import build_model, load_trunk, restore
 from nsd.components import open_components
@@ -67,7 +67,7 @@ class Request:
 
     def folder(self, feat):
         """Return where the scores of a feature go."""
-        return self.paths.scores(self.subj, scores_name(self.flags, feat), feat)
+        return self.paths.scores_of(self.flags, feat)
 
     @property
     def flags(self):

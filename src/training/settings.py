@@ -95,6 +95,10 @@ class Plan:
         """Return the name of a feature's run."""
         return run_name(self.stage, self.subj, feat, self.hidden_dim, self.num_sessions, self.tag)
 
+    def folder(self, feat):
+        """Return the folder of a feature's run."""
+        return self.paths.run(self.run_name(feat))
+
     def pretrained_path(self, feat):
         """Return the checkpoint to fine-tune from, whether it is there or not; None in other stages.
 
