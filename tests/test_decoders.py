@@ -156,7 +156,7 @@ def test_fine_tuning_starts_from_the_trunk_of_the_same_features(trained, tmp_pat
     paths = copy_world(trained, tmp_path)
     assert train(paths, *NETWORK, "--multi_subject") == 0
     assert train(paths, *NETWORK, "--multisubject_ckpt", "auto") == 0
-    assert "(blocks, contrast, heads, out)" in capsys.readouterr().out
+    assert "(all but the voxel encoder, which starts from scratch)" in capsys.readouterr().out
     again = [*NETWORK, "--multisubject_ckpt", "auto", "--overwrite"]
     assert train(paths, *again, "--n_blocks", 2, "--dropout", 0.5) == 2  # of what differs only what must not
     assert "was pretrained with --n_blocks 1, here 2; give" in capsys.readouterr().err

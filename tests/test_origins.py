@@ -111,7 +111,7 @@ def test_scores_follow_what_they_were_made_from(paths, capsys):
     train(paths, *FINETUNE, "--seed", 7, "--overwrite")
     assert score(paths) == 0
     assert "kept" not in capsys.readouterr().out
-    assert train(paths, "--model", "ridge") == 0 and score(paths) == 0  # one to stack with
+    assert train(paths, "--model", "ridge", "--seed", 7) == 0 and score(paths) == 0  # one to stack with
     assert "kept" not in capsys.readouterr().out and score(paths) == 0
     assert "kept" in capsys.readouterr().out
 
@@ -136,6 +136,16 @@ def test_a_ridge_of_other_components_is_not_stacked_with(paths, capsys):
     assert score(paths) == 2
     assert "or leave it out (--no-stack)" in capsys.readouterr().err
     assert score(paths, "--no-stack") == 0
+
+
+def test_a_ridge_that_saw_the_validation_images_is_not_stacked_with(paths, capsys):
+    """It would seem best to those images, and get all the weight."""
+    assert train(paths, "--model", "ridge", "--seed", 7) == 0
+    capsys.readouterr()
+    assert score(paths) == 2
+    said = capsys.readouterr().err
+    assert "--seed 7, the network those of --val_fraction" in said and "--seed 42 --overwrite, or leave it out" in said
+    assert train(paths, "--model", "ridge", "--overwrite") == 0 and score(paths) == 0
 
 
 def test_a_run_of_several_layers_is_opened_once(paths, monkeypatch):

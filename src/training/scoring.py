@@ -133,8 +133,17 @@ class Trained:
         return next((file for file in files if feat in self._ridge_state(file)["model_args"]["components"]), None)
 
     def ridge(self, file, feat):
-        """Return the network of a ridge's checkpoint, on the device."""
+        """Return the network of a ridge's checkpoint, on the device.
+
+        Raises UserError where it was fitted to other inputs, or to images that the network was validated on: to those
+        it would seem better than it is, and get all the weight.
+        """
         state = self._ridge_state(file)
+        held_out = (self.request.num_sessions, state["config"]["val_fraction"], state["config"]["seed"])
+        if held_out != self.held_out:
+            found, wanted = ("--val_fraction {1} --seed {2}".format(*which) for which in (held_out, self.held_out))
+            raise utils.UserError(f"{file}: held out the validation images of {found}, the network those of {wanted}; "
+                                  f"fit it again with {wanted} --overwrite, or leave it out (--no-stack)")
         check_inputs(state, file, inputs_there(self.request.paths, [self.request.subj], [feat]),
                      "fit it again with --overwrite, or leave it out (--no-stack)")
         if file not in self._ridges:
