@@ -42,6 +42,7 @@ SETTINGS = {
     "half as wide": {"both": ["--hidden_dim", "256"]},
     "twice as wide": {"both": ["--hidden_dim", "1024"]},
     "dropout .15": {"both": ["--dropout", "0.15"]},
+    "dropout .3": {"both": ["--dropout", "0.3"]},
     "dropout .5": {"both": ["--dropout", "0.5"]},
     "decay .01": {"both": ["--weight_decay", "0.01"]},
     "decay .3": {"both": ["--weight_decay", "0.3"]},
@@ -51,8 +52,8 @@ SETTINGS = {
     "no pretraining": {"pretrain": None},
     "3 epochs of pretraining": {"pretrain": ["--num_epochs", "3"]},
     "12 epochs of pretraining": {"pretrain": ["--num_epochs", "12"]},
-    "12 epochs of fine-tuning": {"finetune": ["--num_epochs", "12"]},
-    "50 epochs of fine-tuning": {"finetune": ["--num_epochs", "50"]},
+    "6 epochs of fine-tuning": {"finetune": ["--num_epochs", "6"]},
+    "25 epochs of fine-tuning": {"finetune": ["--num_epochs", "25"]},
 }
 
 
@@ -67,8 +68,7 @@ def get_parser():
     parser.add_argument("--mindeye2_seeds", type=options.whole, nargs="*", default=[0], metavar="SEED",
                         help="seeds of the published networks, which take ten times as long")
     parser.add_argument("--hidden_dim", type=options.whole, default=512, metavar="UNITS")
-    parser.add_argument("--pretrain", nargs="*", metavar="FLAG", help="of components' pretraining",
-                        default=["--num_epochs", "6", "--batch_size", "140", "--max_lr", "1.5e-3"])
+    parser.add_argument("--pretrain", nargs="*", metavar="FLAG", help="of components' pretraining", default=[])
     return parser
 
 

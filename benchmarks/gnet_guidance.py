@@ -36,6 +36,7 @@ from disk.files import save_csv
 from disk.names import Paths, run_name
 from encoding.encoder import Encoder, load_encoder
 from encoding.guide import ALL, good_voxels, weighted_correlation
+from guidance_choice import read_table
 from models import GNet, gnet_input
 from nsd.regions import roi_masks
 from nsd.repeats import load_test_set, noise_ceiling, responses_to
@@ -44,7 +45,6 @@ from training.loop import fit
 from training.objectives import EncodingObjective
 from training.runs import open_encoding_run
 from training.settings import Plan
-from z_effect import read_table
 
 ROIS = ("V1", "V2", "V3", "V4", "all")
 KAPPAS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -287,7 +287,7 @@ def measure_set(args, paths, guide, judge, folder, sample=0):
     else:  # the protocol takes the mean of samples; here it is one of them
         outdir = one_sample(folder, sample, ids)
     evaluate.main(["--root", args.root, "--images", str(outdir), "--eval_clip", args.clip_model, "--no-controls"])
-    table = read_table(outdir, None, args.clip_model)
+    table = read_table(outdir, None)
     found |= {name: np.array(table[name], float) for name in MEASURES}
     np.savez(file, **found)
     return found

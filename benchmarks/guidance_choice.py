@@ -9,6 +9,7 @@ run again). Prints and writes a markdown table (--table): each measure's mean, a
 unguided where its 95 % interval leaves out 0: bootstrap over images, pairs kept together.
 """
 
+import csv
 import sys
 from pathlib import Path
 
@@ -23,7 +24,10 @@ import recon
 import utils
 from disk.files import load_json
 from disk.names import Paths
-from z_effect import read_table
+from evaluation.picture_sets import as_float
+from judge import read_attributes
+from sampling.folders import read_images, read_png
+from scenes import ATTRIBUTES, NO_SECOND
 
 UNGUIDED = {"guidance_scale": 0}
 RAW = {"guidance_rule": "raw", "guidance_scale": 300, "guidance_strength": 0.4}
@@ -46,8 +50,7 @@ SETTINGS = [
     {**UNGUIDED, "sag_scale": 0.3},
     {**UNGUIDED, "sag_scale": 0.75},
 ]
-MEASURES = {"right background": "background", "right object": "object", "right colour": "colour",
-            "right place": "place", "clip_two_way": "CLIP two-way", "pixcorr": "PixCorr", "ssim": "SSIM"}
+MEASURES = {**{name: name for name in ATTRIBUTES}, "clip_two_way": "CLIP two-way", "pixcorr": "PixCorr", "ssim": "SSIM"}
 
 
 def get_parser():
@@ -93,7 +96,7 @@ def main(argv=None):
         if not metrics.exists() or metrics.stat().st_mtime < (folder / "index.csv").stat().st_mtime:
             evaluate.main(["--root", args.root, "--images", str(folder), "--eval_clip", args.clip_model,
                            "--no-controls"])
-        tables.append(read_table(folder, truths, args.clip_model))
+        tables.append(read_table(folder, truths))
     n = len(tables[0]["image_id"])
     text = "\n".join([
         f"Written by `guidance_choice.py --run {args.run}`: {n} validation images of {args.subj},",
@@ -123,15 +126,33 @@ def as_markdown(settings, tables):
         cells.append(f"{setting['sag_scale']:g}" if "sag_scale" in setting else "")
         for name in shown:
             values, plain = (np.array(t[name], float) for t in (table, tables[0]))
-            low, high = np.quantile((values - plain)[draws].mean(axis=1), (0.025, 0.975))
+            low, high = np.quantile(np.nanmean((values - plain)[draws], axis=1), (0.025, 0.975))
             percent = name not in ("pixcorr", "ssim")
-            cell = f"{100 * values.mean():.1f}" if percent else f"{values.mean():.3f}"
+            mean = np.nanmean(values)
+            cell = f"{100 * mean:.1f}" if percent else f"{mean:.3f}"
             if low > 0 or high < 0:
-                gain = (values - plain).mean()
+                gain = np.nanmean(values - plain)
                 cell += f" ({100 * gain:+.1f})" if percent else f" ({gain:+.3f})"
             cells.append(cell)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def read_table(folder, truths):
+    """metrics_per_image.csv as {column: list}; on the demo world also the share of an image's pictures in which the
+    judge finds each attribute (NaN: it has no second object)."""
+    file = utils.require(folder / "metrics_per_image.csv", "metrics per image", "run evaluate.py on this folder first")
+    with open(file, newline="") as source:
+        rows = list(csv.DictReader(source))
+    table = {name: [row[name] for row in rows] for name in rows[0]}
+    if truths is not None:
+        images = read_images(folder)
+        pictures = np.stack([read_png(file) for files in images.files for file in files])
+        for name, values in read_attributes(as_float(pictures)).items():
+            seen = [truths[i][name] for i in images.image_ids for _ in images.files[0]]
+            right = [np.nan if true == NO_SECOND else value == true for value, true in zip(values, seen, strict=True)]
+            table[name] = np.reshape(right, (len(images.files), -1)).mean(axis=1)
+    return table
 
 
 if __name__ == "__main__":

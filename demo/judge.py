@@ -1,71 +1,105 @@
-"""Judge pictures of the demo world: which background, object, colour and place does the tiny CLIP see in them?
+"""Judge pictures of the demo world: which value of each attribute (scenes.ATTRIBUTES) do they show?
 
-Zero-shot classification (Radford et al. 2021, section 3.1): CLIP gives every prompt "a {colour} {object} {place}
-{background}" a probability, and that of an attribute value is the sum over the prompts that carry it.
+A small convolutional network, trained on renders by train_tiny_models.py --stage judge. It has seen pictures that went
+through the tiny VAE, too, and none of mini-NSD. It takes no part in the pipeline.
 """
 
-import itertools
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-from scenes import ATTRIBUTES, PLACE_PHRASES
+from scenes import ATTRIBUTES, NO_SECOND
 
-PROMPTS = ("a {colour} {object} {place} {background}", "a picture of a {colour} {object} {background} {place}")
-PREPOSITIONS = {"beach": "on a", "field": "in a", "snow": "in the", "city": "in a", "room": "in a", "night": "at",
-                "sea": "on the", "desert": "in a"}
-_LOADED = {}
+SIDE = 64  # pixels
+WEIGHTS = Path(__file__).resolve().parent / "models" / "judge.safetensors"
 
 
-def judge_images(images, truths, clip_folder):
-    """Share of images in which the true attribute value is the one CLIP finds most likely.
+class Judge(nn.Module):
+    """Residual convolutions from 64 x 64 to 8 x 8, then one linear readout per attribute.
 
-    images: (N, 3, H, W) float in [0, 1]; truths: N dicts {background, object, colour, place}; clip_folder: a CLIPModel
-    with its tokenizer and image processor. Returns {attribute: accuracy in [0, 1]}.
+    Letters: B pictures, A attributes.
     """
-    found = read_attributes(images, clip_folder)
-    return {name: sum(found[name][i] == truth[name] for i, truth in enumerate(truths)) / len(truths)
-            for name in ATTRIBUTES}
+
+    def __init__(self, widths=(32, 64, 96, 128), squeezed=16):
+        super().__init__()
+        self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
+        self.blocks = nn.ModuleList(Block(width) for width in widths[1:])
+        self.squeeze = nn.Conv2d(widths[-1], squeezed, 1)
+        self.hidden = nn.Linear(squeezed * (SIDE // 8) ** 2, 256)
+        self.readouts = nn.ModuleDict({name: nn.Linear(256, len(values)) for name, values in ATTRIBUTES.items()})
+
+    def forward(self, pictures):
+        """(B, 3, 64, 64) in [0, 1] -> list of A logits, (B, values of the attribute)."""
+        x = F.silu(self.stem(pictures * 2 - 1))
+        for down, block in zip(self.down, self.blocks, strict=True):
+            x = block(F.silu(down(x)))  # (B, 64, 32, 32), (B, 96, 16, 16), (B, 128, 8, 8)
+        x = F.silu(self.hidden(F.silu(self.squeeze(x)).flatten(1)))  # (B, 256)
+        return [readout(x) for readout in self.readouts.values()]
 
 
-@torch.no_grad()
-def read_attributes(images, clip_folder):
-    """{attribute: list of N values}, the most likely value of each attribute in each of the (N, 3, H, W) images."""
-    model, mean, std, prompts = _load(str(Path(clip_folder).resolve()))
-    size = model.config.vision_config.image_size
-    if images.shape[-1] != size:
-        images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-    features = [model.get_image_features(pixel_values=(batch - mean) / std).pooler_output
-                for batch in images.split(100)]
-    features = F.normalize(torch.cat(features), dim=-1)
-    logits = model.logit_scale.exp() * features @ prompts.T  # (N, prompts)
-    probabilities = logits.softmax(1).unflatten(1, [len(values) for values in ATTRIBUTES.values()])
-    found = {}
-    for axis, (name, values) in enumerate(ATTRIBUTES.items(), start=1):
-        others = [k for k in range(1, probabilities.ndim) if k != axis]
-        found[name] = [values[k] for k in probabilities.sum(others).argmax(1)]
-    return found
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(2))
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        y = x
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            y = conv(F.silu(norm(y)))
+        return x + y
 
 
-@torch.no_grad()
-def _load(folder):
-    """The model, its pixel statistics, and the prompts' embeddings (prompts, D); kept for the next call."""
-    if folder in _LOADED:
-        return _LOADED[folder]
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    processor = CLIPImageProcessor.from_pretrained(folder)
-    combinations = list(itertools.product(*ATTRIBUTES.values()))
-    embeddings = torch.zeros(len(combinations), model.config.projection_dim)
-    for template in PROMPTS:
-        texts = [
-            template.format(background=f"{PREPOSITIONS[b]} {b}", object=o, colour=c, place=PLACE_PHRASES[p])
-            for b, o, c, p in combinations
-        ]
-        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-        embeddings += F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    _LOADED[folder] = model, mean, std, F.normalize(embeddings, dim=-1)
-    return _LOADED[folder]
+def encode_attributes(attributes):
+    """N dicts {attribute: value} -> (N, A) indices into ATTRIBUTES."""
+    return torch.tensor([[values.index(found[name]) for name, values in ATTRIBUTES.items()] for found in attributes])
+
+
+def judge_images(images, truths, weights=WEIGHTS):
+    """Share of images in which the judge finds the true value of each attribute.
+
+    images: (N, 3, H, W) float in [0, 1]; truths: N dicts as Scene.attributes. Returns {attribute: rate in [0, 1]}.
+    Only scenes that have a second object count for "second".
+    """
+    found = read_attributes(images, weights)
+    rates = {}
+    for name in ATTRIBUTES:
+        counted = [i for i, truth in enumerate(truths) if (name, truth[name]) != ("second", NO_SECOND)]
+        rates[name] = sum(found[name][i] == truths[i][name] for i in counted) / len(counted)
+    return rates
+
+
+def chance(truths):
+    """{attribute: rate of a picture of another scene drawn at random}; `truths` as in judge_images."""
+    rates = {}
+    for name in ATTRIBUTES:
+        drawn = [truth[name] for truth in truths]
+        counted = [value for value in drawn if (name, value) != ("second", NO_SECOND)]
+        rates[name] = sum(drawn.count(value) for value in counted) / len(counted) / len(drawn)
+    return rates
+
+
+@torch.inference_mode()
+def read_attributes(images, weights=WEIGHTS):
+    """{attribute: list of N values}: the most likely ones in each of the (N, 3, H, W) images."""
+    net = load(weights)
+    if images.shape[-1] != SIDE:
+        images = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", antialias=True)
+    batches = [net(batch) for batch in images.split(100)]
+    return {name: [values[k] for batch in batches for k in batch[a].argmax(1)]
+            for a, (name, values) in enumerate(ATTRIBUTES.items())}
+
+
+def load(weights=WEIGHTS):
+    net = Judge()
+    net.load_state_dict({key: value.float() for key, value in load_file(weights).items()})
+    return net.eval()
+
+
+def save(net, file):
+    save_file({key: value.half().contiguous() for key, value in net.state_dict().items()}, file)

@@ -11,6 +11,7 @@ noise ceilings from the repeats of the written betas.
 """
 
 import argparse
+import gzip
 import io
 import json
 import sys
@@ -22,21 +23,26 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))  # for its bars; the formats are written by hand
 
 import h5py
+import nibabel
 import numpy as np
 import pandas as pd
 from scipy import fft, ndimage, stats
 from scipy.io import savemat
 
 import utils
-from scenes import ATTRIBUTES, BACKGROUNDS, COLOURS, KINDS, captions, render, sample_scene
+from scenes import ATTRIBUTES, COLOURS, KINDS, PATTERNS, SETTINGS, captions, render, sample_scene
 
-WORLD_VERSION = 2  # raise it when the same seed gives other files
+WORLD_VERSION = 3  # raise it when the same seed gives other files
 MARKER = "mini_nsd.json"  # in the root, written last: the world is whole
 IMAGE_SIZE = 64  # pixels, the tiny models' resolution
 N_SUBJECTS, N_REPEATS, N_CAPTIONS = 8, 3, 5
 NSD_VOXELS = (15724, 14278, 15226, 13153, 13039, 17907, 12682, 14386)
 ROI_SHARES = {"V1": 0.086, "V2": 0.091, "V3": 0.076, "V4": 0.044, "higher_vis": 0.703}  # of nsdgeneral, rounded
 EXPLAINABLE = {"V1": 0.18, "V2": 0.16, "V3": 0.13, "V4": 0.12, "higher_vis": 0.12}  # single trial, mean over voxels
+
+
+VOLUME, VOXEL = (36, 46, 34), 4.0  # of the ROI volumes, in voxels and mm: a tenth of NSD's voxels in the same head
+HEMISPHERE = (9, 21, 15)  # half axes, in voxels
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,9 @@ def write_world(root, world, seed):
     for s in utils.progress(range(N_SUBJECTS), desc="subjects"):
         rng = np.random.default_rng([seed, 3, s])
         image_ids = design.trial_images(s)
-        masks[subject_name(s)] = rois = draw_rois(world.n_voxels[s], rng)
+        cortex = draw_cortex(world.n_voxels[s], rng)
+        write_volumes(root, s, cortex)
+        masks[subject_name(s)] = rois = cortex.masks
         betas = simulate_betas(features, image_ids, rois, world.session_trials, rng)
         write_betas(root, s, betas)
         write_shards(root, s, behaviour(s, image_ids, design.shared, world.session_trials, rng), world.session_trials)
@@ -142,7 +150,9 @@ def draw_images(n, rng):
 
 EARLY_GRID, COLOUR_GRID = 16, 8
 WAVELENGTHS, N_ORIENTATIONS = (4, 8), 6  # pixels; orientations over half a turn
-POSITIONS = np.linspace(0.1, 0.9, 5)  # horizontal places at which the higher regions know what is there
+# horizontal positions and sizes at which the higher regions know what is there
+POSITIONS, EXTENTS = np.linspace(0.1, 0.9, 5), np.array([0.26, 0.4, 0.55])
+N_SEEN = len(POSITIONS) * len(EXTENTS)
 # levels of the black-white, red-green and blue-yellow channels that colour-selective cells prefer, and their width
 OPPONENT_LEVELS, OPPONENT_WIDTH = ((0.1, 0.5, 0.9), (-0.4, 0.1, 0.6), (-0.6, -0.1, 0.5)), 0.28
 
@@ -151,16 +161,15 @@ def image_features(images, scenes):
     """Everything the voxels of all subjects are computed from.
 
     images: (N, H, W, 3) uint8. Returns {"early": (N, P, C) energy and contrast, "colour": (N, P, C) colour and
-    curvature with the figure enhanced, "kind": (N, 12 * 5) and "hue": (N, 10 * 5) things at places, "scene": (N, 8)}.
+    curvature with the figure enhanced, "scene": (N, 8), and what object_features finds}.
     """
     batches = np.array_split(np.arange(len(images)), -(-len(images) // 256))
     pairs = [_batch_features(images[batch]) for batch in utils.progress(batches, desc="image features")]
     early, colour = (np.concatenate(part) for part in zip(*pairs, strict=True))
     colour /= colour.std(axis=(0, 1))  # channels of equal strength
     colour *= 0.4 + figure_map(scenes)[:, :, None]
-    scene = np.array([[scene.background == name for name in BACKGROUNDS] for scene in scenes], np.float32)
-    kind, hue = object_features(scenes)
-    return {"early": early, "colour": colour, "kind": kind, "hue": hue, "scene": scene}
+    scene = np.array([[scene.setting == name for name in SETTINGS] for scene in scenes], np.float32)
+    return {"early": early, "colour": colour, "scene": scene, **object_features(scenes)}
 
 
 def _batch_features(images):
@@ -237,29 +246,57 @@ def figure_map(scenes):
 
 
 def object_features(scenes):
-    """Which kind and which colour is where: (N, kinds * positions), (N, colours * positions).
+    """What is where: {"kind": (N, 12 * 15), "hue": (N, 8 * 15), "surface": (N, 3 * 15)}: values x positions x extents.
 
-    An object counts at all POSITIONS, the less the farther away, and in proportion to its size.
+    An object counts at all of them, the less the farther away it is and the more its size differs.
     """
-    kind = np.zeros((len(scenes), len(KINDS), len(POSITIONS)), np.float32)
-    hue = np.zeros((len(scenes), len(COLOURS), len(POSITIONS)), np.float32)
+    values = {"kind": KINDS, "hue": tuple(COLOURS), "surface": PATTERNS}
+    found = {name: np.zeros((len(scenes), len(names), N_SEEN), np.float32) for name, names in values.items()}
     for i, scene in enumerate(scenes):
         for thing in filter(None, (scene.main, scene.second)):
-            presence = thing.size * np.exp(-((thing.x - POSITIONS) ** 2) / (2 * 0.15**2))
-            kind[i, KINDS.index(thing.kind)] += presence
-            hue[i, list(COLOURS).index(thing.colour)] += presence
-    return kind.reshape(len(scenes), -1), hue.reshape(len(scenes), -1)
+            there = np.exp(-((thing.x - POSITIONS) ** 2) / (2 * 0.15**2))
+            alike = np.exp(-((thing.size - EXTENTS) ** 2) / (2 * 0.08**2))
+            for name, value in (("kind", thing.kind), ("hue", thing.colour), ("surface", thing.pattern)):
+                found[name][i, values[name].index(value)] += np.outer(there, alike).ravel()
+    return {name: array.reshape(len(scenes), -1) for name, array in found.items()}
 
 
 # --- voxels -------------------------------------------------------------------------------------------------------
 
 
-def draw_rois(n_voxels, rng):
-    """{roi: bool (n_voxels,)}: disjoint regions of about NSD's shares, scattered, and nsd_general, which is all."""
+@dataclass(frozen=True)
+class Cortex:
+    """Where a subject's voxels lie, as NSD's volumes say it (X to the right, Y to the front, Z up)."""
+
+    nsdgeneral: np.ndarray  # (X, Y, Z) int16: 1 in the voxels of the betas, 0 elsewhere in cortex, -1 outside
+    visualrois: np.ndarray  # (X, Y, Z) int16: 1 to 7 = V1v, V1d, V2v, V2d, V3v, V3d, hV4; 0 and -1 as above
+
+    @property
+    def masks(self):
+        """{roi: bool (voxels,)}: disjoint regions, and nsd_general, which is all. Voxels are in C order."""
+        labels = self.visualrois[self.nsdgeneral == 1]
+        early = {"V1": labels <= 2, "V2": (labels == 3) | (labels == 4), "V3": (labels == 5) | (labels == 6),
+                 "V4": labels == 7}
+        masks = {name: mask & (labels > 0) for name, mask in early.items()}
+        return {"nsd_general": np.ones(len(labels), bool), **masks, "higher_vis": labels == 0}
+
+
+def draw_cortex(n_voxels, rng):
+    """Two shells, one per hemisphere; the voxels nearest to the occipital pole are the betas', V1 first. -> Cortex"""
+    xyz = np.stack(np.meshgrid(*map(np.arange, VOLUME), indexing="ij"), axis=-1) - (np.array(VOLUME) - 1) / 2
+    depth = np.minimum(*(np.linalg.norm((xyz - centre) / HEMISPHERE, axis=-1) for centre in ((-8, 0, 0), (8, 0, 0))))
+    cortex = (depth > 0.72) & (depth < 1)
+    pole = np.array([0, -VOLUME[1] / 2 + 3, -1]) + rng.normal(0, 0.5, 3)
+    distance = np.where(cortex, np.linalg.norm((xyz - pole) * (1, 1, 0.9), axis=-1), np.inf).ravel()
+    nearest = np.argsort(distance, kind="stable")[:n_voxels]
     shares = np.array(list(ROI_SHARES.values())) * rng.uniform(0.9, 1.1, len(ROI_SHARES))
-    last_voxels = np.round(np.cumsum(shares / shares.sum()) * n_voxels)
-    labels = rng.permutation(np.searchsorted(last_voxels, np.arange(n_voxels), side="right"))
-    return {"nsd_general": np.ones(n_voxels, bool), **{roi: labels == k for k, roi in enumerate(ROI_SHARES)}}
+    ends = np.round(np.cumsum(shares / shares.sum()) * n_voxels).astype(int)[:-1]
+    nsdgeneral, labels = (np.where(cortex, 0, -1).astype(np.int16).ravel() for _ in range(2))
+    nsdgeneral[nearest] = 1
+    dorsal = (xyz[..., 2] > pole[2]).ravel()
+    for k, region in enumerate(np.split(nearest, ends)[:-1]):
+        labels[region] = 7 if k == 3 else 2 * k + 1 + dorsal[region]
+    return Cortex(nsdgeneral.reshape(VOLUME), labels.reshape(VOLUME))
 
 
 def receptive_fields(n, grid, smallest, largest, rng):
@@ -294,18 +331,19 @@ def v4_response(features, n, rng):
 
 
 def higher_response(features, n, rng):
-    """A random mixture of tuning to object kind, scene category and, weakly, object colour: (N, n).
+    """A random mixture of tuning to scene category, object kind and, weakly, an object's colour and surface: (N, n).
 
-    Objects count by how far to the left or right of the voxel's own place they are.
+    A voxel prefers objects at one horizontal position and of one size.
     """
-    place, width = rng.uniform(0, 1, n), rng.uniform(0.1, 0.4, n)
-    gain = np.exp(-((POSITIONS[:, None] - place) ** 2) / (2 * width**2))  # (positions, n)
-    parts = []
-    for name, n_values in (("kind", len(KINDS)), ("hue", len(COLOURS))):
-        tuning = rng.gamma(0.5, size=(n_values, n))  # a few favourites
-        parts.append(features[name] @ (tuning[:, None] * gain).reshape(-1, n))
-    parts.append(features["scene"] @ rng.gamma(0.5, size=(len(BACKGROUNDS), n)))
-    mixture = rng.dirichlet((1.2, 0.7, 0.8), n).T  # of variance
+    x, reach = rng.uniform(0, 1, n), rng.uniform(0.1, 0.4, n)
+    size, tolerance = rng.uniform(0.2, 0.6, n), rng.uniform(0.08, 0.3, n)
+    gain = (np.exp(-((POSITIONS[:, None, None] - x) ** 2) / (2 * reach**2))
+            * np.exp(-((EXTENTS[:, None] - size) ** 2) / (2 * tolerance**2))).reshape(N_SEEN, n)
+    parts = [features["scene"] @ rng.gamma(0.5, size=(len(SETTINGS), n))]
+    for name, values in (("kind", KINDS), ("hue", COLOURS), ("surface", PATTERNS)):
+        tuning = rng.gamma(0.5, size=(len(values), 1, n))  # a few favourites
+        parts.append(features[name] @ (tuning * gain).reshape(-1, n))
+    mixture = rng.dirichlet((0.8, 1.3, 0.7, 0.4), n).T  # of variance
     return sum(np.sqrt(share) * standardise(part) for share, part in zip(mixture, parts, strict=True))
 
 
@@ -503,6 +541,15 @@ def write_masks(root, masks):
                {f"{subject}/{roi}": mask for subject, rois in masks.items() for roi, mask in rois.items()})
 
 
+def write_volumes(root, s, cortex):
+    """NSD's ROI volumes; gzip's time stamp is 0, so that the same seed gives the same bytes."""
+    affine = np.diag([VOXEL, VOXEL, VOXEL, 1])
+    affine[:3, 3] = -VOXEL * (np.array(VOLUME) - 1) / 2
+    for name, volume in (("nsdgeneral", cortex.nsdgeneral), ("prf-visualrois", cortex.visualrois)):
+        file = _file(root, f"nsddata/ppdata/{subject_name(s)}/func1pt8mm/roi/{name}.nii.gz")
+        file.write_bytes(gzip.compress(nibabel.Nifti1Image(volume, affine).to_bytes(), mtime=0))
+
+
 def write_shards(root, s, behav, session_trials):
     """One tar per session of the trials with the subject's own images; test tars with the shared images' trials.
 
@@ -600,8 +647,11 @@ def ridge_accuracies(root, subject="subj01"):
     ridge = RidgeCV(alphas=np.logspace(2, 5, 7)).fit(betas[~is_test], targets[image_ids[~is_test]])
     ends = np.cumsum([len(values) for values in ATTRIBUTES.values()])
     scores = np.split(ridge.predict(test_betas), ends[:-1], axis=1)
-    return {name: float((score.argmax(1) == codes[name][test_ids]).mean())
-            for name, score in zip(ATTRIBUTES, scores, strict=True)}
+    accuracies = {}
+    for name, score in zip(ATTRIBUTES, scores, strict=True):
+        counted = codes[name][test_ids] != (len(KINDS) if name == "second" else -1)
+        accuracies[name] = float((score.argmax(1) == codes[name][test_ids])[counted].mean())
+    return accuracies
 
 
 def ceilings_of(root):

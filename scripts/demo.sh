@@ -28,35 +28,54 @@ stage() {
     local seconds=$((SECONDS - start))
     [[ -e $file && $(<"$file") -ge $seconds ]] || echo "$seconds" >"$file"
 }
-train() { env JOBS=3 FEATS="$1" STAGES="$2" bash "$scripts/train.sh"; } # side by side: small networks fill no two cores
-sets=$ROOT/outputs_all/subj01
-real=$sets/cp_4096_v1/300/0.4 unguided=$sets/cp_4096_v1/0/0 shuffled=$sets/cp_4096_v1_shuffle/300/0.4
-
-stage mini_nsd "drawing 7,300 scenes and simulating eight brains that see them, about 20 seconds" \
-    run "$PYTHON" "$ROOT/make_mini_nsd.py" --root "$ROOT"
-stage features "computing the scenes' true features c, z and g, about 1 minute" bash "$scripts/features.sh"
-
-stage pretrain "training decoders of c (meaning), z (layout) and g (looks, six layers) on seven brains, about 1 minute" \
-    train "c z g" pretrain
-stage finetune "fine-tuning them on subject 1, about 40 seconds" train "c z g" finetune
-stage ridge "fitting a ridge to all of them, which the decoders are averaged with, about 6 seconds" train "c z g" ridge
-
-stage score "decoding 100 test images that no training saw, about 20 seconds" bash "$scripts/score.sh"
-stage score_shuffled "the same from the responses to other images, a null control, about 20 seconds" \
+train() { env FEATS="$1" STAGES="$2" bash "$scripts/train.sh"; }
+recon() { bash "$scripts/recon.sh" "$@"; }
+features() {
+    for feat in c z g; do beside env FEATS=$feat bash "$scripts/features.sh"; done
+    finish
+}
+draw_c_and_z() {
+    beside recon --method c --z none --feats none
+    beside recon --method cz --feats none
+    finish
+}
+draw_g_and_brain() {
+    beside recon
+    beside recon --use_gnet
+    finish
+}
+score_controls() {
     bash "$scripts/score.sh" --control shuffle
+    bash "$scripts/score.sh" --ground_truth
+}
+draw_controls() {
+    beside recon --control shuffle
+    beside recon --run ground_truth
+    finish
+}
+# the brain encoding model, where a downloaded one would be
+[[ -e $ROOT/train_logs/gnet_subj01/best.pth ]] || { mkdir -p "$ROOT/train_logs" && cp -r "$ROOT/models/gnet_subj01" "$ROOT/train_logs/"; }
+export JOBS=3 # small networks fill no two cores: what can be is run side by side
+sets=$ROOT/outputs_all/subj01 guided=1000/0.4
+c=$sets/c/0/0 cz=$sets/cz/0/0 full=$sets/cp_4096_v1/$guided brain=$sets/cp_4096_v1_gnet_all_1/$guided
+shuffled=$sets/cp_4096_v1_shuffle/$guided true=$sets/cp_4096_v1_ground_truth/$guided
 
-stage recon "drawing what was decoded, about 40 seconds" bash "$scripts/recon.sh"
-stage recon_unguided "the same without guidance by g, about 30 seconds" bash "$scripts/recon.sh" --guidance_scale 0
-stage recon_shuffled "drawing the null control, about 40 seconds" bash "$scripts/recon.sh" --control shuffle
+stage mini_nsd "drawing 7,300 scenes and simulating eight brains that see them" \
+    run "$PYTHON" "$ROOT/make_mini_nsd.py" --root "$ROOT"
+stage features "computing the scenes' true features: c (meaning), z (layout) and g (looks, six layers)" features
 
-stage evaluate "comparing the pictures with what was seen, about 40 seconds" bash "$scripts/evaluate.sh" \
-    --images "$real" --compare "unguided=$unguided" "shuffled fMRI=$shuffled"
-stage evaluate_shuffled "measuring the null control, about 10 seconds" bash "$scripts/evaluate.sh" \
-    --images "$shuffled" --no-controls
-stage evaluate_unguided "measuring the unguided pictures, about 10 seconds" bash "$scripts/evaluate.sh" \
-    --images "$unguided" --no-controls
-stage evaluate_seen "measuring the seen images themselves: the best there can be, about 10 seconds" \
-    bash "$scripts/evaluate.sh" --images "$real" --seen
-run "$PYTHON" "$ROOT/summarise.py" --root "$ROOT" --clip "$ROOT/models/clip" --real "$real" --unguided "$unguided" \
-    --shuffled "$shuffled" --seen "$real/seen" --seconds "$ROOT/seconds"
-echo "report         $real/report/index.html"
+stage ridge "fitting a ridge to each, which the decoders are averaged with" train "c z g" ridge
+stage pretrain "training a decoder of each on seven brains" train "c z g" pretrain
+stage finetune "fine-tuning them on subject 1" train "c z g" finetune
+stage score "decoding 100 test images that no training saw" bash "$scripts/score.sh"
+stage draw_c_and_z "drawing from c alone (the right things anywhere), and from c and z (in the right place)" draw_c_and_z
+stage draw_g_and_brain "the same guided by g (the right looks), and by the response itself, too" draw_g_and_brain
+
+stage score_controls "a null control, responses to other images, and a ceiling, true features" score_controls
+stage draw_controls "drawing both" draw_controls
+
+stage evaluate "comparing all with what was seen" bash "$scripts/evaluate.sh" \
+    --images "$full" --compare "c=$c" "c+z=$cz" "c+z+g+brain=$brain" "shuffled=$shuffled" "true=$true"
+run "$PYTHON" "$ROOT/summarise.py" --root "$ROOT" --evaluated "$full" --seconds "$ROOT/seconds" --sets "c=$c" "c+z=$cz" \
+    "c+z+g=$full" "c+z+g+brain=$brain" "shuffled=$shuffled" "true=$true"
+echo "report         $full/report/index.html"

@@ -22,13 +22,14 @@ MAX_SHIFT = 0.6  # --guidance_rule norm moves the predicted image by at most thi
 
 HIDDEN_DIM = 1024
 # of the flags that depend on --model: components' from first trials on the small world, mindeye2's as published
-COMPONENTS_DEFAULTS = {"n_blocks": 2, "dropout": 0.3, "batch_size": 64, "num_epochs": 25, "max_lr": 1e-3,
+COMPONENTS_DEFAULTS = {"n_blocks": 2, "dropout": 0.3, "batch_size": 64, "num_epochs": 12, "max_lr": 1e-3,
                        "weight_decay": 0.1, "clip_scale": 0.0, "mixup_pct": 0.0}
 MINDEYE2_DEFAULTS = {"n_blocks": 4, "dropout": 0.15, "batch_size": 24, "num_epochs": 150, "max_lr": 3e-4,
                      "weight_decay": 0.01, "clip_scale": 1.0, "mixup_pct": 0.33, "prior_depth": 6}
-# where pretraining has others. MindEye2 counts 150 epochs of 30,000 trials, of all seven subjects together: 4.5 million
-# trials, which are 29 times all that NSD has of them for training
-PRETRAINING_DEFAULTS = {"components": {}, "ridge": {}, "mindeye2": {"batch_size": 42, "num_epochs": 29}}
+# where pretraining has others: components' batches hold 20 trials of each subject. MindEye2 counts 150 epochs of 30,000
+# trials, of all seven subjects together: 4.5 million trials, which are 29 times all that NSD has of them for training
+PRETRAINING_DEFAULTS = {"components": {"num_epochs": 6, "batch_size": 140, "max_lr": 1.5e-3}, "ridge": {},
+                        "mindeye2": {"batch_size": 42, "num_epochs": 29}}
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -265,17 +266,17 @@ def add_gnet(parser):
 # --- whole parsers ------------------------------------------------------------------------------------------------
 
 
-def training_parser(doc, **of_mindeye2):
+def training_parser(doc, components=None, mindeye2=None):
     """Return a parser of the flags that the train scripts of c, z and g share.
 
-    of_mindeye2: defaults of --model mindeye2 that are this script's own.
+    components, mindeye2: defaults of these models that are this script's own, {name: value}.
 
     Flags of the network that are not given are None until scripts complete them (training.settings.like_pretrained).
 
     How a training by these defaults differs from MindEye2's: docs/method.md, Deviations from MindEye2.
     """
-    defaults = {"components": COMPONENTS_DEFAULTS, "ridge": COMPONENTS_DEFAULTS,
-                "mindeye2": MINDEYE2_DEFAULTS | of_mindeye2}
+    defaults = {"components": COMPONENTS_DEFAULTS | (components or {}), "ridge": COMPONENTS_DEFAULTS,
+                "mindeye2": MINDEYE2_DEFAULTS | (mindeye2 or {})}
     note = partial(by_model, defaults)
     parser = Parser(doc)
     add_paths(parser)
@@ -313,8 +314,10 @@ def by_model(defaults, name):
     """Say a flag's default, which depends on --model and, for some, on the stage. defaults: {model: {name: value}}."""
     said = []
     for model in ("components", "mindeye2"):
+        more = ", more for few sessions" if (model, name) == ("components", "num_epochs") else ""
         pretraining = PRETRAINING_DEFAULTS[model].get(name)
-        said.append(f"{model}: {defaults[model][name]:g}" + (f", pretraining {pretraining:g}" if pretraining else ""))
+        more += f", pretraining {pretraining:g}" if pretraining else ""
+        said.append(f"{model}: {defaults[model][name]:g}{more}")
     return f" ({'; '.join(said)})"
 
 
@@ -324,6 +327,8 @@ def resolve_training(defaults, args):
     chosen = {"hidden_dim": HIDDEN_DIM} | defaults[args.model]
     if args.multi_subject:
         chosen |= PRETRAINING_DEFAULTS[args.model]
+    elif args.model == "components":  # few sessions are seen more often, in fewer steps all the same
+        chosen["num_epochs"] = round(chosen["num_epochs"] * (max(SESSIONS.values()) / max(args.num_sessions, 1)) ** 0.5)
     for name, value in chosen.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -144,8 +144,14 @@ def main(argv=None):
                      args.overwrite)
     if team.is_main:
         folders.write_index(folder, image_ids, args.seed)
-        print(f"pictures       {folder}\n"
-              f"evaluate with  bash scripts/evaluate.sh --images {shlex.quote(str(folder))}  # contact sheet, report")
+        print(f"pictures       {folder}\n{how_to_evaluate(folder, args.control or args.run == 'ground_truth')}")
+
+
+def how_to_evaluate(folder, is_control):
+    """Say what evaluates the pictures; a control and the ceiling are rows beside the reconstructions."""
+    if is_control:
+        return "evaluate with  bash scripts/evaluate.sh  # of the reconstructions: these are then a row of their table"
+    return f"evaluate with  bash scripts/evaluate.sh --images {shlex.quote(str(folder))}  # contact sheet, report"
 
 
 # --- what is drawn from -----------------------------------------------------------------------------------------------

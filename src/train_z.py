@@ -20,8 +20,9 @@ import utils
 
 
 def get_parser():
-    # mindeye2's: its contrast stands beside an L1 loss of about one
-    parser = options.training_parser(__doc__, clip_scale=0.1, decoder_channels=[64, 128, 256])
+    # the contrast of mindeye2 stands beside an L1 loss of about one
+    parser = options.training_parser(__doc__, components={"dropout": 0.5},
+                                     mindeye2={"clip_scale": 0.1, "decoder_channels": [64, 128, 256]})
     parser.add_argument("--decoder_channels", type=options.whole, nargs=3, metavar="N",
                         help="widths of mindeye2's VAE decoder, last level first; multiples of 32 (64 128 256)")
     return parser

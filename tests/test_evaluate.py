@@ -298,40 +298,38 @@ def test_what_is_of_all_scored_images_says_so(root, capsys):
 
 
 def test_summary_judges_each_set_against_its_scenes(root, monkeypatch, clip, capsys):
-    attributes = [{"background": i} for i in range(24)]
-    save_json(root / "demo_attributes.json", attributes)
+    save_json(root / "demo_attributes.json", [{"kind": i} for i in range(24)])
     stimuli = torch.from_numpy(stimuli_of(root)).permute(0, 3, 1, 2) / 255
 
-    def judged(images, truths, _):  # right where the picture is exactly the scene's
-        right = [bool((image == stimuli[t["background"]]).all()) for image, t in zip(images, truths, strict=True)]
-        return dict.fromkeys(("background", "object", "colour", "place"), np.mean(right))
+    def judged(images, truths):  # right where the picture is exactly the scene's
+        right = [bool((image == stimuli[t["kind"]]).all()) for image, t in zip(images, truths, strict=True)]
+        return {"kind": np.mean(right)}
 
     monkeypatch.setattr("judge.judge_images", judged)
-    truths = stimuli_of(root)[IDS]
-    folders = {"real": write_set(root / "real", truths), "unguided": images_of(root),
-               "shuffled": write_set(root / "shuffled", np.roll(truths, 1, axis=0))}
-    for k, folder in enumerate([*folders.values(), root / "truth"]):
-        names = ("clip_two_way", "pixcorr", "ssim")
-        save_json(folder / "metrics.json", {name: {"value": k + i / 10} for i, name in enumerate(names)})
-    save_json(root / "seconds.json", {"data": 12.0, "train": 60.0})
-    words = [word for name, folder in folders.items() for word in (f"--{name}", str(folder))]
-    argv = ["--root", str(root), *words, "--seen", str(root / "truth"), "--clip", str(clip),
-            "--seconds", str(root / "seconds.json")]
-    summarise.main(argv)
-    summary = json.loads((root / "summary.json").read_text())
-    assert list(summary) == ["real", "shuffled", "unguided", "seen", "seconds"]
-    assert list(summary["real"]) == ["background", "object", "colour", "place", "clip_two_way", "pixcorr", "ssim"]
-    assert [summary[name]["object"] for name in ("real", "shuffled", "unguided", "seen")] == [1, 0, 0, 1]
-    assert summary["seen"]["ssim"] == 3.2 and summary["seconds"] == {"data": 12.0, "train": 60.0}
-    out = capsys.readouterr().out
-    assert "12.5%" in out and "8.3%" in out and "33.3%" in out and "contact_sheet.png" in out
-
+    monkeypatch.setattr("judge.chance", lambda truths: {"kind": 1 / 12})
+    seen = stimuli_of(root)[IDS]
+    folders = {"c": images_of(root), "true": write_set(root / "true", seen),
+               "shuffled": write_set(root / "shuffled", np.roll(seen, 1, axis=0))}
+    run(root, "--images", folders["true"], "--eval_clip", clip, "--compare",
+        *(f"{label}={folders[label]}" for label in ("c", "shuffled")))
     (root / "seconds").mkdir()
     (root / "seconds/data").write_text("12\n")
-    assert summarise.read_seconds(root / "seconds") == {"data": 12.0}
-    save_json(root / "truth/metrics.json", {"pixcorr": {"value": 1.0}})
-    assert utils.run_cli(summarise.main, argv) == 2
-    assert "clip_two_way" in capsys.readouterr().err
+    argv = ["--root", str(root), "--evaluated", str(folders["true"]), "--seconds", str(root / "seconds"), "--sets",
+            *(f"{label}={folder}" for label, folder in folders.items())]
+    monkeypatch.setattr(summarise, "read_r2", lambda *_: {"c": {"ridge": 0.5, "network": 0.6, "scored": 0.7}})
+    summarise.main(argv)
+    summary = json.loads((root / "summary.json").read_text())
+    assert list(summary) == ["c", "true", "shuffled", "r2", "seconds"]
+    assert list(summary["c"]) == ["kind", "pixcorr", "ssim", "clip_two_way"]
+    assert [summary[label]["kind"] for label in folders] == [0, 1, 0]
+    assert summary["true"]["pixcorr"] == pytest.approx(1) and summary["shuffled"]["pixcorr"] < 0.9
+    compared = json.loads((folders["true"] / "compared.json").read_text())
+    assert summary["c"]["ssim"] == compared["c"]["results"]["ssim"]["value"]
+    assert summary["r2"]["c"]["ridge"] == 0.5 and summary["seconds"] == {"data": 12.0}
+    assert "8%" in capsys.readouterr().out and (root / "contact_sheet.webp").exists()
+
+    with pytest.raises(utils.UserError, match="no pixcorr, ssim, clip_two_way of 'other'"):
+        summarise.main([*argv, f"other={folders['c']}"])
 
 
 def test_compared_sets_are_measured_and_subtracted_image_by_image(root, clip):

@@ -237,10 +237,11 @@ def test_paths_are_looked_for_from_here_then_from_the_root(tmp_path, monkeypatch
 
 OUR_LINES = [
     r"ROOT/\S+: .+", r"pictures +ROOT/\S+", r"metrics +ROOT/\S+", r"contact sheet +ROOT/\S+", r"report +ROOT/\S+",
-    r"metric +value .*", r"[a-z0-9_]+ +[\d.]+ .*", r"[\w, ]+: missing, .*", r"set +PixCorr .*",
+    r"metric +value .*", r"[a-z0-9_]+ +-?[\d.]+ .*", r"[\w, ]+: missing, .*", r"set +PixCorr .*",
     r"(reconstructed|control: [a-z ]+|ceiling: [\w ]+?)(  +(-|-?[\d.]+))+",
     r"(control|ceiling|baseline): .*: not measured, .*", r"n = \d+: intervals and ranks .*",
     r"evaluate with  bash scripts/evaluate.sh --images ROOT/\S+ .*",
+    r"evaluate with  bash scripts/evaluate.sh  # of the reconstructions: .*",
 ]
 
 
@@ -274,7 +275,7 @@ def test_score_recon_and_evaluate_say_nothing_but_our_lines(pristine_nsd, tmp_pa
     assert not foreign, "\n".join(foreign)
     folder = "ROOT/outputs_all/subj01/cp_4096_v1_ground_truth/300/0.2"
     at = lines.index(f"pictures       {folder}")
-    assert lines[at + 1].startswith(f"evaluate with  bash scripts/evaluate.sh --images {folder} ")
+    assert lines[at + 1].startswith("evaluate with  bash scripts/evaluate.sh  # of the reconstructions")
 
 
 def test_weights_that_a_file_lacks_are_not_kept_quiet():

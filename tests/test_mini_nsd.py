@@ -3,18 +3,22 @@
 import csv
 import hashlib
 import io
+import itertools
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 
 import h5py
+import nibabel
 import numpy as np
 import pytest
 from scipy.io import loadmat
 
 import make_mini_nsd
+import scenes
 from make_mini_nsd import EXPLAINABLE, N_SUBJECTS, ROI_SHARES, WORLDS, subject_name
-from scenes import ATTRIBUTES, render, sample_scene
+from scenes import ATTRIBUTES, COLOURS, KINDS, PATTERNS, SIZES, captions, describe, render, sample_scene, vocabulary
 
 WORLD = WORLDS["small"]
 DATA, EXPERIMENT, STIMULI = "MindEyeV2/mindeyev2", "nsddata/experiments/nsd", "nsddata_stimuli/stimuli/nsd"
@@ -161,17 +165,78 @@ def test_pictures_captions_and_attributes_belong_together(root):
     images = read_hdf5(root / STIMULI / "nsd_stimuli.hdf5", "imgBrick")
     assert images.shape == (WORLD.n_images, 64, 64, 3) and images.dtype == np.uint8
     rng = np.random.default_rng([0, 0])
-    scenes = [sample_scene(rng) for _ in range(WORLD.n_images)]
+    drawn = [sample_scene(rng) for _ in range(WORLD.n_images)]
     captions = json.loads((root / STIMULI / "annotations/nsd_captions.json").read_text())
     attributes = json.loads((root / "demo_attributes.json").read_text())
     with open(root / EXPERIMENT / "nsd_stim_info_merged.csv", newline="") as file:
         coco_ids = {int(line["nsdId"]): line["cocoId"] for line in csv.DictReader(file)}
     for image_id in range(0, WORLD.n_images, 30):
-        assert np.array_equal(images[image_id], render(scenes[image_id], 64))
-        assert attributes[image_id] == scenes[image_id].attributes and set(attributes[image_id]) == set(ATTRIBUTES)
+        assert np.array_equal(images[image_id], render(drawn[image_id], 64))
+        assert attributes[image_id] == drawn[image_id].attributes and set(attributes[image_id]) == set(ATTRIBUTES)
         texts = captions[coco_ids[image_id]]
-        assert len(texts) == 5 and all(attributes[image_id]["object"] in text for text in texts)
+        assert len(texts) == 5 and all(attributes[image_id]["kind"] in text for text in texts)
     assert len(captions) == len(attributes) == WORLD.n_images
+
+
+def test_captions_leave_most_of_the_picture_unsaid():
+    """Kind and setting always, the colour in 30 %, the place in 10, half of the second objects, nothing else."""
+    rng, said = np.random.default_rng(0), {"colour": [], "place": [], "second": []}
+    unsaid = {*SIZES, *PATTERNS, "dusk"}
+    for _ in range(600):
+        scene = sample_scene(rng)
+        for text in captions(scene, rng):
+            words = set(text.split())
+            assert scene.main.kind in words and any(phrase in text for phrase in scenes.SETTING_PHRASES[scene.setting])
+            assert not words & unsaid and words <= set(vocabulary())
+            said["colour"].append(scene.main.colour in words)
+            said["place"].append(scenes.PLACE_PHRASES[scene.place] in text)
+            if scene.second and scene.second.kind != scene.main.kind:
+                said["second"].append(scene.second.kind in words)
+                assert not words & (set(KINDS) - {scene.main.kind, scene.second.kind})
+            if scene.second is None:
+                assert not words & (set(COLOURS) - {scene.main.colour})
+    assert np.mean(said["colour"]) == pytest.approx(0.3, abs=0.06)
+    assert np.mean(said["place"]) == pytest.approx(0.1, abs=0.04)
+    assert np.mean(said["second"]) == pytest.approx(0.5, abs=0.08)
+
+
+def test_a_full_description_names_every_attribute():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        scene = sample_scene(rng)
+        text = describe(scene, ATTRIBUTES, rng)
+        assert " ".join([scene.size, scene.main.pattern, scene.main.colour, scene.main.kind]) in text
+        assert scenes.LIGHT_PHRASES[scene.light] in text and scenes.PLACE_PHRASES[scene.place] in text
+        assert scene.second is None or text.count(scene.second.kind) >= 1 + (scene.second.kind == scene.main.kind)
+
+
+def test_what_a_scene_says_is_what_is_drawn():
+    """Change one attribute and the picture changes where it should: everywhere with the light, else at the object."""
+    rng = np.random.default_rng(3)
+    scene = replace(sample_scene(rng), light="day", second=None)
+    picture = render(scene).astype(int)
+    dusk = render(replace(scene, light="dusk")).astype(int)
+    assert dusk.mean() < 0.8 * picture.mean() and (dusk != picture).any(2).mean() > 0.95
+    for name, values in (("pattern", PATTERNS), ("colour", COLOURS), ("kind", KINDS)):
+        drawn = [render(replace(scene, main=replace(scene.main, **{name: value}))).astype(int) for value in values]
+        for a, b in itertools.combinations(drawn, 2):
+            changed = (a != b).any(2)
+            y, x = np.nonzero(changed)
+            assert 0.01 < changed.mean() < 0.4
+            assert np.abs(x / 64 - scene.main.x).max() < 0.6 * scene.main.size + 0.03
+            assert np.abs(y / 64 - scene.main.y).max() < 0.6 * scene.main.size + 0.03
+
+
+def test_volumes_hold_the_regions_of_the_masks(root):
+    for s, n in enumerate(WORLD.n_voxels):
+        folder = root / "nsddata/ppdata" / subject_name(s) / "func1pt8mm/roi"
+        general, labels = (np.asarray(nibabel.load(folder / f"{name}.nii.gz").dataobj)
+                           for name in ("nsdgeneral", "prf-visualrois"))
+        assert general.shape == labels.shape and (general == 1).sum() == n and set(np.unique(general)) == {-1, 0, 1}
+        inside = labels[general == 1]
+        for name, values in (("V1", (1, 2)), ("V2", (3, 4)), ("V3", (5, 6)), ("V4", (7,)), ("higher_vis", (0,))):
+            mask = read_hdf5(root / DATA / "brain_region_masks.hdf5", f"{subject_name(s)}/{name}")
+            assert np.array_equal(mask, np.isin(inside, values))
 
 
 def test_another_seed_gives_another_world(root, tmp_path):
@@ -209,7 +274,7 @@ def test_betas_explain_as_much_as_nsds():
     rng = np.random.default_rng(0)
     n_images, n_voxels = 1000, 900
     image_ids = rng.permutation(np.repeat(np.arange(n_images), 3))
-    rois = make_mini_nsd.draw_rois(n_voxels, rng)
+    rois = make_mini_nsd.draw_cortex(n_voxels, rng).masks
     explained = make_mini_nsd.explainable_variance(rois, rng)
     signal = rng.standard_normal((n_images, n_voxels))[image_ids]
     found = make_mini_nsd.noise_ceiling(make_mini_nsd.add_noise(signal, explained, 75, rng), image_ids)
@@ -245,4 +310,4 @@ def test_energy_finds_orientation_and_wavelength():
 def test_ridge_reads_a_world(root):
     accuracies = make_mini_nsd.ridge_accuracies(root)
     assert set(accuracies) == set(ATTRIBUTES)
-    assert accuracies["background"] > 1.5 / len(ATTRIBUTES["background"])  # 78 voxels, 25 images: above chance
+    assert accuracies["setting"] > 1.5 / len(ATTRIBUTES["setting"])  # 78 voxels, 25 images: above chance

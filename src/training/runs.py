@@ -154,7 +154,8 @@ def claim(plan, feat, subjects, components=(), features=(), stimuli=False, **fur
         plan.paths, subjects, components, features, stimuli, [plan.pretrained_path(feat)])}
     team = Team.assemble(plan.loop.device, plan.loop.precision)
     if finished(plan.paths.run(name), config, plan.loop, team.print):
-        team.print(f"{name}: already finished, kept (--overwrite trains it again)")
+        untold = "; W&B was told nothing, a further run needs another --tag" if plan.loop.wandb_log else ""
+        team.print(f"{name}: already finished, kept (--overwrite trains it again{untold})")
         return None, team
     return config, team
 
