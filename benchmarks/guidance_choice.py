@@ -30,24 +30,17 @@ from sampling.folders import read_images, read_png
 from scenes import ATTRIBUTES, NO_SECOND
 
 UNGUIDED = {"guidance_scale": 0}
-RAW = {"guidance_rule": "raw", "guidance_scale": 300, "guidance_strength": 0.4}
-NORM = {"guidance_rule": "norm", "guidance_scale": 0.2, "guidance_strength": 0.4}
+RAW = {"guidance_rule": "raw", "guidance_scale": 1000, "guidance_strength": 0.4, "guidance_grad": "x0"}
+NORM = {"guidance_rule": "norm", "guidance_scale": 0.2, "guidance_strength": 0.4, "guidance_grad": "x0"}
 SETTINGS = [
     UNGUIDED,
-    *({**RAW, "guidance_scale": scale} for scale in (100, 300, 600, 1200)),
-    *({**RAW, "guidance_strength": window} for window in (0.2, 0.7, 1.0)),
-    {**RAW, "guidance_scale": 100, "guidance_strength": 1.0},
-    *({**RAW, "guidance_grad": "x0", "guidance_scale": scale} for scale in (100, 300, 600)),
-    {**RAW, "guidance_x0": "cfg", "guidance_scale": 100},
+    *({**RAW, "guidance_scale": scale} for scale in (300, 1000, 2000, 4000)),
+    *({**RAW, "guidance_strength": window} for window in (0.2, 1.0)),
+    {**RAW, "guidance_grad": "xt"},
     {**RAW, "guidance_x0": "cfg"},
-    *({**NORM, "guidance_scale": scale} for scale in (0.05, 0.1, 0.2, 0.4)),
-    *({**NORM, "guidance_strength": window} for window in (0.2, 0.7, 1.0)),
-    {**NORM, "guidance_scale": 0.1, "guidance_strength": 1.0},
-    *({**NORM, "guidance_grad": "x0", "guidance_scale": scale} for scale in (0.1, 0.2)),
-    {**NORM, "guidance_x0": "cfg"},
     {**RAW, "guidance_decoder": "half"},
-    {**NORM, "guidance_decoder": "half"},
-    {**UNGUIDED, "sag_scale": 0.3},
+    *({**NORM, "guidance_scale": scale} for scale in (0.1, 0.2, 0.4)),
+    {**NORM, "guidance_strength": 1.0},
     {**UNGUIDED, "sag_scale": 0.75},
 ]
 MEASURES = {**{name: name for name in ATTRIBUTES}, "clip_two_way": "CLIP two-way", "pixcorr": "PixCorr", "ssim": "SSIM"}
@@ -63,9 +56,9 @@ def get_parser():
     for name in ("sd_model", "clip_model"):
         parser.add_argument(f"--{name}", required=True, metavar="NAME|DIR", help="as in recon.py")
     parser.add_argument("--num_samples", type=options.whole, default=4, metavar="SAMPLES")
-    parser.add_argument("--num_inference_steps", type=options.whole, default=25, metavar="STEPS")
+    parser.add_argument("--num_inference_steps", type=options.whole, default=16, metavar="STEPS")
     parser.add_argument("--cfg_scale", type=float, default=5.0, metavar="X")
-    parser.add_argument("--strength", type=float, default=0.7, metavar="FRACTION")
+    parser.add_argument("--strength", type=float, default=0.5, metavar="FRACTION")
     parser.add_argument("--batch_size", type=options.whole, default=4, metavar="PICTURES")
     parser.add_argument("--decoders", nargs="+", metavar="half|DIR",
                         help="compare these --guidance_decoders (TAESDs: distil_decoder.py) instead of the settings")

@@ -26,7 +26,7 @@ from nsd.regions import PRF_LABELS
 from nsd.trials import load_trials, read_shard
 
 MODELS = Path(__file__).resolve().parent.parent / "demo/models"
-FEATS = {"c": (20, 64), "g_2": (17, 96)}
+FEATS = {"c": (24, 64), "g_2": (17, 96)}
 
 
 @pytest.fixture(scope="module")
@@ -170,12 +170,11 @@ def other_shared(paths):
 
 
 def volumes_in_other_order(paths):
-    with h5py.File(paths.data_path / "brain_region_masks.hdf5") as file:
-        labels = sum(values[0] * file[f"subj01/{name}"][()].astype(np.int16) for name, values in
-                     PRF_LABELS.items())[::-1]
-    paths.rois("subj01").mkdir(parents=True)
-    for name, volume in (("nsdgeneral", np.ones_like(labels)), ("prf-visualrois", labels)):
-        nibabel.save(nibabel.Nifti1Image(volume[:, None, None], np.eye(4)), paths.rois("subj01") / f"{name}.nii.gz")
+    file, where = (paths.rois("subj01") / f"{name}.nii.gz" for name in ("prf-visualrois", "nsdgeneral"))
+    volume, inside = nibabel.load(file), np.asarray(nibabel.load(where).dataobj) == 1
+    labels = np.asarray(volume.dataobj).copy()
+    labels[inside] = labels[inside][::-1]
+    nibabel.save(nibabel.Nifti1Image(labels, volume.affine), file)
 
 
 def nan_in(file, key, row):
@@ -229,7 +228,7 @@ DEFECTS = {  # what is broken: (how, words of the line that names it, words of t
         lambda p: replace(p.data_path / "brain_region_masks.hdf5", "subj01/V1", np.ones(77, bool)),
         ["regions: subj01", "V1", "(77,)"], "download.sh --what masks rois --subj 1"),
     "volumes in another order": (volumes_in_other_order, ["regions: subj01", "wanted the same"], "--what masks rois"),
-    "a feature of fewer images": (lambda p: write_feature(p, "c", np.ones((239, 20, 64), np.float16)),
+    "a feature of fewer images": (lambda p: write_feature(p, "c", np.ones((239, 24, 64), np.float16)),
                                   ["feature: c", "239 rows, wanted 240"], "features.sh --feats c --overwrite"),
     "NaN in a feature": (lambda p: nan_in(p.feature("g_2"), "data", 0), ["feature: g_2", "row 0", "NaN"],
                          "features.sh --feats g_2 --overwrite", "--deep"),
@@ -239,7 +238,7 @@ DEFECTS = {  # what is broken: (how, words of the line that names it, words of t
     "components that are missing": (lambda p: p.components("c").unlink(), ["components: c", "not found"],
                                     "-> ROOT bash scripts/features.sh --feats c"),
     "components of another feature file": (
-        lambda p: write_feature(p, "c", np.ones((240, 20, 64), np.float16)),
+        lambda p: write_feature(p, "c", np.ones((240, 24, 64), np.float16)),
         ["components: c", "made from a feature file of rows"], "c_components.hdf5; ROOT bash scripts/features.sh"),
     "components that are unfinished": (
         lambda p: edit_hdf5(p.components("c"), lambda f: f["written"].write_direct(np.arange(240, dtype=np.uint8) % 2)),

@@ -10,9 +10,6 @@ import time
 import zipfile
 from pathlib import Path
 
-import h5py
-import nibabel
-import numpy as np
 import pytest
 from huggingface_hub import constants
 
@@ -23,7 +20,6 @@ import utils
 from disk.names import Paths
 from nsd import sources
 from nsd.captions import load_captions, write_captions
-from nsd.regions import PRF_LABELS
 from nsd.trials import load_trials
 from web_servers import Site, serve
 
@@ -36,20 +32,9 @@ def world(small_nsd, tmp_path_factory):
     """A small NSD as the servers have it."""
     root = tmp_path_factory.mktemp("servers")
     shutil.copytree(small_nsd.root, root, dirs_exist_ok=True)
-    paths = Paths(root, root / "MindEyeV2/mindeyev2")
-    for subj in ("subj01", "subj02"):
-        write_volumes(paths, subj)
-    return paths
-
-
-def write_volumes(paths, subj):
-    """NSD's ROI volumes, of the masks."""
-    with h5py.File(paths.data_path / "brain_region_masks.hdf5") as file:
-        masks = {name: mask[()] for name, mask in file[subj].items()}
-    labels = sum(values[0] * masks[name].astype(np.int16) for name, values in PRF_LABELS.items())
-    paths.rois(subj).mkdir(parents=True)
-    for name, volume in (("nsdgeneral", np.ones_like(labels)), ("prf-visualrois", labels)):
-        nibabel.save(nibabel.Nifti1Image(volume[:, None, None], np.eye(4)), paths.rois(subj) / f"{name}.nii.gz")
+    for s in range(3, 9):  # the tests download no other subject's volumes
+        shutil.rmtree(root / f"nsddata/ppdata/subj{s:02d}")
+    return Paths(root, root / "MindEyeV2/mindeyev2")
 
 
 def coco_archive(paths):

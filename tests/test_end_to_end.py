@@ -129,7 +129,7 @@ def test_another_subject_few_sessions_and_the_other_ways_to_a_score(root):
              "ridge_subj03_1sess_ext1_{}"]
     for name in names:
         c, z = (np.load(folder / name.format(*feat) / "nsdgeneral.npy") for feat in (("c", "_mlp"), ("z", "")))
-        assert c.shape[1:] == (20, 64) and z.shape[1:] == (4, 16, 16) and len(c) == len(z)
+        assert c.shape[1:] == (24, 64) and z.shape[1:] == (4, 16, 16) and len(c) == len(z)
 
 
 def test_a_launcher_is_put_before_every_training(tmp_path):
