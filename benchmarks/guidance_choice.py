@@ -25,9 +25,9 @@ import utils
 from disk.files import load_json
 from disk.names import Paths
 from evaluation.picture_sets import as_float
-from judge import read_attributes
+from judge import find_right
 from sampling.folders import read_images, read_png
-from scenes import ATTRIBUTES, NO_SECOND
+from scenes import ATTRIBUTES
 
 UNGUIDED = {"guidance_scale": 0}
 RAW = {"guidance_rule": "raw", "guidance_scale": 1000, "guidance_strength": 0.4, "guidance_grad": "x0"}
@@ -141,10 +141,9 @@ def read_table(folder, truths):
     if truths is not None:
         images = read_images(folder)
         pictures = np.stack([read_png(file) for files in images.files for file in files])
-        for name, values in read_attributes(as_float(pictures)).items():
-            seen = [truths[i][name] for i in images.image_ids for _ in images.files[0]]
-            right = [np.nan if true == NO_SECOND else value == true for value, true in zip(values, seen, strict=True)]
-            table[name] = np.reshape(right, (len(images.files), -1)).mean(axis=1)
+        seen = [truths[i] for i in images.image_ids for _ in images.files[0]]
+        for name, right in find_right(as_float(pictures), seen).items():
+            table[name] = right.reshape(len(images.files), -1).mean(axis=1)
     return table
 
 

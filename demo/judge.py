@@ -7,6 +7,7 @@ through the tiny VAE, too, and none of mini-NSD. It takes no part in the pipelin
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -66,12 +67,17 @@ def judge_images(images, truths, weights=WEIGHTS):
     images: (N, 3, H, W) float in [0, 1]; truths: N dicts as Scene.attributes. Returns {attribute: rate in [0, 1]}.
     Only scenes that have a second object count for "second".
     """
+    return {name: float(np.nanmean(right)) for name, right in find_right(images, truths, weights).items()}
+
+
+def find_right(images, truths, weights=WEIGHTS):
+    """{attribute: (N,)}: 1 where the judge finds the true value, 0 where another, NaN where there is no second object.
+
+    Arguments as of judge_images.
+    """
     found = read_attributes(images, weights)
-    rates = {}
-    for name in ATTRIBUTES:
-        counted = [i for i, truth in enumerate(truths) if (name, truth[name]) != ("second", NO_SECOND)]
-        rates[name] = sum(found[name][i] == truths[i][name] for i in counted) / len(counted)
-    return rates
+    return {name: np.array([np.nan if (name, truth[name]) == ("second", NO_SECOND) else float(value == truth[name])
+                            for value, truth in zip(found[name], truths, strict=True)]) for name in ATTRIBUTES}
 
 
 def chance(truths):

@@ -3,7 +3,7 @@
 They stand where openai/clip-vit and CompVis/stable-diffusion-v1-4 stand on real data: same classes, same folder layout,
 loaded by the same from_pretrained calls. The training scenes come from a seed that mini-NSD does not use.
 
-    python demo/train_tiny_models.py                       # everything: about two hours on two CPU cores
+    python demo/train_tiny_models.py                       # everything: about four hours on one CPU core
     python demo/train_tiny_models.py --stage unet --steps 40000
     python demo/train_tiny_models.py --stage card          # measure, and write demo/models/README.md
 
@@ -391,7 +391,7 @@ def train_unet(args):
 
 
 def train_judge(args):
-    """demo/judge.py's network, on renders and on renders that went through the VAE, shifted and a little noisy."""
+    """demo/judge.py's network, on renders and on renders that went through the VAE, all a little noisy."""
     vae = AutoencoderKL.from_pretrained(args.outdir / "sd" / "vae", torch_dtype=torch.float32).eval()
     scenes, images = draw_scenes(args, args.n_scenes, TRAIN_SEED)
     decoded = cached_round_trips(args, vae, images)

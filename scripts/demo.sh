@@ -53,28 +53,33 @@ draw_controls() {
     beside recon --run ground_truth
     finish
 }
-# the brain encoding model, where a downloaded one would be
-[[ -e $ROOT/train_logs/gnet_subj01/best.pth ]] || { mkdir -p "$ROOT/train_logs" && cp -r "$ROOT/models/gnet_subj01" "$ROOT/train_logs/"; }
+if [[ ! -e $ROOT/train_logs/gnet_subj01/best.pth ]]; then # the brain encoding model, where a downloaded one would be
+    mkdir -p "$ROOT/train_logs"
+    cp -r "$ROOT/models/gnet_subj01" "$ROOT/train_logs/"
+fi
 export JOBS=3 # small networks fill no two cores: what can be is run side by side
 sets=$ROOT/outputs_all/subj01 guided=1000/0.4
 c=$sets/c/0/0 cz=$sets/cz/0/0 full=$sets/cp_4096_v1/$guided brain=$sets/cp_4096_v1_gnet_all_1/$guided
 shuffled=$sets/cp_4096_v1_shuffle/$guided true=$sets/cp_4096_v1_ground_truth/$guided
 
-stage mini_nsd "drawing 7,300 scenes and simulating eight brains that see them" \
+stage mini_nsd "drawing 7,300 scenes and simulating eight brains that see them, about 30 seconds" \
     run "$PYTHON" "$ROOT/make_mini_nsd.py" --root "$ROOT"
-stage features "computing the scenes' true features: c (meaning), z (layout) and g (looks, six layers)" features
+stage features "computing the scenes' true features: c (meaning), z (layout) and g (looks, six layers), about 50 seconds" \
+    features
 
-stage ridge "fitting a ridge to each, which the decoders are averaged with" train "c z g" ridge
-stage pretrain "training a decoder of each on seven brains" train "c z g" pretrain
-stage finetune "fine-tuning them on subject 1" train "c z g" finetune
-stage score "decoding 100 test images that no training saw" bash "$scripts/score.sh"
-stage draw_c_and_z "drawing from c alone (the right things anywhere), and from c and z (in the right place)" draw_c_and_z
-stage draw_g_and_brain "the same guided by g (the right looks), and by the response itself, too" draw_g_and_brain
+stage ridge "fitting a ridge to each, which the decoders are averaged with, about 6 seconds" train "c z g" ridge
+stage pretrain "training a decoder of each on seven brains, about 70 seconds" train "c z g" pretrain
+stage finetune "fine-tuning them on subject 1, about 20 seconds" train "c z g" finetune
+stage score "decoding 100 test images that no training saw, about 6 seconds" bash "$scripts/score.sh"
+stage draw_c_and_z "drawing from c alone (the right things anywhere), and from c and z (in the right place), about 30 seconds" \
+    draw_c_and_z
+stage draw_g_and_brain "the same guided by g (the right looks), and by the response itself, too, about 60 seconds" \
+    draw_g_and_brain
 
-stage score_controls "a null control, responses to other images, and a ceiling, true features" score_controls
-stage draw_controls "drawing both" draw_controls
+stage score_controls "a null control, responses to other images, and a ceiling, true features, about 10 seconds" score_controls
+stage draw_controls "drawing both, about 30 seconds" draw_controls
 
-stage evaluate "comparing all with what was seen" bash "$scripts/evaluate.sh" \
+stage evaluate "comparing all with what was seen, about 80 seconds" bash "$scripts/evaluate.sh" \
     --images "$full" --compare "c=$c" "c+z=$cz" "c+z+g+brain=$brain" "shuffled=$shuffled" "true=$true"
 run "$PYTHON" "$ROOT/summarise.py" --root "$ROOT" --evaluated "$full" --seconds "$ROOT/seconds" --sets "c=$c" "c+z=$cz" \
     "c+z+g=$full" "c+z+g+brain=$brain" "shuffled=$shuffled" "true=$true"

@@ -139,9 +139,9 @@ class Trained:
         it would seem better than it is, and get all the weight.
         """
         state = self._ridge_state(file)
-        held_out = (self.request.num_sessions, state["config"]["val_fraction"], state["config"]["seed"])
-        if held_out != self.held_out:
-            found, wanted = ("--val_fraction {1} --seed {2}".format(*which) for which in (held_out, self.held_out))
+        splits = (state["config"]["val_fraction"], state["config"]["seed"]), self.held_out[1:]  # of the same sessions
+        if splits[0] != splits[1]:
+            found, wanted = ("--val_fraction {} --seed {}".format(*split) for split in splits)
             raise utils.UserError(f"{file}: held out the validation images of {found}, the network those of {wanted}; "
                                   f"fit it again with {wanted} --overwrite, or leave it out (--no-stack)")
         check_inputs(state, file, inputs_there(self.request.paths, [self.request.subj], [feat]),
