@@ -30,18 +30,18 @@ from sampling.folders import read_images, read_png
 from scenes import ATTRIBUTES
 
 UNGUIDED = {"guidance_scale": 0}
-RAW = {"guidance_rule": "raw", "guidance_scale": 1000, "guidance_strength": 0.4, "guidance_grad": "x0"}
-NORM = {"guidance_rule": "norm", "guidance_scale": 0.2, "guidance_strength": 0.4, "guidance_grad": "x0"}
+POSTERIOR = {"guidance_rule": "posterior", "guidance_scale": 30, "guidance_strength": 0.8}
+RAW = {"guidance_rule": "raw", "guidance_scale": 1000, "guidance_strength": 0.4}
+NORM = {"guidance_rule": "norm", "guidance_scale": 0.2, "guidance_strength": 1.0}
 SETTINGS = [
     UNGUIDED,
-    *({**RAW, "guidance_scale": scale} for scale in (300, 1000, 2000, 4000)),
-    *({**RAW, "guidance_strength": window} for window in (0.2, 1.0)),
-    {**RAW, "guidance_grad": "xt"},
-    {**RAW, "guidance_x0": "cfg"},
-    {**RAW, "guidance_decoder": "half"},
-    *({**NORM, "guidance_scale": scale} for scale in (0.1, 0.2, 0.4)),
-    {**NORM, "guidance_strength": 1.0},
-    {**UNGUIDED, "sag_scale": 0.75},
+    *({**POSTERIOR, "guidance_scale": scale} for scale in (1, 3, 10, 30, 100, 300)),
+    *({**POSTERIOR, "guidance_strength": window} for window in (0.4, 1.0)),
+    {**POSTERIOR, "guidance_x0": "cfg"},
+    {**POSTERIOR, "guidance_grad": "x0"},
+    {**POSTERIOR, "guidance_grad": "x0", "guidance_decoder": "half"},
+    *({**RAW, "guidance_scale": scale} for scale in (300, 1000, 3000)),
+    {**NORM, "guidance_scale": 0.2},
 ]
 MEASURES = {**{name: name for name in ATTRIBUTES}, "clip_two_way": "CLIP two-way", "pixcorr": "PixCorr", "ssim": "SSIM"}
 
@@ -58,7 +58,7 @@ def get_parser():
     parser.add_argument("--num_samples", type=options.whole, default=4, metavar="SAMPLES")
     parser.add_argument("--num_inference_steps", type=options.whole, default=16, metavar="STEPS")
     parser.add_argument("--cfg_scale", type=float, default=5.0, metavar="X")
-    parser.add_argument("--strength", type=float, default=0.5, metavar="FRACTION")
+    parser.add_argument("--strength", type=float, default=0.6, metavar="FRACTION")
     parser.add_argument("--batch_size", type=options.whole, default=4, metavar="PICTURES")
     parser.add_argument("--decoders", nargs="+", metavar="half|DIR",
                         help="compare these --guidance_decoders (TAESDs: distil_decoder.py) instead of the settings")
@@ -77,8 +77,9 @@ def main(argv=None):
     truths = load_json(attributes, kind=list) if attributes.exists() else None
     settings, tables = SETTINGS, []
     if args.decoders:
-        settings = [UNGUIDED, RAW, NORM]
-        settings += [{**rule, "guidance_decoder": name} for name in args.decoders for rule in (RAW, NORM)]
+        rules = POSTERIOR, RAW, NORM
+        settings = [UNGUIDED, *rules]
+        settings += [{**rule, "guidance_decoder": name} for name in args.decoders for rule in rules]
     for setting in settings:
         name = ",".join(f"{key.removeprefix('guidance_')}={str(value).replace('/', '_')}"
                         for key, value in setting.items())

@@ -10,6 +10,7 @@ repo=$(cd "$(dirname "$0")/.." && pwd)
 source "$repo/scripts/help.sh"
 [[ $# -eq 0 ]] || { echo "error: $1: demo.sh takes no flags; see bash scripts/demo.sh --help" >&2; exit 2; }
 bash "$repo/scripts/setup.sh" || exit
+export PYTHON=$repo/.venv/bin/python
 # shellcheck disable=SC2046
 unset FEATS STAGES LAUNCH WANDB_LOG DRY_RUN $(compgen -v | grep '_FLAGS$')
 source "$repo/demo/settings.sh"

@@ -216,23 +216,23 @@ def write(outdir, findings, folders, sheet, note, paths, args):
 
 
 def images_folder(args, paths):
-    """--images, or the folder the flags name (recon.py's rules); without --guidance_scale the only one there is."""
+    """--images, or the folder the flags name (recon.py's rules); of what they leave open, the only one there is."""
     if args.images:
         from evaluation.picture_sets import find_set
 
         return find_set(paths, f"--images {args.images}", args.images)
-    named = args.guidance_scale is not None
-    folder = paths.images_of({**vars(args), "guidance_scale": args.guidance_scale if named else 0})
-    found = [folder] if named else sorted(
-        file.parent for file in folder.parent.parent.glob(f"*/{args.guidance_strength:g}/index.csv"))
-    if len(found) == 1 and (found[0] / "index.csv").exists():
+    method = paths.images(args.subj, images_name(vars(args)), 0, 0).parent.parent
+    names = ["*" if value is None else f"{value:g}" for value in (args.guidance_scale, args.guidance_strength)]
+    folder = method / ("0/0" if "0" in names else "/".join(names))
+    found = sorted(file.parent for file in method.glob(f"{folder.relative_to(method)}/index.csv"))
+    found = [drawn for drawn in found if drawn != method / "0/0"] or found  # the guided ones are meant
+    if len(found) == 1:
         return found[0]
     from disk.hints import pictures_like
 
     there = pictures_like(paths, vars(args))
-    what = f"{folder}: reconstructions (index.csv) not found" if named else (
-        f"--guidance_scale: not given, and {folder.parent.parent} has {len(found)} sets of strength "
-        f"{args.guidance_strength:g}, wanted one")
+    what = f"{folder}: {len(found)} sets of these names, wanted one" if found else (
+        f"{folder}: reconstructions (index.csv) not found")
     raise utils.UserError(f"{what}; " + (f"{there}: give the flags of one, or " if there else "")
                           + "reconstruct first (bash scripts/recon.sh)")
 

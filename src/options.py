@@ -16,8 +16,9 @@ VISION_LAYERS = ["g_2", "g_4", "g_6", "g_8", "g_10", "g_12"]  # NeuralDiffuser's
 FEATURES = ["c", "z", *VISION_LAYERS]
 MODELS = ("components", "mindeye2", "ridge")  # what --model takes
 # what --guidance_rule, --guidance_grad and --guidance_x0 take
-RULES, GRADS, X0S = ("raw", "norm"), ("xt", "x0"), ("cond", "cfg")
-MAX_SHIFT = 0.6  # --guidance_rule norm moves the predicted image by at most this many sigma (rms)
+RULES, GRADS, X0S = ("posterior", "raw", "norm"), ("xt", "x0"), ("cond", "cfg")
+SELECTORS = ("g", "gnet")  # what --select takes
+MAX_SHIFT = 0.6  # --guidance_rule norm and posterior move the predicted image by at most this many sigma (rms)
 
 
 HIDDEN_DIM = 1024
@@ -246,9 +247,11 @@ def add_guidance_folder(parser):
     parser.add_argument("--method", type=tag, default="cp_4096_v1", metavar="NAME",
                         help="name of this set of reconstructions")
     parser.add_argument("--guidance_scale", type=float, metavar="X",
-                        help="gradient guidance: raw multiplies the gradient (300000), norm is lambda (see recon.py)")
-    parser.add_argument("--guidance_strength", type=float, default=0.2, metavar="FRACTION",
-                        help="fraction of the steps, from the first, that are guided")
+                        help="how hard it pulls, in the rule's own unit (30; raw 300000, norm 0.3: see recon.py)")
+    parser.add_argument("--guidance_strength", type=float, metavar="FRACTION",
+                        help="fraction of the steps, from the first, that are guided (0.8; raw and norm 0.2)")
+    parser.add_argument("--select", choices=SELECTORS, help="of --num_samples pictures of an image keep the one that "
+                        "agrees best with the decoded g_k, or, through GNet, with the measured response")
 
 
 def add_gnet(parser):
@@ -258,7 +261,8 @@ def add_gnet(parser):
     parser.add_argument("--gnet_roi", default="all", metavar="ROI",
                         help="the region that guides: V1, V2, V3, V4, higher_vis, or all, each with the same weight")
     parser.add_argument("--gnet_kappa", type=float, default=1.0, metavar="K",
-                        help="how hard the brain pulls, relative to CLIP (gradients on the picture); 0 only logs")
+                        help="how hard the brain pulls: times its likelihood as measured; with raw and norm relative "
+                             "to CLIP; 0 only logs")
     parser.add_argument("--gnet_run", type=tag, metavar="RUN",
                         help="the encoding model: a folder of train_logs, such as gnet_published (gnet_<subj>)")
 

@@ -14,23 +14,28 @@ control (--control) gets the folder <method>_<control>, true features (--run gro
 validation images (--test_split val) <method>_val, single trials (--repeats single) <method>_single; unguided pictures
 go to <method>/0/0.
 
---guidance_rule raw adds guidance_scale (default 300000) times the gradient, as NeuralDiffuser does. With norm,
-guidance_scale is lambda (default 0.3): the share of the noise level by which a step moves its predicted image against
-the gradient, at most 0.6; it needs no retuning when the loss or the model changes.
+--guidance_rule posterior takes what was decoded as measurements of the picture, with the errors that they had on
+validation images: guidance_scale (default 30) multiplies their log likelihood, of which each step follows the gradient
+once; it has the same meaning for any model, resolution and number of steps. raw adds guidance_scale (300000) times the
+gradient of a loss, as NeuralDiffuser does; with norm guidance_scale (0.3) is the share of the noise level by which a
+step moves its predicted image against that gradient, at most 0.6.
 
 --use_gnet lets the measured response guide as well: a brain encoding model (train_gnet.py) predicts the response to the
 picture being formed, and the picture is moved towards the subject's own response to that image, or towards any response
-(--target_fmri_npy). These pictures get the folder <method>_gnet_<roi>_<kappa>.
+(--target_fmri_npy). These pictures get the folder <method>_gnet_<roi>_<kappa>. --select copies the best picture of each
+image to <method>_select_<by>; index.csv there says which it is, and the misfits of all of them.
 
     python src/recon.py --subj 1
     python src/recon.py --subj 1 --limit 10 --num_samples 4 --guidance_rule norm --guidance_scale 0.2 --method norm
     python src/recon.py --subj 1 --feats none --control shuffle
     python src/recon.py --subj 1 --use_gnet --gnet_roi V1 --gnet_kappa 1
     python src/recon.py --subj 1 --use_gnet --feats none --guidance_rule norm    # the brain alone
+    python src/recon.py --subj 1 --num_samples 4 --select g     # the one of four that agrees best with the decoded g_k
     accelerate launch --num_processes 4 src/recon.py --subj 1      # four GPUs share the test images
 """
 
 import argparse
+import hashlib
 import shlex
 import sys
 from datetime import timedelta
@@ -42,10 +47,14 @@ import utils
 from disk.names import Paths, run_name, scores_name
 from nsd import sources
 
-DEFAULT_SCALE = {"raw": 300000.0, "norm": 0.3}
+DEFAULTS = {  # of flags that depend on --guidance_rule
+    "posterior": {"guidance_scale": 30.0, "guidance_strength": 0.8},
+    "raw": {"guidance_scale": 300000.0, "guidance_strength": 0.2},
+    "norm": {"guidance_scale": 0.3, "guidance_strength": 0.2},
+}
 # what may differ between two runs that fill one folder: it does not change any picture (but on a GPU the last digits)
 FREE_OPTIONS = ("root", "data_path", "batch_size", "limit", "ids", "num_samples", "outdir", "overwrite",
-                "offload", "dry_run", "wandb_log", "wandb_project")
+                "offload", "dry_run", "wandb_log", "wandb_project", "select", "select_feats")
 PATH_OPTIONS = ("sd_model", "clip_model", "guidance_decoder", "z", "target_fmri_npy")
 GNET_OPTIONS = ("use_gnet", "gnet_roi", "gnet_kappa", "gnet_alpha", "gnet_run", "target_fmri_npy")
 
@@ -83,7 +92,8 @@ def get_parser():
     group.add_argument("--sag_scale", type=float, default=0.0, metavar="X",
                        help="self-attention guidance; NeuralDiffuser's code runs 0.75 (default: off)")
     options.add_guidance_folder(parser)
-    group.add_argument("--guidance_rule", choices=options.RULES, default="raw", help="use of the gradient (see above)")
+    group.add_argument("--guidance_rule", choices=options.RULES, default="posterior",
+                       help="use of the gradient (see above)")
     group.add_argument("--guidance_grad", choices=options.GRADS, default="xt",
                        help="differentiate through the UNet (xt) or only through the decoder (x0, cheaper)")
     group.add_argument("--guidance_x0", choices=options.X0S, default="cond",
@@ -94,7 +104,8 @@ def get_parser():
     brain = parser.add_argument_group("guidance by the brain")
     options.add_gnet(brain)
     brain.add_argument("--gnet_alpha", type=float, default=1.0, metavar="FRACTION",
-                       help="share of the loss that is 1 - r across voxels, the rest being the squared error")
+                       help="raw and norm: share of the loss that is 1 - r across voxels, the rest being the "
+                            "squared error")
     brain.add_argument("--target_fmri_npy", metavar="FILE",
                        help="target responses (n, voxels), beside an image_ids.npy (default: the subject's own, "
                             "averaged over repeats, under the same --control)")
@@ -122,6 +133,7 @@ def main(argv=None):
 
     from sampling import drawing, folders
     from sampling.inputs import pick_rows, read_scores
+    from sampling.selection import select
     from training.team import Team
     from training.tracking import Tracker, check_tracking
 
@@ -130,20 +142,26 @@ def main(argv=None):
     team = Team.assemble(args.device, args.precision, timedelta(days=1))  # shares may take hours longer than others
     resolve_device(args, team)
 
-    files = score_files(paths, args)
+    files = score_files(paths, args, ["c", *args.feats, *(["z"] if args.z == "scores" else [])])
     scores, image_ids = read_scores(files)
     rows = pick_rows(image_ids, args.ids, args.limit, args.subj)
     jobs = [(row, sample) for row in rows for sample in range(args.num_samples)]
-    files |= {**guide_files(paths, args), "image_ids": files["c"].parent / "image_ids.npy"}
+    files |= {**(guide_files(paths, args) if args.use_gnet else {}), "image_ids": files["c"].parent / "image_ids.npy"}
     config = config_of(args, paths, files)
 
-    name = f"recon_{args.subj}_{folders.name_of(folder)}".replace(" ", "_")
-    tracker = partial(Tracker, folder, name, vars(args), args.wandb_log, args.wandb_project)
+    if args.select:
+        require_selector(args, paths)
+    drawn = samples_folder(args, paths, folder)
+    name = f"recon_{args.subj}_{folders.name_of(drawn)}".replace(" ", "_")
+    tracker = partial(Tracker, drawn, name, vars(args), args.wandb_log, args.wandb_project)
     with drawing.memory_advice(args.batch_size):
-        drawing.fill(folder, jobs, config, partial(load_sampler, args, paths, scores, image_ids, team), tracker, team,
+        drawing.fill(drawn, jobs, config, partial(load_sampler, args, paths, scores, image_ids, team), tracker, team,
                      args.overwrite)
     if team.is_main:
-        folders.write_index(folder, image_ids, args.seed)
+        folders.write_index(drawn, image_ids, args.seed)
+        if args.select:
+            misfit, decisive = selector(args, paths, image_ids, team)
+            select(drawn, folder, args.num_samples, misfit, args.select, config | decisive, args.overwrite)
         print(f"pictures       {folder}\n{how_to_evaluate(folder, args.control or args.run == 'ground_truth')}")
 
 
@@ -157,35 +175,49 @@ def how_to_evaluate(folder, is_control):
 # --- what is drawn from -----------------------------------------------------------------------------------------------
 
 
-def score_files(paths, args):
-    """{feature: file} of the scores that are drawn from: c, the g_k that guide, and z unless paths start from noise.
+def score_files(paths, args, feats):
+    """{feature: file} of the scores of these features, and of the z that a FILE holds.
 
     Raises UserError for scores that are not there, which names those that are.
     """
     from disk.hints import how_to_score, scores_like
 
-    feats = ["c", *args.feats, *(["z"] if args.z == "scores" else [])]
     files = {feat: paths.scores(args.subj, scores_name(vars(args), feat), feat) / "nsdgeneral.npy" for feat in feats}
-    without = {"z": ", or start from noise (--z none)"} | dict.fromkeys(args.feats, ", or leave it out of --feats")
+    without = dict.fromkeys(feats, ", or leave it out of --feats") | {"c": "", "z": ", or start from noise (--z none)"}
     for feat, file in files.items():
         there = scores_like(paths, vars(args), feat) if not file.exists() else ""
         utils.require(file, f"scores of {feat}", (f"{there}: give the flags of one, or " if there else "")
-                      + how_to_score(paths, vars(args), feat) + without.get(feat, ""))
+                      + how_to_score(paths, vars(args), feat) + without[feat])
     if args.z not in ("scores", "none"):
         files["z"] = utils.require(args.z, "--z: latents", "give scores, none, or an .npy beside its image_ids.npy")
     return files
 
 
 def guide_files(paths, args):
-    """{name: file} of what guides beside the scores; UserError for one that is not there."""
-    if not args.use_gnet:
-        return {}
+    """{name: file} of the brain as guide or judge; UserError for one that is not there."""
     from encoding.encoder import encoder_file
 
     files = {"gnet": encoder_file(paths, args.gnet_run)}
     if args.target_fmri_npy:
         files["target"] = utils.require(args.target_fmri_npy, "--target_fmri_npy", "give responses as .npy")
     return files
+
+
+def measurement_files(paths, args, feats):
+    """{g_k: (file of errors, file of components)}: what makes measurements of these scores.
+
+    True features have no errors: they count as the fine-tuned run's do. UserError for a file that is not there.
+    """
+    from disk.hints import how_to_score
+
+    flags, instead = vars(args) | ({"run": "finetune"} if args.run == "ground_truth" else {}), "--guidance_rule raw"
+    return {feat: (
+        utils.require(paths.scores(args.subj, scores_name(flags, feat), feat) / "errors.npy",
+                      f"errors of {feat} on validation images",
+                      f"{how_to_score(paths, flags, feat)}, with --overwrite if it was scored, or use {instead}"),
+        utils.require(paths.components(feat), f"components of {feat}",
+                      f"write them (bash scripts/features.sh --feats {feat}), or use {instead}"),
+    ) for feat in feats}
 
 
 def load_sampler(args, paths, scores, image_ids, team):
@@ -199,28 +231,79 @@ def load_sampler(args, paths, scores, image_ids, team):
     from sampling.drawing import Sampler, Settings
     from sampling.pipeline import load_pipeline  # takes seconds
 
-    brain = [brain_guide(args, paths, image_ids, team)] if args.use_gnet else []  # first: it checks what the user gave
+    brain = []
+    if args.use_gnet:  # first: it checks what the user gave
+        brain.append(brain_guide(args, paths, image_ids, team, args.guidance_rule == "posterior"))
     pipe = load_pipeline(args.sd_model, team.device, team.precision, args.offload, args.compile)
     pipe.set_progress_bar_config(desc="steps", leave=False, disable=not team.is_main)
     guided = args.feats or args.use_gnet
     if guided and args.guidance_decoder not in ("full", "half"):
         find_model(args.guidance_decoder, paths, "--guidance_decoder", "full or half")
     decoder = load_guidance_decoder(args.guidance_decoder, pipe) if guided else None
-    clip = [clip_guide(args, scores, team.device)] if args.feats else []
+    clip = [clip_guide(args, paths, scores, team.device)] if args.feats else []
     return Sampler(pipe, scores, image_ids, [*clip, *brain], decoder, Settings.of(vars(args)), team.device)
 
 
-def clip_guide(args, scores, device):
+def clip_guide(args, paths, scores, device):
     """What pulls the CLIP features of the pictures towards the decoded g_k of --feats."""
-    from models import ClipFeatures
     from sampling.guidance import ClipGuide
 
-    layers = {int(feat.removeprefix("g_")): scores[feat] for feat in args.feats}
-    clip_features = ClipFeatures.from_pretrained(args.clip_model, list(layers))
-    return ClipGuide(clip_features.float().to(device), layers)
+    if args.guidance_rule == "posterior":
+        return clip_measurements(args, paths, {feat: scores[feat] for feat in args.feats}, device)
+    return ClipGuide(*clip_layers(args, {feat: scores[feat] for feat in args.feats}, device))
 
 
-def brain_guide(args, paths, image_ids, team):
+def clip_layers(args, by_layer, device):
+    """The CLIP of --clip_model as models.ClipFeatures, and values {g_k: ...} by the number of their layer, {k: ...}."""
+    from models import ClipFeatures
+
+    by_layer = {int(feat.removeprefix("g_")): value for feat, value in by_layer.items()}
+    return ClipFeatures.from_pretrained(args.clip_model, list(by_layer)).float().to(device), by_layer
+
+
+def clip_measurements(args, paths, scores, device):
+    """Scores {g_k: (N, T, D)} as measurements of the pictures: sampling.measurements.ClipMeasurements."""
+    from disk.files import load_json, load_npy
+    from nsd.components import open_components
+    from sampling.measurements import ClipMeasurements, Measurement
+
+    shrunk, measured = args.run != "ground_truth", {}  # a regression's predictions are, true features are not
+    for feat, (file, _) in measurement_files(paths, args, scores).items():
+        components, errors = open_components(paths, feat), load_npy(file, f"errors of {feat}", "score it again")
+        made_from = load_json(file.parent / "config.json").get("components", components.digest)
+        if len(errors) > components.k + 1 or made_from != components.digest:
+            raise utils.UserError(f"{file}: errors of other components than those in {components.path}; score {feat} "
+                                  "again with --overwrite")
+        measured[feat] = Measurement.of(components, scores[feat], errors, shrunk, device)
+    return ClipMeasurements(*clip_layers(args, measured, device))
+
+
+def require_selector(args, paths):
+    """Raise UserError, before anything is drawn, for a file that is not there which --select needs."""
+    if args.select == "g":
+        score_files(paths, args, args.select_feats)
+        measurement_files(paths, args, args.select_feats)
+    else:
+        guide_files(paths, args)
+
+
+def selector(args, paths, image_ids, team):
+    """What --select compares, (rows (B,), images (B, 3, H, W)) -> (B,), and {name: value} of all that decides it."""
+    from sampling.inputs import read_scores
+
+    decisive = {"select": args.select, "num_samples": args.num_samples}
+    if args.select == "g":
+        scores, _ = read_scores(score_files(paths, args, args.select_feats))
+        guide = clip_measurements(args, paths, scores, team.device)
+        decisive |= {"select_feats": args.select_feats,
+                     "select_hash": measurements_hash(args, paths, args.select_feats)}
+    else:
+        guide = brain_guide(args, paths, image_ids, team, posterior=True)
+        decisive |= {name: getattr(args, name) for name in GNET_OPTIONS if name != "use_gnet"}
+    return lambda rows, images: guide.term(rows)(images.to(team.device)), decisive
+
+
+def brain_guide(args, paths, image_ids, team, posterior):
     """What pulls the pictures of these images (N,) towards responses of --subj, or of --target_fmri_npy."""
     from encoding.encoder import load_encoder
     from encoding.guide import BrainGuide, read_target
@@ -232,7 +315,8 @@ def brain_guide(args, paths, image_ids, team):
     else:
         targets = responses_to(paths, args.subj, image_ids, args.num_sessions, args.control, args.seed,
                                args.repeats).betas
-    return BrainGuide(encoder, paths, targets, args.gnet_roi, args.gnet_kappa, args.gnet_alpha, team.print)
+    return BrainGuide(encoder, paths, targets, args.gnet_roi, args.gnet_kappa, args.gnet_alpha,
+                      posterior, team.print)
 
 
 # --- flags ----------------------------------------------------------------------------------------------------------
@@ -244,12 +328,14 @@ def resolve(args, paths):
     Returns the folder that the pictures go to.
     """
     args.feats = sorted({feat for feat in args.feats if feat}, key=lambda feat: int(feat.removeprefix("g_")))
-    if args.guidance_scale is None:
-        args.guidance_scale = DEFAULT_SCALE[args.guidance_rule]
+    for name, default in DEFAULTS[args.guidance_rule].items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     if args.use_gnet:
         resolve_gnet(args, paths)
     elif not args.feats:
         args.guidance_scale = 0.0
+    resolve_selection(args)
     if not args.guidance_scale * args.guidance_strength:
         args.feats = []  # nothing is guided: read no g, load no CLIP
     for name in ("strength", "guidance_strength"):
@@ -276,6 +362,26 @@ def resolve(args, paths):
     if args.compile and args.sag_scale:
         raise utils.UserError("--compile: cannot watch the UNet's attention for --sag_scale; give one of them")
     return paths.find(args.outdir) if args.outdir else paths.images_of(vars(args))
+
+
+def resolve_selection(args):
+    """Check the flags of a selection, and keep what selects: the g_k of --feats, whether they guide or not."""
+    args.select_feats = args.feats if args.select == "g" else []
+    if args.select and args.num_samples < 2:
+        raise utils.UserError(f"--select {args.select} with --num_samples {args.num_samples}: nothing to choose from; "
+                              "give --num_samples 2 or more")
+    if args.select == "g" and not args.feats:
+        raise utils.UserError("--select g with --feats none: no g to select by; name layers, and give --guidance_scale "
+                              "0 if they are not to guide")
+    if args.select == "gnet":
+        args.gnet_run = args.gnet_run or run_name("scratch", args.subj, "gnet", None)
+
+
+def samples_folder(args, paths, folder):
+    """The folder of all pictures: where `folder` gets a selection of them, the one of the same flags without it."""
+    if not args.select:
+        return folder
+    return folder / "samples" if args.outdir else paths.images_of({**vars(args), "select": None})
 
 
 def resolve_gnet(args, paths):
@@ -305,6 +411,16 @@ def resolve_device(args, team):
     args.device, args.precision = team.device.type, names[team.precision]
 
 
+def measurements_hash(args, paths, feats):
+    """A short hash of what makes measurements of the scores of these features."""
+    from disk.files import file_hash
+    from nsd.components import open_components
+
+    parts = [part for feat, (errors, _) in measurement_files(paths, args, feats).items()
+             for part in (file_hash(errors), open_components(paths, feat).digest)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
+
+
 def config_of(args, paths, files):
     """Everything that decides what the pictures look like, hashes of `files` too, and the commit for the record."""
     from disk.files import file_hash
@@ -316,6 +432,8 @@ def config_of(args, paths, files):
     if not args.feats and not args.use_gnet:
         decisive = {name: value for name, value in decisive.items() if not name.startswith("guidance_")}
     hashes = {name: file_hash(file) for name, file in files.items()}
+    if args.feats and args.guidance_rule == "posterior":
+        hashes["measurements"] = measurements_hash(args, paths, args.feats)
     return {**decisive, "score_hashes": hashes, "commit": utils.git_commit()}
 
 

@@ -154,7 +154,7 @@ def test_the_brain_pulls_kappa_times_as_hard_as_the_others():
     a, b, brains = (torch.randn(3, 3, 4, 4) for _ in range(3))
     brains[2] = 0  # has stopped
     log = []
-    found = guidance_pull(image, [Slope(a), Slope(brains, kappa=0.7), Slope(b)], log)
+    found = guidance_pull(image, [Slope(a), Slope(brains, relative=True, kappa=0.7), Slope(b)], log)
     g = a + b
     for row in range(2):
         wanted = g[row] + 0.7 * g[row].norm() / brains[row].norm() * brains[row]
@@ -163,7 +163,10 @@ def test_the_brain_pulls_kappa_times_as_hard_as_the_others():
         torch.testing.assert_close(log[0]["cosine"][row], cosine)
         torch.testing.assert_close(log[0]["norm_clip"][row], g[row].norm())
     assert torch.equal(found[2], g[2])
-    torch.testing.assert_close(guidance_pull(image, [Slope(brains, kappa=0.7)]), brains)  # alone: as it is
+    alone = guidance_pull(image, [Slope(brains, relative=True, kappa=0.7)])
+    torch.testing.assert_close(alone, brains)  # as it is
+    measured = guidance_pull(image, [Slope(a), Slope(brains, relative=False, kappa=0.7)])
+    torch.testing.assert_close(measured, a + 0.7 * brains)  # in one unit
 
 
 def test_good_voxels_are_those_of_the_region_that_validation_trusts(encoder):

@@ -197,7 +197,7 @@ def test_folder_of_flags(root):
     paths = Paths.from_args(args)
     assert evaluate.images_folder(args, paths) == images_of(root)  # the only one there is
     write_set(images_of(root).parent.parent / "100/0.2", stimuli_of(root)[IDS])
-    with pytest.raises(utils.UserError, match="--guidance_scale: not given.*2 sets.*0.2 .--guidance_scale 100.*300000"):
+    with pytest.raises(utils.UserError, match="2 sets of these names.*0.2 .--guidance_scale 100.*300000"):
         evaluate.images_folder(args, paths)
     for words, expected in (("--guidance_scale 3e5", "cp_4096_v1/300000/0.2"), ("--guidance_scale 0", "cp_4096_v1/0/0"),
                             ("--guidance_scale 9 --control noise --guidance_strength 1", "cp_4096_v1_noise/9/1")):

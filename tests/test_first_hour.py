@@ -34,7 +34,7 @@ SIZES = {"hidden_dim": 8, "num_sessions": 3, "tag": "", "run": "finetune", "head
          "test_split": "new_test", "repeats": "mean", "subj": "subj01"}
 SHAPES = {"c": (TOKENS, WIDTH), "g_2": (5, 12), "z": (4, LATENT, LATENT)}
 FLAGS = ["--hidden_dim", "8", "--num_sessions", "3"]
-DRAW = [*FLAGS, "--feats", "g_2", "--z", "none", "--sd_model", "SD", "--clip_model", "CLIP"]
+DRAW = ["--guidance_rule", "raw", *FLAGS, "--feats", "g_2", "--z", "none", "--sd_model", "SD", "--clip_model", "CLIP"]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ MISTAKES = [  # what went wrong, script, its flags, words of the line: what ther
      "there are: gnet_subj01 (--gnet_run gnet_subj01); or train one"),
     ("responses nowhere", recon, [*DRAW, "--use_gnet", "--gnet_run", "gnet_subj01", "--target_fmri_npy", "x.npy"],
      "x.npy: --target_fmri_npy not found", "give"),
-    ("no flag of the drawing given", evaluate, [], "has 0 sets of strength 0.2",
+    ("another strength", evaluate, ["--guidance_strength", "0.2"], "not found",
      f"{SET} (--guidance_scale 300 --guidance_strength 0.5)"),
     ("another scale", evaluate, ["--guidance_scale", "9", "--guidance_strength", "0.5"],
      f"{SET} (--guidance_scale 300)"),
@@ -260,8 +260,8 @@ def test_score_recon_and_evaluate_say_nothing_but_our_lines(pristine_nsd, tmp_pa
             file["data"].attrs["shape"] = shape
     drawn = ["--run", "ground_truth", "--guidance_scale", "300"]
     runs = [("score_c", ["--ground_truth"]), ("score_g", ["--ground_truth", "--feat", "g_2"]),
-            ("recon", [*drawn, "--feats", "g_2", "--z", "none", "--sd_model", models / "sd", "--clip_model",
-                       models / "clip", "--num_inference_steps", 2, "--limit", 2]),
+            ("recon", [*drawn, "--guidance_rule", "raw", "--feats", "g_2", "--z", "none", "--sd_model", models / "sd",
+                       "--clip_model", models / "clip", "--num_inference_steps", 2, "--limit", 2]),
             ("evaluate", [*drawn, "--eval_clip", models / "clip"])]
     runs = [(script, [str(word) for word in ("--root", root, "--num_sessions", 3, *words)]) for script, words in runs]
     program = "\n".join(["import evaluate, recon, score_c, score_g, utils", *(

@@ -9,25 +9,30 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import options
 import recon
 import utils
 from disk.files import load_csv, this_host
 from disk.names import Paths, run_name
 from disk.scores import save_scores
+from features.components import create_file
 from sampling import folders
 from sampling.drawing import Sampler
+from sampling.guidance import RULES
 from sampling.pipeline import GuidedPipeline
 from tiny_sd import LATENT, TOKENS, WIDTH, draw_at_once, hasten
 from training.team import Team
 
 REPO = Path(__file__).resolve().parent.parent
 N = 5
+K = 6  # components of a g_k
 IDS = np.array([3, 10, 11, 500, 72_999])
 
 
@@ -76,7 +81,8 @@ def run(root, models, *flags):
 def words(root, models, *flags):
     """The command line of a small run."""
     found = ["--root", root, "--sd_model", models[0], "--clip_model", models[1], "--num_inference_steps", 4,
-             "--feats", "g_2", "g_4", "--device", "cpu", "--batch_size", 2, "--z", "none", *flags]
+             "--feats", "g_2", "g_4", "--device", "cpu", "--batch_size", 2, "--z", "none",
+             "--guidance_rule", "raw", *flags]  # random scores are no measurements: they have no errors
     return [str(word) for word in found]
 
 
@@ -455,3 +461,118 @@ def test_flags_that_do_not_parse_exit_2(root, models, flags):
     with pytest.raises(SystemExit) as stop:
         run(root, models, *flags)
     assert stop.value.code == 2
+
+
+# --- measurements, and the choice among pictures ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(root):
+    """The root of test_recon.py, its g with components and errors, as score_g.py leaves them."""
+    paths, rng = Paths(root, root), np.random.default_rng(0)
+    paths.stimuli.mkdir(parents=True)
+    for feat in ("g_2", "g_4"):
+        fit = SimpleNamespace(basis=np.linalg.qr(rng.standard_normal((60, 60)))[0][:K].astype(np.float32),
+                              mean=np.zeros(60, np.float32), variances=np.arange(K, 0, -1).astype(np.float32),
+                              total=30.0, kept=0.7, n_fitted=9)
+        create_file(paths, feat, fit, 8, (5, 12), {"seed": 1, "wanted": K, "source": "x"})
+        scores = {"nsdgeneral": rng.standard_normal((N, 5, 12))}
+        save_scores(score_folder(root, feat), IDS, scores, {}, {"errors": np.full(K + 1, 0.5)})
+    return root
+
+
+def measure(root, models, *flags):
+    """Run recon with the posterior rule and its defaults; returns its exit status."""
+    return run(root, models, "--guidance_rule", "posterior", *flags)
+
+
+def chosen(folder):
+    return load_csv(folder / "index.csv", "index", "")
+
+
+def test_every_rule_has_its_defaults():
+    assert set(recon.DEFAULTS) == set(options.RULES) == set(RULES)
+    assert recon.get_parser().parse_args([]).guidance_rule == "posterior"
+
+
+def test_the_posterior_rule_lowers_the_misfit(measured, models, tmp_path):
+    assert measure(measured, models) == 0 and measure(measured, models, "--guidance_scale", 0) == 0
+    folder = measured / "outputs_all/subj01/cp_4096_v1"
+    config = json.loads((folder / "30/0.8/config.json").read_text())
+    assert config["guidance_rule"] == "posterior" and "measurements" in config["score_hashes"]
+    args = recon.get_parser().parse_args(["--root", str(measured), "--sd_model", str(models[0]), "--clip_model",
+                                          str(models[1]), "--feats", "g_2", "g_4"])
+    paths = Paths.from_args(args)
+    recon.resolve(args, paths)
+    scores = {feat: np.load(score_folder(measured, feat) / "nsdgeneral.npy") for feat in args.feats}
+    guide = recon.clip_measurements(args, paths, scores, torch.device("cpu"))
+
+    def misfit(name):
+        images = np.stack([folders.read_png(file) for file in sorted((folder / name).glob("*.png"))])
+        with torch.inference_mode():
+            return guide.term(list(range(N)))(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
+
+    assert (misfit("30/0.8") < misfit("0/0")).all()
+
+
+def test_a_subset_is_the_same_to_the_bit(measured, models, tmp_path):
+    assert measure(measured, models) == 0 and measure(measured, models, "--ids", 10, "--outdir", tmp_path / "one") == 0
+    all_of = measured / "outputs_all/subj01/cp_4096_v1/30/0.8"
+    assert (tmp_path / "one/00001.png").read_bytes() == (all_of / "00001.png").read_bytes()
+
+
+def test_new_errors_are_other_settings(measured, models, capsys):
+    assert measure(measured, models, "--limit", 1) == 0
+    np.save(score_folder(measured, "g_2") / "errors.npy", np.full(K + 1, 0.6, np.float32))
+    assert measure(measured, models, "--limit", 1) == 2
+    assert "other scores than then: measurements" in capsys.readouterr().err
+
+
+def test_scores_without_errors_are_refused(measured, models, capsys):
+    (score_folder(measured, "g_4") / "errors.npy").unlink()
+    assert measure(measured, models, "--limit", 1) == 2
+    assert "errors of g_4 on validation images not found" in (line := capsys.readouterr().err)
+    assert "--guidance_rule raw" in line and not (measured / "outputs_all").exists()
+    assert measure(measured, models, "--limit", 1, "--guidance_rule", "raw", "--guidance_scale", 300) == 0
+
+
+def test_errors_of_other_components_are_refused(measured, models, capsys):
+    np.save(score_folder(measured, "g_4") / "errors.npy", np.full(K + 9, 0.5, np.float32))
+    assert measure(measured, models, "--limit", 1) == 2
+    assert "errors of other components" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [(), ("--guidance_scale", 0)])
+def test_the_best_of_several_is_kept(measured, models, flags):
+    """Chosen anew by a loop over the pictures; repeated, it stays."""
+    assert measure(measured, models, *flags, "--num_samples", 3, "--select", "g", "--limit", 2) == 0
+    name = "0/0" if flags else "30/0.8"
+    folder, drawn = (measured / "outputs_all/subj01" / method / name
+                     for method in ("cp_4096_v1_select_g", "cp_4096_v1"))
+    lines, all_of = chosen(folder), chosen(drawn)
+    assert len(lines) == 2 and len(all_of) == 6 and sorted(pictures(folder)) == ["00000.png", "00001.png"]
+    for row, line in enumerate(lines):
+        misfits = [float(value) for value in line["misfits"].split()]
+        best = int(np.argmin(misfits))
+        assert line["selected_by"] == "g" and int(line["sample"]) == best and len(set(misfits)) == 3
+        assert (folder / f"{row:05d}.png").read_bytes() == (drawn / folders.file_name(row, best)).read_bytes()
+    assert measure(measured, models, *flags, "--num_samples", 3, "--select", "g", "--limit", 1) == 0
+    assert chosen(folder) == lines  # what is there stays
+    assert len(folders.read_images(folder).image_ids) == 2
+
+
+def test_another_number_of_samples_is_another_selection(measured, models, capsys):
+    given = ("--select", "g", "--limit", 1, "--guidance_scale", 0)
+    assert measure(measured, models, *given, "--num_samples", 2) == 0
+    assert measure(measured, models, *given, "--num_samples", 3) == 2
+    assert "num_samples 2 -> 3" in capsys.readouterr().err
+    assert measure(measured, models, *given, "--num_samples", 3, "--overwrite") == 0
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (("--select", "g"), "nothing to choose from"),
+    (("--select", "g", "--num_samples", 2, "--feats", "none"), "no g to select by"),
+    (("--select", "gnet", "--num_samples", 2), "the brain encoding model gnet_subj01 not found")])
+def test_a_selection_that_cannot_be_is_one_line(measured, models, capsys, flags, message):
+    assert measure(measured, models, *flags) == 2
+    assert message in capsys.readouterr().err and not (measured / "outputs_all").exists()

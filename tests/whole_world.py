@@ -47,7 +47,7 @@ FLAGS = {
     score_z: [*SCORED, "--overwrite"],
     score_gnet: ["--device", "cpu", "--overwrite"],
     recon: [*SCORED, "--sd_model", "SD", "--clip_model", "CLIP", "--feats", "g_2", "--num_inference_steps", 2,
-            "--guidance_scale", 300, "--guidance_strength", 0.5],
+            "--guidance_rule", "raw", "--guidance_scale", 300, "--guidance_strength", 0.5],
     evaluate: [*SCORED, "--eval_clip", "none", "--no-controls", "--guidance_scale", 300, "--guidance_strength", 0.5],
     convert_gnet: [],
 }

@@ -16,7 +16,8 @@ CEILING = r"(?P<ceiling>ground_truth)_(?P<seen_by>subj\d\d)_{feat}"
 HEAD = r"(?:_adapt(?P<adapted>\d+)sess|_head(?P<lent>\d\d))?"
 VARIANT = r"(?:_(?P<test_split>test|val))?(?:_(?P<repeats>single))?(?:_(?P<control>shuffle|noise|mean))?"
 PICTURES = (r"(?P<method>.+?)(?P<ceiling>_ground_truth)?"
-            r"(?:_gnet_(?P<gnet_roi>[A-Za-z0-9]+|higher_vis|nsd_general)_(?P<gnet_kappa>[\d.e+-]+))?" + VARIANT)
+            r"(?:_gnet_(?P<gnet_roi>[A-Za-z0-9]+|higher_vis|nsd_general)_(?P<gnet_kappa>[\d.e+-]+))?"
+            r"(?:_select_(?P<select>g|gnet))?" + VARIANT)
 DEFAULTS = {"test_split": "new_test", "repeats": "mean", "control": None}
 
 
@@ -102,7 +103,7 @@ def pictures_like(paths, flags):
             continue
         of_set = {"subj": subj, "method": name["method"], "run": "ground_truth" if name["ceiling"] else "finetune",
                   **variant_in(name), "use_gnet": name["gnet_roi"] is not None, "gnet_roi": name["gnet_roi"],
-                  "gnet_kappa": float(name["gnet_kappa"] or 0)}
+                  "gnet_kappa": float(name["gnet_kappa"] or 0), "select": name["select"]}
         assert images_name(of_set) == method, f"{method}: {of_set}"
         words = differences({**flags, "run": flags["run"] if flags["run"] == "ground_truth" else "finetune"}, of_set)
         if flags["guidance_scale"] != scale:
@@ -168,8 +169,8 @@ def differences(wanted, found):
             words.append(f"--use_gnet --gnet_roi {found['gnet_roi']} --gnet_kappa {found['gnet_kappa']:g}")
     elif wanted.get("use_gnet") and "use_gnet" in found:
         words.append("without --use_gnet")
-    for flag in ("hidden_dim", "method", "tag", "test_split", "repeats", "control"):
-        if flag in found and found[flag] != wanted[flag]:
+    for flag in ("hidden_dim", "method", "select", "tag", "test_split", "repeats", "control"):
+        if flag in found and found[flag] != wanted.get(flag):
             words.append(f"--{flag} {found[flag]}" if found[flag] else f"without --{flag}")
     return words
 

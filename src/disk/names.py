@@ -164,7 +164,8 @@ def images_name(flags):
     """Name the reconstructions that the flags of recon.py (a dict) mean: --method, then what they are made of."""
     ceiling = ["ground_truth"] if flags["run"] == "ground_truth" else []
     brain = ["gnet", flags["gnet_roi"], f"{flags['gnet_kappa']:g}"] if flags["use_gnet"] else []
-    return "_".join([flags["method"], *ceiling, *brain, *_variant_of(flags)])
+    best = ["select", flags["select"]] if flags.get("select") else []
+    return "_".join([flags["method"], *ceiling, *brain, *best, *_variant_of(flags)])
 
 
 def _variant_of(flags):

@@ -70,6 +70,8 @@ class BrainLoss:
     .facts   of the last call: {"r_<region>": (B,), "stopped": (B,) bool}
     """
 
+    relative = True  # its unit is its own
+
     def __init__(self, encoder, voxels, places, weights, targets, kappa, alpha=1.0, enough=float("inf")):
         """voxels (n,): the regions', side by side as places {region: slice} say; weights (n,); targets (B, n)."""
         self.encoder, self.voxels, self.places, self.weights = encoder, voxels, places, weights
@@ -91,16 +93,45 @@ class BrainLoss:
         return torch.stack(losses).mean(0) * ~self.stopped
 
 
+class BrainMeasurement:
+    """Guidance term (B, 3, H, W) image in [0, 1] -> (B,): -log p of the response, given this picture.
+
+    -log p = 1/2 sum_v (predicted_v - measured_v)^2 / e_v over the voxels of all regions, e_v being the mean squared
+    error of predictions of true validation images; as if the voxels' errors were independent.
+
+    .kappa   times which it counts
+    .facts   of the last call: {"r_<region>": (B,)}, weighted as of BrainLoss
+    """
+
+    relative = False  # its unit is that of other measurements
+
+    def __init__(self, encoder, voxels, places, weights, targets, errors, kappa):
+        """As BrainLoss; errors (n,)."""
+        self.encoder, self.voxels, self.places, self.weights = encoder, voxels, places, weights
+        self.targets, self.errors, self.kappa = targets, errors, kappa
+        self.facts = {}
+
+    def __call__(self, image):
+        predicted = self.encoder.model(image.to(self.targets), self.encoder.subj, self.voxels)  # (B, n)
+        r = agreement(predicted.detach(), self.targets, self.places, self.weights)
+        self.facts = {f"r_{name}": value for name, value in r.items()}
+        return 0.5 * ((predicted - self.targets).square() / self.errors).sum(1)
+
+
 class BrainGuide:
-    """What guidance by the brain needs, for all pictures of a recon: made once, `term` gives a batch its BrainLoss.
+    """What guidance by the brain needs, for all pictures of a recon: made once, `term` gives a batch its BrainLoss, or
+    its BrainMeasurement.
 
     Checks, before anything is drawn, that the encoding model and the betas count voxels in the same order: the median r
     of its predictions over training images must exceed PREFLIGHT_R. Measures how well predictions of true images agree
     with responses, on validation images: there guidance stops.
     """
 
-    def __init__(self, encoder, paths, targets, roi, kappa, alpha=1.0, say=print):
-        """targets: (N, V) responses. Raises UserError for regions that cannot guide and for a wrong voxel order."""
+    def __init__(self, encoder, paths, targets, roi, kappa, alpha=1.0, posterior=False, say=print):
+        """targets: (N, V) responses; posterior: terms are measurements, and alpha does not matter.
+
+        Raises UserError for regions that cannot guide and for a wrong voxel order.
+        """
         regions = good_voxels(encoder, roi_masks(paths, encoder.subj), roi)
         voxels, ends = np.concatenate(list(regions.values())), np.cumsum([len(index) for index in regions.values()])
         self.encoder, self.targets, self.kappa, self.alpha = encoder, targets, kappa, alpha
@@ -114,6 +145,7 @@ class BrainGuide:
         check_voxel_order(encoder, *(responses.cpu() for responses in train))
         found = agreement(*val, self.places, self.weights)
         self.enough = float(torch.stack(list(found.values())).mean())
+        self.errors = (val[0] - val[1]).square().mean(0) if posterior else None  # (n,)
         for name, index in regions.items():
             say(f"{name}: {len(index)} voxels guide; {encoder.run} predicts their response to a true image with "
                 f"r = {found[name].mean():.3f}, mean of {len(val[0])} validation images")
@@ -129,8 +161,11 @@ class BrainGuide:
             yield predicted, torch.from_numpy(seen[chosen]).to(self.device)[:, self.voxels]
 
     def term(self, rows):
-        """The BrainLoss of a batch: rows (B,) of the targets."""
+        """The term of a batch: rows (B,) of the targets."""
         targets = torch.from_numpy(self.targets[rows]).to(self.device)[:, self.voxels]
+        if self.errors is not None:
+            return BrainMeasurement(self.encoder, self.voxels, self.places, self.weights, targets, self.errors,
+                                    self.kappa)
         return BrainLoss(self.encoder, self.voxels, self.places, self.weights, targets, self.kappa, self.alpha,
                          self.enough)
 

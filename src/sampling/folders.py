@@ -23,6 +23,7 @@ FILE_NAME = re.compile(r"(\d{5,})(?:_s(\d+))?\.png")
 # what config.json says that names of other folders are made of, and what says whether it may
 NAMES = {"subj": options.subject, "run": options.run, "head": options.head, "sd_model": str} | dict.fromkeys(
     ("method", "tag", "control", "test_split", "repeats", "gnet_run", "gnet_roi"), options.tag)
+OTHER_HASHES = ("image_ids", "gnet", "target", "measurements")  # of score_hashes, beside the features'
 NUMBERS = ("hidden_dim", "num_sessions", "gnet_kappa")
 KINDS = (".png", ".jpg", ".jpeg")  # of pictures that recon.py did not draw
 END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk, the same in every PNG
@@ -175,7 +176,7 @@ def check_names(file, config):
     for name in ("feats", "score_hashes"):
         feats = config.get(name) or []
         feats = feats if isinstance(feats, (list, dict)) else [feats]
-        found += [(name, options.feature, feat) for feat in feats if feat not in ("image_ids", "gnet", "target")]
+        found += [(name, options.feature, feat) for feat in feats if feat not in OTHER_HASHES]
     for name, kind, value in found:
         try:
             fine = isinstance(value, str) and kind(value) is not None

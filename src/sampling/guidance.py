@@ -57,9 +57,9 @@ class ClipGuide:
 def guidance_pull(image, terms, log=None):
     """Combine the terms: the gradient of their losses with respect to an image (B, 3, H, W), same shape.
 
-    Terms are added up. One that has a `kappa` (encoding.guide.BrainLoss) is first brought to kappa times the size of
-    the others, sample by sample: d = g + kappa * ||g|| / ||g_b|| * g_b, where g is the gradient of the others and g_b
-    its own; alone it stays as it is.
+    Terms are added up. Of one that has a `kappa` (encoding.guide) kappa times its gradient is added; one in another
+    unit than the others (`relative`) is first brought to their size, sample by sample: d = g + kappa * ||g|| / ||g_b||
+    * g_b, where g is the gradient of the others and g_b its own, which alone stays as it is.
     log: a list that gets {name: (B,)}: loss_clip and norm_clip of the others, loss_brain, norm_brain and its `facts` of
     one with a kappa, and the cosine of the two gradients.
     """
@@ -74,12 +74,14 @@ def guidance_pull(image, terms, log=None):
         loss, own = gradient_on(image, [term])
         norm = own.flatten(1).norm(dim=1)
         found |= {"loss_brain": loss, "norm_brain": norm, **term.facts}
-        if pull is None:
-            pull = own
-            continue
-        found["cosine"] = F.cosine_similarity(pull.flatten(1), own.flatten(1))
-        ratio = torch.where(norm > 0, found["norm_clip"] / norm, 0)  # a sample that has stopped has no gradient
-        pull = pull + term.kappa * ratio.view(-1, 1, 1, 1) * own
+        if pull is not None:
+            found["cosine"] = F.cosine_similarity(pull.flatten(1), own.flatten(1))
+        if not term.relative:
+            own = term.kappa * own
+        elif pull is not None:
+            ratio = torch.where(norm > 0, found["norm_clip"] / norm, 0)  # a sample that has stopped has no gradient
+            own = term.kappa * ratio.view(-1, 1, 1, 1) * own
+        pull = own if pull is None else pull + own
     if log is not None:
         log.append(found)
     return pull
@@ -101,15 +103,34 @@ def raw_rule(eps, gradient, abar, scale):
 def norm_rule(eps, gradient, abar, scale):
     """Shift x0 by `scale` sigma (rms, at most MAX_SHIFT) against the gradient, whatever the gradient's size.
 
-    delta = -min(scale, MAX_SHIFT) * sigma * gradient / rms(gradient); eps' = eps - sqrt(abar) / sigma * delta is the
-    noise whose x0 is x0 + delta. As it moves the prediction and not the sample, its effect does not grow with the
-    number of steps.
+    delta = -min(scale, MAX_SHIFT) * sigma * gradient / rms(gradient). As it moves the prediction and not the sample,
+    its effect does not grow with the number of steps.
+    """
+    direction = gradient / rms(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)  # a zero gradient stays zero
+    return shifted(eps, -min(scale, MAX_SHIFT) * (1 - abar).sqrt() * direction, abar)
+
+
+def posterior_rule(eps, gradient, abar, scale):
+    """Shift x0 towards the posterior of terms that are -log likelihoods: delta = -scale * sigma^2 * d(-log p)/dx0.
+
+    sigma^2 is what x0 is still open to, of latents of variance 1. The gradient is that wrt x_t, which is wrt x0 times
+    1 / sqrt(abar). The step is cut to MAX_SHIFT sigma (rms): where the likelihood is steeper than that, it is curved
+    within the step, and what lies further on is not known from here.
     """
     sigma = (1 - abar).sqrt()
-    rms = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
-    direction = gradient / rms.clamp_min(torch.finfo(gradient.dtype).tiny)  # a zero gradient stays zero
-    delta = -min(scale, MAX_SHIFT) * sigma * direction
-    return eps - abar.sqrt() / sigma * delta
+    delta = -scale * sigma.square() * abar.sqrt() * gradient
+    most = MAX_SHIFT * sigma
+    return shifted(eps, delta * (most / rms(delta).clamp_min(torch.finfo(delta.dtype).tiny)).clamp(max=1), abar)
 
 
-RULES = {"raw": raw_rule, "norm": norm_rule}  # as options.RULES names them
+def shifted(eps, delta, abar):
+    """The noise whose x0 is that of eps plus delta: eps' = eps - sqrt(abar) / sigma * delta."""
+    return eps - abar.sqrt() / (1 - abar).sqrt() * delta
+
+
+def rms(rows):
+    """Root mean square of each row of (B, ...), (B, 1, ...)."""
+    return rows.square().mean(tuple(range(1, rows.ndim)), keepdim=True).sqrt()
+
+
+RULES = {"raw": raw_rule, "norm": norm_rule, "posterior": posterior_rule}  # as options.RULES names them

@@ -3,7 +3,7 @@
 The sampler is deterministic DDIM with classifier-free guidance of scale w. Every step, from x_t to the next latents:
 
     eps  = eps_u + w (eps_c - eps_u)                          unconditional and conditional noise
-    eps' = rule(eps, d loss(image(x_t)) / dx_t)               in guided steps: raw_rule or norm_rule
+    eps' = rule(eps, d loss(image(x_t)) / dx_t)               in guided steps: one of guidance.RULES
     x0   = (x_t - sigma eps') / sqrt(abar);   x_next = sqrt(abar_next) x0 + sqrt(1 - abar_next) eps'
 
 Letters: B batch, C latent channels, h w latent size, H W image size, T tokens, D width. Notation as in the papers:
@@ -25,7 +25,6 @@ from options import GRADS, X0S
 from sampling.decoders import in_unit_range
 from sampling.guidance import RULES, guidance_pull
 
-LOSS_SCALE = 2.0**12  # keeps small gradients above fp16's smallest number; a power of two, so exact elsewhere
 CPU_BATCH = 4096  # latent pixels that a CPU draws at once: 16 latents of 16 x 16, one of 64 x 64
 SAG_TAPS = 9  # latent pixels over which self-attention guidance blurs
 COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
@@ -110,7 +109,7 @@ class GuidedPipeline(DiffusionPipeline):
         resolution: side of the image in pixels; None is z's, or the model's own. sag_scale: self-attention guidance
         (blurred_noise), 0 = off. terms: guidance losses, each (B, 3, H, W) image in [0, 1] -> (B,); none, or a zero
         guidance_scale or guidance_strength, leaves plain Stable Diffusion. guidance_strength: fraction of the steps,
-        from the first, that are guided. rule: 'raw' or 'norm', what a gradient does (raw_rule, norm_rule). grad: 'xt'
+        from the first, that are guided. rule: a name of guidance.RULES, what a gradient does. grad: 'xt'
         differentiates through the UNet, 'x0' through the decoder only. x0: the prediction that the losses see, 'cond'
         (the conditional one) or 'cfg' (the one the sampler follows). decoder: of what the losses see, (B, C, h, w)
         latents -> image in [0, 1]; None is the VAE's. log: a list that gets what a guided step found (guidance_pull).
@@ -234,7 +233,8 @@ class GuidedPipeline(DiffusionPipeline):
             seen = eps_cond if x0 == "cond" else eps_empty + cfg_scale * (eps_cond - eps_empty)
             image = (decoder or self.decode)(self.predict_x0(latents, seen, t))
             pull = guidance_pull(image, terms, log)
-            gradient = torch.autograd.grad(image, latents, pull * LOSS_SCALE)[0] / LOSS_SCALE
+            scale = loss_scale(pull)
+            gradient = torch.autograd.grad(image, latents, pull * scale)[0] / scale
         return eps_empty.detach(), eps_cond.detach(), gradient
 
     def blurred_noise(self, latents, eps_empty, t, empty, tokens):
@@ -315,6 +315,15 @@ class GuidedPipeline(DiffusionPipeline):
 def guided_steps(guidance_strength, n_steps):
     """How many of the steps, from the first, --guidance_strength means: at least one where it is not 0."""
     return min(n_steps, max(1, round(guidance_strength * n_steps))) if guidance_strength else 0
+
+
+def loss_scale(pull):
+    """What brings each row's largest value of (B, ...) to 1/4 to 1/2, (B, 1, ...), so that half precision takes it.
+
+    Losses differ by many orders of magnitude. A power of two, so that nothing else is rounded.
+    """
+    largest = pull.abs().amax(tuple(range(1, pull.ndim)), keepdim=True)
+    return torch.exp2(-2 - torch.floor(torch.log2(largest.clamp_min(torch.finfo(pull.dtype).tiny))).clamp(-100, 100))
 
 
 def rows_on_cpu(latent_shape):

@@ -224,6 +224,8 @@ def open_source(trained, feat, **settings):
         config["components"] = components.digest
         ridge = trained.ridge_file(feat)
         config["stacked_with"] = archive_hash(ridge) if ridge else None
+    elif request.paths.components(feat).exists():
+        config["components"] = open_components(request.paths, feat).digest
     if (folder / "config.json").exists() and not request.overwrite and same_scores(folder, config):
         print(f"{folder}: already scored with this checkpoint, kept")
         return None
@@ -231,8 +233,12 @@ def open_source(trained, feat, **settings):
         source = Source(trained, folder, config, trained.network)
         config["r2"] = {}
         if request.paths.feature(feat).exists():
-            r2 = r2_of_rows(source, predict(source, trained.validation, "validate")["nsdgeneral"])
+            on_validation = predict(source, trained.validation, "validate")["nsdgeneral"]
+            r2 = r2_of_rows(source, on_validation)
             config["r2"] = {"network": r2, "scored": r2}
+            if request.paths.components(feat).exists():
+                known = open_components(request.paths, feat)
+                source.model.errors = errors_of_rows(known, on_validation, trained.validation.image_ids)
         return source
     model = FeatureOf(trained.network, components).to(trained.device)
     config["r2"] = validate(model, ridge and trained.ridge(ridge, feat), trained)
@@ -327,6 +333,13 @@ def r2_of_rows(source, predicted):
     error = float(np.square(predicted.reshape(true.shape) - true).sum(1).mean())
     total = source.model.components.total if isinstance(source.model, FeatureOf) else float(true.var(0).sum())
     return 1 - error / total
+
+
+def errors_of_rows(components, predicted, image_ids):
+    """Return the mean squared error of each coefficient of rows (N, ...) predicted for these images, and the variance
+    beyond them, (K + 1,)."""
+    errors = np.square(components.project(predicted) - components.coefficients[image_ids]).mean(0)
+    return np.append(errors, np.float32(components.beyond(components.k)))
 
 
 def check_head(whose, subj, n_voxels, known, checkpoint):
