@@ -33,15 +33,16 @@ UNGUIDED = {"guidance_scale": 0}
 POSTERIOR = {"guidance_rule": "posterior", "guidance_scale": 30, "guidance_strength": 0.8}
 RAW = {"guidance_rule": "raw", "guidance_scale": 1000, "guidance_strength": 0.4}
 NORM = {"guidance_rule": "norm", "guidance_scale": 0.2, "guidance_strength": 1.0}
+STRENGTHS = (1, 3, 10, 30, 100, 300)
 SETTINGS = [
     UNGUIDED,
-    *({**POSTERIOR, "guidance_scale": scale} for scale in (1, 3, 10, 30, 100, 300)),
+    *({**POSTERIOR, "guidance_scale": scale} for scale in STRENGTHS),
     *({**POSTERIOR, "guidance_strength": window} for window in (0.4, 1.0)),
     {**POSTERIOR, "guidance_x0": "cfg"},
     {**POSTERIOR, "guidance_grad": "x0"},
     {**POSTERIOR, "guidance_grad": "x0", "guidance_decoder": "half"},
     *({**RAW, "guidance_scale": scale} for scale in (300, 1000, 3000)),
-    {**NORM, "guidance_scale": 0.2},
+    NORM,
 ]
 MEASURES = {**{name: name for name in ATTRIBUTES}, "clip_two_way": "CLIP two-way", "pixcorr": "PixCorr", "ssim": "SSIM"}
 
@@ -63,6 +64,7 @@ def get_parser():
     parser.add_argument("--decoders", nargs="+", metavar="half|DIR",
                         help="compare these --guidance_decoders (TAESDs: distil_decoder.py) instead of the settings")
     parser.add_argument("--table", metavar="FILE", help="where the markdown goes (printed only)")
+    parser.add_argument("--figure", metavar="FILE", help="a plot of each measure against the posterior rule's strength")
     return parser
 
 
@@ -97,6 +99,8 @@ def main(argv=None):
         f"{args.num_samples} pictures of each, {args.num_inference_steps} steps, CFG {args.cfg_scale:g}, z from "
         f"{args.strength:g}. In brackets: the",
         "difference from the first row, where its 95 % interval leaves out 0.", "", as_markdown(settings, tables)])
+    if args.figure:
+        plot(dict(zip((0, *STRENGTHS), tables, strict=False)), args.figure)
     if args.table:
         Path(args.table).write_text(text + "\n")
     print(text)
@@ -105,8 +109,6 @@ def main(argv=None):
 def as_markdown(settings, tables):
     """A row per setting, a column per measure; tables: {measure: a value per image}, unguided first."""
     shown = [name for name in MEASURES if name in tables[0]]
-    n = len(tables[0]["image_id"])
-    draws = np.random.default_rng(0).integers(n, size=(10000, n))
     columns = ["rule", "scale", "window", "gradient", "x0", "decoder", "SAG"]
     lines = ["| " + " | ".join([*columns, *(MEASURES[name] for name in shown)]) + " |",
              "|---" * (len(columns) + len(shown)) + "|"]
@@ -119,17 +121,42 @@ def as_markdown(settings, tables):
             cells += [""] * 4
         cells.append(f"{setting['sag_scale']:g}" if "sag_scale" in setting else "")
         for name in shown:
-            values, plain = (np.array(t[name], float) for t in (table, tables[0]))
-            low, high = np.quantile(np.nanmean((values - plain)[draws], axis=1), (0.025, 0.975))
+            mean, gain, low, high = gain_of(name, table, tables[0])
             percent = name not in ("pixcorr", "ssim")
-            mean = np.nanmean(values)
             cell = f"{100 * mean:.1f}" if percent else f"{mean:.3f}"
             if low > 0 or high < 0:
-                gain = np.nanmean(values - plain)
                 cell += f" ({100 * gain:+.1f})" if percent else f" ({gain:+.3f})"
             cells.append(cell)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def gain_of(name, table, plain):
+    """A measure's mean, and its mean difference from `plain` with a 95 % interval: bootstrap over images, paired."""
+    values, before = (np.array(t[name], float) for t in (table, plain))
+    draws = np.random.default_rng(0).integers(len(values), size=(10000, len(values)))
+    low, high = np.quantile(np.nanmean((values - before)[draws], axis=1), (0.025, 0.975))
+    return np.nanmean(values), np.nanmean(values - before), low, high
+
+
+def plot(tables, file):
+    """Each measure's difference from unguided against the strength, with its interval; tables: {scale: table}, 0 one of
+    them."""
+    from matplotlib.figure import Figure
+
+    scales = sorted(scale for scale in tables if scale)
+    shown = [name for name in MEASURES if name in tables[0] and name != "setting"]
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    for axes, name in zip(figure.subplots(2, -(-len(shown) // 2), sharex=True).flat, shown, strict=False):
+        _, gains, lows, highs = np.array([gain_of(name, tables[scale], tables[0]) for scale in scales]).T
+        factor = 1 if name in ("pixcorr", "ssim") else 100
+        axes.fill_between(scales, factor * lows, factor * highs, alpha=0.2, linewidth=0)
+        axes.plot(scales, factor * gains, marker="o", markersize=3)
+        axes.axhline(0, color="gray", linewidth=0.8)
+        axes.set(xscale="log", title=f"{MEASURES[name]}{' (points)' if factor == 100 else ''}")
+    figure.supxlabel("strength of g (--guidance_scale)")
+    figure.supylabel("difference from unguided")
+    figure.savefig(file, dpi=100)
 
 
 def read_table(folder, truths):

@@ -19,10 +19,9 @@ export TRAIN_GNET_FLAGS="--num_epochs 8 --batch_size 32"
 # score.sh: which decoders
 export SCORE_FLAGS="--hidden_dim 512"
 
-# recon.sh: strength, steps and guidance were chosen on this world's validation images (a scale of 300000 suits 512
-# pixels; at 64 the gradient is larger)
-export RECON_FLAGS="--hidden_dim 512 --sd_model models/sd --clip_model models/clip --num_inference_steps 16
-    --cfg_scale 5 --strength 0.5 --guidance_scale 1000 --guidance_strength 0.4 --guidance_grad x0"
+# recon.sh: steps, CFG and where z starts were chosen on this world's validation images; guidance is the default
+export RECON_FLAGS="--hidden_dim 512 --sd_model models/sd --clip_model models/clip --num_inference_steps 12
+    --cfg_scale 5 --strength 0.6"
 
 # evaluate.sh: the pictures of recon.sh, and the CLIP that judges
-export EVALUATE_FLAGS="--hidden_dim 512 --guidance_scale 1000 --guidance_strength 0.4 --eval_clip models/clip"
+export EVALUATE_FLAGS="--hidden_dim 512 --eval_clip models/clip"

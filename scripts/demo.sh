@@ -59,8 +59,8 @@ if [[ ! -e $ROOT/train_logs/gnet_subj01/best.pth ]]; then # the brain encoding m
     cp -r "$ROOT/models/gnet_subj01" "$ROOT/train_logs/"
 fi
 export JOBS=3 # small networks fill no two cores: what can be is run side by side
-sets=$ROOT/outputs_all/subj01 guided=1000/0.4
-c=$sets/c/0/0 cz=$sets/cz/0/0 full=$sets/cp_4096_v1/$guided brain=$sets/cp_4096_v1_gnet_all_1/$guided
+sets=$ROOT/outputs_all/subj01 guided=30/0.8
+c=$sets/c/0/0 cz=$sets/cz/0/0 full=$sets/cp_4096_v1/$guided brain=$sets/cp_4096_v1_gnet_all_0.1/$guided
 shuffled=$sets/cp_4096_v1_shuffle/$guided true=$sets/cp_4096_v1_ground_truth/$guided
 
 stage mini_nsd "drawing 7,300 scenes and simulating eight brains that see them, about 30 seconds" \

@@ -3,11 +3,12 @@
 #
 #   bash scripts/recon.sh                                          all test images
 #   bash scripts/recon.sh --limit 5 --num_samples 3                three pictures of each of the first five
-#   bash scripts/recon.sh --guidance_rule norm --guidance_scale 0.2 --method norm   other settings: another --method
+#   bash scripts/recon.sh --num_samples 4 --select g               of four pictures the one that agrees best with g
+#   bash scripts/recon.sh --guidance_rule raw --method raw         the published guidance; a --method for other settings
 #   SUBJ=3 bash scripts/recon.sh --run pretrain:1 --method pretrain1   subject 3, by the network pretrained without 1
 #   bash scripts/recon.sh --control shuffle                        the null control (score it first)
 #   bash scripts/recon.sh --run ground_truth                       the ceiling: of true features (score.sh --ground_truth)
-#   bash scripts/recon.sh --use_gnet --gnet_roi V1 --gnet_kappa 1    the measured response guides too (train GNet first)
+#   bash scripts/recon.sh --use_gnet --gnet_roi V1                the measured response guides too (train GNet first)
 #   LAUNCH="accelerate launch --config_file scripts/accelerate/ddp.yaml" bash scripts/recon.sh   GPUs share the images
 #
 # Knobs, in front of the command:

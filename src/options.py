@@ -260,7 +260,7 @@ def add_gnet(parser):
                         help="a brain encoding model guides too (with --feats none: alone)")
     parser.add_argument("--gnet_roi", default="all", metavar="ROI",
                         help="the region that guides: V1, V2, V3, V4, higher_vis, or all, each with the same weight")
-    parser.add_argument("--gnet_kappa", type=float, default=1.0, metavar="K",
+    parser.add_argument("--gnet_kappa", type=float, default=0.1, metavar="K",
                         help="how hard the brain pulls: times its likelihood as measured; with raw and norm relative "
                              "to CLIP; 0 only logs")
     parser.add_argument("--gnet_run", type=tag, metavar="RUN",

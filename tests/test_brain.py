@@ -244,7 +244,7 @@ def test_other_targets_are_other_pictures_to_the_folder(world, models, tmp_path,
     flags = ["--use_gnet", "--gnet_roi", "V1", "--limit", 1]
     assert draw(world, models, tmp_path / "a", *flags) == 0
     assert draw(world, models, tmp_path / "a", *flags, "--gnet_kappa", 2) == 2
-    assert "gnet_kappa 1.0 -> 2.0" in error_of(capsys)
+    assert "gnet_kappa 0.1 -> 2.0" in error_of(capsys)
 
 
 def test_responses_to_images_follow_their_control(world):

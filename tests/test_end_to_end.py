@@ -98,7 +98,7 @@ def test_scores_carry_ascending_ids(root):
 
 def test_recon_and_evaluate(root):
     recon(script, root)
-    folder = root / "outputs_all/subj01/cp_4096_v1/300000/0.2"
+    folder = root / "outputs_all/subj01/cp_4096_v1/30/0.8"
     with open(folder / "index.csv", newline="") as file:
         index = list(csv.DictReader(file))
     ids = np.load(root / "scores_all/subj01/pretrained_subj01_2sess_ext1_c_32_mlp/image_ids.npy")

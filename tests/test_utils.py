@@ -141,7 +141,7 @@ def test_dry_run_prints_and_stops(capsys):
     (score_c, ["--control", "shuffle"], ["scores_all/subj01/pretrained_subj01_40sess_ext1_c_1024_mlp_shuffle"]),
     (score_z, ["--ground_truth"], ["scores_all/subj01/ground_truth_subj01_z"]),
     (score_g, ["--feat", "g_2", "--run", "ridge"], ["scores_all/subj01/ridge_subj01_40sess_ext1_g_2/Linear-2"]),
-    (recon, [], ["outputs_all/subj01/cp_4096_v1/300000/0.2"]),
+    (recon, [], ["outputs_all/subj01/cp_4096_v1/30/0.8"]),
     (recon, ["--feats", "none"], ["outputs_all/subj01/cp_4096_v1/0/0"]),
     (recon, ["--outdir", "here"], ["here"]),
 ])

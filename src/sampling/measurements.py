@@ -7,7 +7,7 @@ given the picture, what the posterior N(y, e) says beyond the prior N(0, p), per
 
     w = 1/e - 1/p      t = y (1/e) / w      -log p(response | q) = 1/2 sum_j w_j (q_j - t_j)^2 + a constant
 
-with q the components of the picture's own feature: the quotient of two Gaussians (docs/method.md, "Measurements").
+with q the components of the picture's own feature: the quotient of two Gaussians (docs/method.md, "Guided sampling").
 A component that is not decoded (e >= p) measures nothing. The e of one component is the mean over a few validation
 images, and what is by chance too small would count too much; so e / p, which grows from component to component, is
 fitted by isotonic regression. Letters: N images, B batch, F numbers in a row of a feature, k components that measure.

@@ -20,7 +20,7 @@ from disk.hints import how_to_train, runs_like
 from disk.names import Paths, head_of, runs_of
 from disk.scores import save_scores
 from models import build_model, load_trunk, restore
-from nsd.components import open_components
+from nsd.components import Components, open_components
 from nsd.repeats import average_repeats, load_test_set
 from nsd.rows import open_betas, open_feature, sample_hash
 from nsd.trials import split_trials
@@ -225,7 +225,7 @@ def open_source(trained, feat, **settings):
         ridge = trained.ridge_file(feat)
         config["stacked_with"] = archive_hash(ridge) if ridge else None
     elif request.paths.components(feat).exists():
-        config["components"] = open_components(request.paths, feat).digest
+        config["components"] = Components(request.paths.components(feat), feat).digest
     if (folder / "config.json").exists() and not request.overwrite and same_scores(folder, config):
         print(f"{folder}: already scored with this checkpoint, kept")
         return None
