@@ -31,7 +31,7 @@ from training.objectives import draw_prior
 from training.ridge import RIDGE_ALPHAS, decompose, solve
 
 N_IMAGES, N_TEST, CAPTIONS = sources.N_IMAGES, 1000, 5
-STEPS, GUIDED = 37, 7  # of 50 at strength .75; .2 of these
+STEPS, GUIDED = 37, 30  # of 50 at strength .75; .8 of these
 K, TRAINED_IMAGES = 1024, 8550  # components of a feature; images of subject 1 without those that validate
 TRAINING_TRIALS = {subj: trials - test for subj, (trials, _, test, _) in sources.PUBLISHED.items()}
 FEATURES = {"c": (77, 768), "z": (4, 64, 64)} | dict.fromkeys(options.VISION_LAYERS, (50, 768))

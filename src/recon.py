@@ -143,6 +143,8 @@ def main(argv=None):
     resolve_device(args, team)
 
     files = score_files(paths, args, ["c", *args.feats, *(["z"] if args.z == "scores" else [])])
+    if args.z not in ("scores", "none"):
+        files["z"] = utils.require(args.z, "--z: latents", "give scores, none, or an .npy beside its image_ids.npy")
     scores, image_ids = read_scores(files)
     rows = pick_rows(image_ids, args.ids, args.limit, args.subj)
     jobs = [(row, sample) for row in rows for sample in range(args.num_samples)]
@@ -176,7 +178,7 @@ def how_to_evaluate(folder, is_control):
 
 
 def score_files(paths, args, feats):
-    """{feature: file} of the scores of these features, and of the z that a FILE holds.
+    """{feature: file} of the scores of these features.
 
     Raises UserError for scores that are not there, which names those that are.
     """
@@ -188,8 +190,6 @@ def score_files(paths, args, feats):
         there = scores_like(paths, vars(args), feat) if not file.exists() else ""
         utils.require(file, f"scores of {feat}", (f"{there}: give the flags of one, or " if there else "")
                       + how_to_score(paths, vars(args), feat) + without[feat])
-    if args.z not in ("scores", "none"):
-        files["z"] = utils.require(args.z, "--z: latents", "give scores, none, or an .npy beside its image_ids.npy")
     return files
 
 
