@@ -20,7 +20,7 @@ from disk.hints import how_to_train, runs_like
 from disk.names import Paths, head_of, runs_of
 from disk.scores import save_scores
 from models import build_model, load_trunk, restore
-from nsd.components import Components, open_components
+from nsd.components import Components, open_components, source_of
 from nsd.repeats import average_repeats, load_test_set
 from nsd.rows import open_betas, open_feature, sample_hash
 from nsd.trials import split_trials
@@ -224,8 +224,9 @@ def open_source(trained, feat, **settings):
         config["components"] = components.digest
         ridge = trained.ridge_file(feat)
         config["stacked_with"] = archive_hash(ridge) if ridge else None
-    elif request.paths.components(feat).exists():
-        config["components"] = Components(request.paths.components(feat), feat).digest
+    else:
+        known = components_beside(request.paths, feat)
+        config["components"] = known and known.digest
     if (folder / "config.json").exists() and not request.overwrite and same_scores(folder, config):
         print(f"{folder}: already scored with this checkpoint, kept")
         return None
@@ -236,8 +237,7 @@ def open_source(trained, feat, **settings):
             on_validation = predict(source, trained.validation, "validate")["nsdgeneral"]
             r2 = r2_of_rows(source, on_validation)
             config["r2"] = {"network": r2, "scored": r2}
-            if request.paths.components(feat).exists():
-                known = open_components(request.paths, feat)
+            if known is not None:
                 source.model.errors = errors_of_rows(known, on_validation, trained.validation.image_ids)
         return source
     model = FeatureOf(trained.network, components).to(trained.device)
@@ -333,6 +333,14 @@ def r2_of_rows(source, predicted):
     error = float(np.square(predicted.reshape(true.shape) - true).sum(1).mean())
     total = source.model.components.total if isinstance(source.model, FeatureOf) else float(true.var(0).sum())
     return 1 - error / total
+
+
+def components_beside(paths, feat):
+    """Return the Components of the feature file that is there, or None: who decodes whole rows can do without."""
+    if not (paths.components(feat).exists() and paths.feature(feat).exists()):
+        return None
+    found = Components(paths.components(feat), feat)
+    return found if found.source == source_of(paths.feature(feat)) else None
 
 
 def errors_of_rows(components, predicted, image_ids):
