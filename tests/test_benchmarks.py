@@ -8,6 +8,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from scipy.stats import bootstrap
 
 from nsd.checks import RUN_BYTES
 from sampling.decoders import load_guidance_decoder
@@ -23,6 +25,7 @@ import bench_gnet
 import bench_recon
 import distil_decoder
 import gnet_guidance
+import guidance_choice
 import stage_costs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,3 +150,19 @@ def test_room_for_checkpoints_is_what_they_take():
         for _, run, size in stage_costs.checkpoints(model):
             by_run[run] += size
         assert 0.9 * known <= max(by_run.values()) <= known, (model, by_run)
+
+
+def test_the_gain_of_guidance_is_paired_and_its_figure_is_drawn(tmp_path):
+    """Against scipy's bootstrap of paired differences; images without a value (no second object) do not count."""
+    rng = np.random.default_rng(0)
+    plain = {name: rng.random(40) for name in guidance_choice.MEASURES}
+    guided = {name: values + rng.normal(0.1, 0.2, 40) for name, values in plain.items()}
+    mean, gain, low, high = guidance_choice.gain_of("pixcorr", guided, plain)
+    difference = guided["pixcorr"] - plain["pixcorr"]
+    wanted = bootstrap((difference,), np.mean, n_resamples=10000, method="percentile", rng=1).confidence_interval
+    assert (mean, gain) == pytest.approx((guided["pixcorr"].mean(), difference.mean()))
+    assert (low, high) == pytest.approx(tuple(wanted), abs=0.005)
+    guided["second"][3] = plain["second"][3] = np.nan
+    assert np.isfinite(guidance_choice.gain_of("second", guided, plain)).all()
+    guidance_choice.plot({0: plain, 1: guided, 10: guided}, tmp_path / "figure.png")
+    assert min(Image.open(tmp_path / "figure.png").size) > 400

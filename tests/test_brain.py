@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import norm
 
 import evaluate
 import recon
@@ -18,7 +19,7 @@ from disk.files import load_csv
 from disk.names import Paths
 from disk.scores import load_scores
 from encoding.encoder import Encoder, load_encoder
-from encoding.guide import BrainLoss, good_voxels, weighted_correlation
+from encoding.guide import BrainLoss, BrainMeasurement, good_voxels, weighted_correlation
 from models import GNet
 from nsd.repeats import load_test_set, responses_to
 from nsd.rows import open_stimuli
@@ -122,6 +123,20 @@ def test_its_gradient_is_the_slope_of_the_loss():
         up, down = (term(image + step * direction).sum() for step in (1e-8, -1e-8))
     assert (gradient * direction).sum().item() == pytest.approx(((up - down) / 2e-8).item(), rel=1e-4)
     assert gradient.flatten(1).norm(dim=1).min() > 0
+
+
+def test_as_a_measurement_it_is_the_log_likelihood_of_independent_voxels():
+    made_of = small_term()
+    errors = torch.rand(6).double() + 0.5
+    term = BrainMeasurement(made_of.encoder, made_of.voxels, made_of.places, made_of.weights, made_of.targets, errors,
+                            kappa=0.1)
+    image = torch.rand(3, 3, 16, 16).double()[:2]
+    found = term(image)
+    predicted = made_of.encoder.model(image, "s")[:, made_of.voxels].detach().numpy()
+    logs = norm(predicted, errors.sqrt()).logpdf(made_of.targets).sum(1)
+    at_target = norm(0, errors.sqrt()).logpdf(np.zeros(6)).sum()
+    np.testing.assert_allclose(found.detach().numpy(), at_target - logs)
+    assert set(term.facts) == {"r_A", "r_B"} and not term.relative
 
 
 def test_a_sample_that_agrees_enough_is_left_alone_from_then_on():

@@ -19,7 +19,7 @@ import torch
 import utils
 
 LEAST_R2 = 0.05  # a component of which less is explained is left out: its t would be y times 20 and more
-ROWS = 50  # read and projected at once: a layer of NSD's test images is 1 GB
+ROWS = 50  # read and projected at once
 
 
 class Measurement:
