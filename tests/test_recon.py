@@ -521,6 +521,11 @@ def test_a_subset_is_the_same_to_the_bit(measured, models, tmp_path):
     assert (tmp_path / "one/00001.png").read_bytes() == (all_of / "00001.png").read_bytes()
 
 
+def test_no_strength_diverges(measured, models):
+    """From pure noise, in every step: what is not finite would be refused."""
+    assert measure(measured, models, "--guidance_scale", 1e9, "--guidance_strength", 1) == 0
+
+
 def test_new_errors_are_other_settings(measured, models, capsys):
     assert measure(measured, models, "--limit", 1) == 0
     np.save(score_folder(measured, "g_2") / "errors.npy", np.full(K + 1, 0.6, np.float32))
