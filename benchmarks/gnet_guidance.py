@@ -407,7 +407,8 @@ def draw_figure(tables, file):
             found = np.array([(0, 0, 0), *(difference(tables[roi, kappa], base, name) for kappa in KAPPAS)])
             axis.plot((0, *KAPPAS), found[:, 0], "o-", color=colour, label=roi, markersize=3)
             axis.fill_between((0, *KAPPAS), found[:, 1], found[:, 2], color=colour, alpha=0.08)
-            axis.set(title=title, xlabel="kappa", xscale="symlog")
+            axis.set(title=title, xlabel="kappa")
+            axis.set_xscale("symlog", linthresh=KAPPAS[0])
             axis.set_xticks((0, *KAPPAS), [f"{k:g}" for k in (0, *KAPPAS)])
     for axis in axes:
         axis.axhline(0, color="grey", linewidth=0.8)
