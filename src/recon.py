@@ -151,8 +151,7 @@ def main(argv=None):
     files |= {**(guide_files(paths, args) if args.use_gnet else {}), "image_ids": files["c"].parent / "image_ids.npy"}
     config = config_of(args, paths, files)
 
-    if args.select:
-        require_selector(args, paths)
+    selection = config | selection_of(args, paths) if args.select else None
     drawn = samples_folder(args, paths, folder)
     name = f"recon_{args.subj}_{folders.name_of(drawn)}".replace(" ", "_")
     tracker = partial(Tracker, drawn, name, vars(args), args.wandb_log, args.wandb_project)
@@ -162,8 +161,8 @@ def main(argv=None):
     if team.is_main:
         folders.write_index(drawn, image_ids, args.seed)
         if args.select:
-            misfit, decisive = selector(args, paths, image_ids, team)
-            select(drawn, folder, args.num_samples, misfit, args.select, config | decisive, args.overwrite)
+            misfit = selector(args, paths, image_ids, team)
+            select(drawn, folder, args.num_samples, misfit, args.select, selection, args.overwrite)
         print(f"pictures       {folder}\n{how_to_evaluate(folder, args.control or args.run == 'ground_truth')}")
 
 
@@ -203,21 +202,19 @@ def guide_files(paths, args):
     return files
 
 
-def measurement_files(paths, args, feats):
-    """{g_k: (file of errors, file of components)}: what makes measurements of these scores.
+def error_files(paths, args, feats):
+    """{g_k: file} of the scores' errors on validation images, which make measurements of them.
 
     True features have no errors: they count as the fine-tuned run's do. UserError for a file that is not there.
     """
     from disk.hints import how_to_score
 
-    flags, instead = vars(args) | ({"run": "finetune"} if args.run == "ground_truth" else {}), "--guidance_rule raw"
-    return {feat: (
-        utils.require(paths.scores(args.subj, scores_name(flags, feat), feat) / "errors.npy",
-                      f"errors of {feat} on validation images",
-                      f"{how_to_score(paths, flags, feat)}, with --overwrite if it was scored, or use {instead}"),
-        utils.require(paths.components(feat), f"components of {feat}",
-                      f"write them (bash scripts/features.sh --feats {feat}), or use {instead}"),
-    ) for feat in feats}
+    flags = vars(args) | ({"run": "finetune"} if args.run == "ground_truth" else {})
+    return {feat: utils.require(
+        paths.scores(args.subj, scores_name(flags, feat), feat) / "errors.npy",
+        f"errors of {feat} on validation images",
+        f"{how_to_score(paths, flags, feat)}, with --overwrite if it was scored, or use --guidance_rule raw")
+        for feat in feats}
 
 
 def load_sampler(args, paths, scores, image_ids, team):
@@ -226,7 +223,7 @@ def load_sampler(args, paths, scores, image_ids, team):
 
     find_model(args.sd_model, paths, "--sd_model", sources.how_to_fetch(args.sd_model), "model_index.json")
     if args.feats:
-        find_model(args.clip_model, paths, "--clip_model", sources.how_to_fetch(args.clip_model))
+        find_clip(args, paths)
     from sampling.decoders import load_guidance_decoder
     from sampling.drawing import Sampler, Settings
     from sampling.pipeline import load_pipeline  # takes seconds
@@ -242,6 +239,13 @@ def load_sampler(args, paths, scores, image_ids, team):
     decoder = load_guidance_decoder(args.guidance_decoder, pipe) if guided else None
     clip = [clip_guide(args, paths, scores, team.device)] if args.feats else []
     return Sampler(pipe, scores, image_ids, [*clip, *brain], decoder, Settings.of(vars(args)), team.device)
+
+
+def find_clip(args, paths):
+    """Raise UserError unless --clip_model is there, or can be fetched."""
+    from disk.hub import find_model
+
+    find_model(args.clip_model, paths, "--clip_model", sources.how_to_fetch(args.clip_model))
 
 
 def clip_guide(args, paths, scores, device):
@@ -268,7 +272,7 @@ def clip_measurements(args, paths, scores, device):
     from sampling.measurements import ClipMeasurements, Measurement
 
     shrunk, measured = args.run != "ground_truth", {}  # a regression's predictions are, true features are not
-    for feat, (file, _) in measurement_files(paths, args, scores).items():
+    for feat, file in error_files(paths, args, scores).items():
         components, errors = open_components(paths, feat), load_npy(file, f"errors of {feat}", "score it again")
         made_from = load_json(file.parent / "config.json").get("components", components.digest)
         if len(errors) > components.k + 1 or made_from != components.digest:
@@ -278,29 +282,32 @@ def clip_measurements(args, paths, scores, device):
     return ClipMeasurements(*clip_layers(args, measured, device))
 
 
-def require_selector(args, paths):
-    """Raise UserError, before anything is drawn, for a file that is not there which --select needs."""
-    if args.select == "g":
-        score_files(paths, args, args.select_feats)
-        measurement_files(paths, args, args.select_feats)
-    else:
-        guide_files(paths, args)
-
-
-def selector(args, paths, image_ids, team):
-    """What --select compares, (rows (B,), images (B, 3, H, W)) -> (B,), and {name: value} of all that decides it."""
-    from sampling.inputs import read_scores
+def selection_of(args, paths):
+    """{name: value} of all that decides --select's choice; UserError, before anything is drawn, for what it lacks."""
+    from disk.files import file_hash
 
     decisive = {"select": args.select, "num_samples": args.num_samples}
     if args.select == "g":
+        find_clip(args, paths)
+        files = score_files(paths, args, args.select_feats)
+        decisive |= {"select_feats": args.select_feats,
+                     "select_errors": measurements_hash(args, paths, args.select_feats)}
+    else:
+        files = guide_files(paths, args)
+        decisive |= {name: getattr(args, name) for name in GNET_OPTIONS if name != "use_gnet"}
+    return decisive | {"select_hashes": {name: file_hash(file) for name, file in files.items()}}
+
+
+def selector(args, paths, image_ids, team):
+    """What --select compares: (rows (B,), images (B, 3, H, W)) -> (B,)."""
+    from sampling.inputs import read_scores
+
+    if args.select == "g":
         scores, _ = read_scores(score_files(paths, args, args.select_feats))
         guide = clip_measurements(args, paths, scores, team.device)
-        decisive |= {"select_feats": args.select_feats,
-                     "select_hash": measurements_hash(args, paths, args.select_feats)}
     else:
         guide = brain_guide(args, paths, image_ids, team, posterior=True)
-        decisive |= {name: getattr(args, name) for name in GNET_OPTIONS if name != "use_gnet"}
-    return lambda rows, images: guide.term(rows)(images.to(team.device)), decisive
+    return lambda rows, images: guide.term(rows)(images.to(team.device))
 
 
 def brain_guide(args, paths, image_ids, team, posterior):
@@ -416,7 +423,7 @@ def measurements_hash(args, paths, feats):
     from disk.files import file_hash
     from nsd.components import open_components
 
-    parts = [part for feat, (errors, _) in measurement_files(paths, args, feats).items()
+    parts = [part for feat, errors in error_files(paths, args, feats).items()
              for part in (file_hash(errors), open_components(paths, feat).digest)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 

@@ -468,7 +468,7 @@ def test_flags_that_do_not_parse_exit_2(root, models, flags):
 
 @pytest.fixture
 def measured(root):
-    """The root of test_recon.py, its g with components and errors, as score_g.py leaves them."""
+    """The root, its g with components and errors, as score_g.py leaves them."""
     paths, rng = Paths(root, root), np.random.default_rng(0)
     paths.stimuli.mkdir(parents=True)
     for feat in ("g_2", "g_4"):
@@ -495,7 +495,7 @@ def test_every_rule_has_its_defaults():
     assert recon.get_parser().parse_args([]).guidance_rule == "posterior"
 
 
-def test_the_posterior_rule_lowers_the_misfit(measured, models, tmp_path):
+def test_the_posterior_rule_lowers_the_misfit(measured, models):
     assert measure(measured, models) == 0 and measure(measured, models, "--guidance_scale", 0) == 0
     folder = measured / "outputs_all/subj01/cp_4096_v1"
     config = json.loads((folder / "30/0.8/config.json").read_text())
@@ -577,6 +577,7 @@ def test_another_number_of_samples_is_another_selection(measured, models, capsys
 @pytest.mark.parametrize(("flags", "message"), [
     (("--select", "g"), "nothing to choose from"),
     (("--select", "g", "--num_samples", 2, "--feats", "none"), "no g to select by"),
+    (("--select", "g", "--num_samples", 2, "--guidance_scale", 0, "--clip_model", "nowhere/x"), "--clip_model nowhere/x"),
     (("--select", "gnet", "--num_samples", 2), "the brain encoding model gnet_subj01 not found")])
 def test_a_selection_that_cannot_be_is_one_line(measured, models, capsys, flags, message):
     assert measure(measured, models, *flags) == 2

@@ -10,6 +10,7 @@ import utils
 from disk.hints import listed
 from evaluation.metrics import resize
 from sampling.folders import name_of, read_images, read_png
+from sampling.inputs import as_float
 
 SEEN, MADE = "seen images", "reconstructed"  # labels of the images themselves, and of what is evaluated
 SIDE = 256  # pixels: of both pictures of a pair, before any metric
@@ -55,11 +56,6 @@ class PictureSet:
                 digest.update(str(picture.shape).encode() + picture.tobytes())
             self._keys[sample] = digest.hexdigest()
         return self._keys[sample]
-
-
-def as_float(pictures):
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float in [0, 1]."""
-    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 255
 
 
 def check_ids(images, stimuli):

@@ -1,6 +1,7 @@
-"""What pictures are drawn from: decoded features that share their images, and which of these are asked for."""
+"""What comes in: decoded features that share their images, which of these are wanted, and pictures for networks."""
 
 import numpy as np
+import torch
 
 import utils
 from disk.scores import load_scores
@@ -35,3 +36,8 @@ def pick_rows(image_ids, wanted, limit, subj):
                               f"its {len(image_ids)}, {image_ids[0]}..{image_ids[-1]}")
     rows = np.flatnonzero(np.isin(image_ids, wanted)) if wanted else np.arange(len(image_ids))
     return rows[:limit].tolist()
+
+
+def as_float(pictures):
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float in [0, 1]."""
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 255

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 import utils
-from disk.files import atomic_path, load_csv, remove_leftovers, save_csv, save_json
+from disk.files import atomic_path, load_csv, save_csv
 from sampling import folders
+from sampling.inputs import as_float
 
 AT_ONCE = 50  # pictures that are judged together
 
@@ -28,7 +29,6 @@ def select(drawn, folder, n_samples, misfit, by, config, overwrite=False):
     pictures = [line for lines in candidates.values() if len(lines) == n_samples for line in lines]  # n_samples of each
     misfits = measure(drawn, pictures, misfit).reshape(-1, n_samples)  # (images, n_samples)
     folders.clear_folder(folder, config, overwrite)
-    remove_leftovers(folder)
     index = []
     for i, (found, best) in enumerate(zip(misfits, misfits.argmin(1), strict=True)):
         line = pictures[i * n_samples + best]
@@ -37,7 +37,6 @@ def select(drawn, folder, n_samples, misfit, by, config, overwrite=False):
             shutil.copyfile(drawn / line["file"], temporary)
         index.append({**line, "file": name, "selected_by": by, "misfits": " ".join(f"{value:.6g}" for value in found)})
     save_csv(folder / "index.csv", index)
-    save_json(folder / "config.json", config)
     print(f"{folder}: of {len(index)} images the best of {n_samples} pictures, by {by}; all of them are in {drawn}")
 
 
@@ -46,8 +45,7 @@ def measure(folder, pictures, misfit):
     found = []
     for start in utils.progress(range(0, len(pictures), AT_ONCE), desc="select"):
         lines = pictures[start:start + AT_ONCE]
-        images = np.stack([folders.read_png(folder / line["file"]) for line in lines])
-        images = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        images = as_float(np.stack([folders.read_png(folder / line["file"]) for line in lines]))
         with torch.inference_mode():
             found.append(misfit([int(line["row"]) for line in lines], images).cpu())
     return torch.cat(found).numpy() if found else np.zeros(0)
