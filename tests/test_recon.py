@@ -577,7 +577,8 @@ def test_another_number_of_samples_is_another_selection(measured, models, capsys
 @pytest.mark.parametrize(("flags", "message"), [
     (("--select", "g"), "nothing to choose from"),
     (("--select", "g", "--num_samples", 2, "--feats", "none"), "no g to select by"),
-    (("--select", "g", "--num_samples", 2, "--guidance_scale", 0, "--clip_model", "nowhere/x"), "--clip_model nowhere/x"),
+    (("--select", "g", "--num_samples", 2, "--guidance_scale", 0, "--clip_model", "nowhere/x"),
+     "--clip_model nowhere/x"),
     (("--select", "gnet", "--num_samples", 2), "the brain encoding model gnet_subj01 not found")])
 def test_a_selection_that_cannot_be_is_one_line(measured, models, capsys, flags, message):
     assert measure(measured, models, *flags) == 2
