@@ -17,6 +17,7 @@ FEATURES = ["c", "z", *VISION_LAYERS]
 MODELS = ("components", "mindeye2", "ridge")  # what --model takes
 # what --guidance_rule, --guidance_grad and --guidance_x0 take
 RULES, GRADS, X0S = ("posterior", "raw", "norm"), ("xt", "x0"), ("cond", "cfg")
+SOLVERS = ("ddim", "dpm")  # what --solver takes
 SELECTORS = ("g", "gnet")  # what --select takes
 MAX_SHIFT = 0.6  # --guidance_rule norm and posterior move the predicted image by at most this many sigma (rms)
 

@@ -85,7 +85,10 @@ def get_parser():
                        help="the CLIP that g_k comes from")
     group.add_argument("--resolution", type=options.whole, metavar="PIXELS",
                        help="side of the picture (the model's own)")
-    group.add_argument("--num_inference_steps", type=options.whole, default=50, metavar="STEPS", help="DDIM steps")
+    group.add_argument("--num_inference_steps", type=options.whole, default=50, metavar="STEPS",
+                       help="of a path from pure noise; --strength runs a part of them")
+    group.add_argument("--solver", choices=options.SOLVERS, default="ddim",
+                       help="DDIM, or DPM-Solver++ (2M), of second order")
     group.add_argument("--cfg_scale", type=float, default=7.5, metavar="X", help="classifier-free guidance")
     group.add_argument("--strength", type=float, default=0.75, metavar="FRACTION",
                        help="with --z: fraction of the steps to run from there")

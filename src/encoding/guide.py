@@ -1,7 +1,7 @@
 """The pull of a measured response: how far a picture's predicted response agrees with it, and the loss that guides.
 
-Letters: N images, B batch, V voxels of the subject, n of a region. Responses are z-scored betas. docs/method.md,
-"GNet and guidance by the brain", has the equations.
+Letters: N images, B batch, b rows of it at once, V voxels of the subject, n of a region. Responses are z-scored betas.
+docs/method.md, "GNet and guidance by the brain", has the equations.
 """
 
 import numpy as np
@@ -60,14 +60,14 @@ def agreement(predicted, measured, places, weights):
 
 
 class BrainLoss:
-    """Guidance term (B, 3, H, W) image in [0, 1] -> (B,) loss: how far its predicted response is from a target.
+    """Guidance term: how far the responses predicted to images (b, 3, H, W) in [0, 1] are from their targets, (b,).
 
     Mean over regions of alpha (1 - r_w) + (1 - alpha) MSE_w / 2, r_w being Pearson's r across voxels and MSE_w the
     squared error, both weighted by the voxels' squared validation r. A sample whose mean r_w has once reached `enough`
     has no loss from then on: beyond it guidance would fit the target's noise.
 
     .kappa   how hard it pulls, relative to the other terms (sampling.guidance.guidance_pull)
-    .facts   of the last call: {"r_<region>": (B,), "stopped": (B,) bool}
+    .facts   of the last call: {"r_<region>": (b,), "stopped": (b,) bool}
     """
 
     relative = True  # its unit is its own
@@ -79,28 +79,30 @@ class BrainLoss:
         self.stopped = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
         self.facts = {}
 
-    def __call__(self, image):
-        predicted = self.encoder.model(image.to(self.targets), self.encoder.subj, self.voxels)  # (B, n)
-        r = agreement(predicted, self.targets, self.places, self.weights)
+    def __call__(self, image, rows=slice(None)):
+        """rows: which of the batch the images are of, a slice."""
+        targets = self.targets[rows]
+        predicted = self.encoder.model(image.to(targets), self.encoder.subj, self.voxels)  # (b, n)
+        r = agreement(predicted, targets, self.places, self.weights)
         losses = []
         for name, at in self.places.items():
-            error = (predicted[:, at] - self.targets[:, at]).square()
+            error = (predicted[:, at] - targets[:, at]).square()
             mse = (error * self.weights[at]).sum(1) / self.weights[at].sum()
             losses.append(self.alpha * (1 - r[name]) + (1 - self.alpha) * mse / 2)
         mean_r = torch.stack(list(r.values())).mean(0).detach()
-        self.stopped = self.stopped | (mean_r >= self.enough)
-        self.facts = {**{f"r_{name}": value.detach() for name, value in r.items()}, "stopped": self.stopped}
-        return torch.stack(losses).mean(0) * ~self.stopped
+        stopped = self.stopped[rows] = self.stopped[rows] | (mean_r >= self.enough)
+        self.facts = {**{f"r_{name}": value.detach() for name, value in r.items()}, "stopped": stopped}
+        return torch.stack(losses).mean(0) * ~stopped
 
 
 class BrainMeasurement:
-    """Guidance term (B, 3, H, W) image in [0, 1] -> (B,): -log p of the response, given this picture.
+    """Guidance term: -log p of the measured responses given the images (b, 3, H, W) in [0, 1] that they are to, (b,).
 
     -log p = 1/2 sum_v (predicted_v - measured_v)^2 / e_v over the voxels of all regions, e_v being the mean squared
     error of predictions of true validation images; as if the voxels' errors were independent.
 
     .kappa   times which it counts
-    .facts   of the last call: {"r_<region>": (B,)}, weighted as of BrainLoss
+    .facts   of the last call: {"r_<region>": (b,)}, weighted as of BrainLoss
     """
 
     relative = False  # its unit is that of other measurements
@@ -111,11 +113,13 @@ class BrainMeasurement:
         self.targets, self.errors, self.kappa = targets, errors, kappa
         self.facts = {}
 
-    def __call__(self, image):
-        predicted = self.encoder.model(image.to(self.targets), self.encoder.subj, self.voxels)  # (B, n)
-        r = agreement(predicted.detach(), self.targets, self.places, self.weights)
+    def __call__(self, image, rows=slice(None)):
+        """rows: which of the batch the images are of, a slice."""
+        targets = self.targets[rows]
+        predicted = self.encoder.model(image.to(targets), self.encoder.subj, self.voxels)  # (b, n)
+        r = agreement(predicted.detach(), targets, self.places, self.weights)
         self.facts = {f"r_{name}": value for name, value in r.items()}
-        return 0.5 * ((predicted - self.targets).square() / self.errors).sum(1)
+        return 0.5 * ((predicted - targets).square() / self.errors).sum(1)
 
 
 class BrainGuide:

@@ -27,6 +27,7 @@ class Settings:
     precision: str
     resolution: int | None
     num_inference_steps: int
+    solver: str
     strength: float
     cfg_scale: float
     sag_scale: float
@@ -85,8 +86,8 @@ class Sampler:
         lacking = self.rows_at_once() - len(jobs) if self.device.type == "cpu" else 0
         condition, start, guidance = self.inputs_of(jobs + [jobs[-1]] * lacking)
         wanted, log = self.settings, []
-        images = self.pipe(condition, **start, **guidance, cfg_scale=wanted.cfg_scale, sag_scale=wanted.sag_scale,
-                           rule=wanted.guidance_rule, guidance_scale=wanted.guidance_scale,
+        images = self.pipe(condition, **start, **guidance, solver=wanted.solver, cfg_scale=wanted.cfg_scale,
+                           sag_scale=wanted.sag_scale, rule=wanted.guidance_rule, guidance_scale=wanted.guidance_scale,
                            guidance_strength=wanted.guidance_strength, log=log)
         return images[:len(jobs)], [{name: values.tolist() for name, values in step.items()} for step in log]
 

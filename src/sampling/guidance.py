@@ -1,6 +1,6 @@
 """What steers the drawing: losses on the picture being formed, and what a step does with their gradient.
 
-Letters: B batch, N images, H W image size, T tokens, D width; abar = alphas_cumprod[t], sigma = sqrt(1 - abar),
+Letters: B batch, b rows of it at once, N images, H W image size, T tokens, D width; abar = alphas_cumprod[t], sigma = sqrt(1 - abar),
 eps = predicted noise, x0 = predicted clean latent. docs/method.md, "Guided sampling", derives the rules.
 """
 
@@ -14,7 +14,7 @@ LAYER_WEIGHTS = {2: 1.5, 4: 1.2}  # NeuralDiffuser's emphasis on early CLIP laye
 
 
 class ClipFeatureLoss:
-    """Guidance term (B, 3, H, W) image in [0, 1] -> (B,) loss: distance of its CLIP features to the decoded ones.
+    """Guidance term: how far the CLIP features of images (b, 3, H, W) in [0, 1] are from the decoded ones, (b,).
 
     NeuralDiffuser's loss: sum over layers of weight_l * MSE(features_l, target_l), where
     weight_l = (1 / ||target_l||) / sum_l(1 / ||target_l||) * LAYER_WEIGHTS; norms are of each sample by itself.
@@ -28,7 +28,8 @@ class ClipFeatureLoss:
         emphasis = torch.tensor([LAYER_WEIGHTS.get(layer, 1.0) for layer in targets]).to(inverse_norms)
         self.weights = inverse_norms / inverse_norms.sum(0) * emphasis[:, None]  # (layers, B)
 
-    def __call__(self, image):
+    def __call__(self, image, rows=slice(None)):
+        """rows: which of the batch the images are of, a slice."""
         features = self.clip_features(image)
         loss = 0.0
         for weight, (layer, target) in zip(self.weights, self.targets.items(), strict=True):
@@ -36,7 +37,7 @@ class ClipFeatureLoss:
             if found != wanted:
                 raise utils.UserError(f"scores of g_{layer}: rows of shape {found}, --clip_model wants {wanted}; "
                                       "use the CLIP that the features come from")
-            loss = loss + weight * (features[layer] - target).square().mean((1, 2))
+            loss = loss + weight[rows] * (features[layer] - target[rows]).square().mean((1, 2))
         return loss
 
 
@@ -54,24 +55,24 @@ class ClipGuide:
                                                     for layer, array in self.targets.items()})
 
 
-def guidance_pull(image, terms, log=None):
-    """Combine the terms: the gradient of their losses with respect to an image (B, 3, H, W), same shape.
+def guidance_pull(image, terms, rows=slice(None)):
+    """Combine the terms: the gradient of their losses wrt images (b, 3, H, W), `rows` of a batch; and what was found.
 
     Terms are added up. Of one that has a `kappa` (encoding.guide) kappa times its gradient is added; one in another
     unit than the others (`relative`) is first brought to their size, sample by sample: d = g + kappa * ||g|| / ||g_b||
     * g_b, where g is the gradient of the others and g_b its own, which alone stays as it is.
-    log: a list that gets {name: (B,)}: loss_clip and norm_clip of the others, loss_brain, norm_brain and its `facts` of
-    one with a kappa, and the cosine of the two gradients.
+    Found is {name: (b,)}: loss_clip and norm_clip of the others, loss_brain, norm_brain and its `facts` of one with a
+    kappa, and the cosine of the two gradients.
     """
     others, pulling = [], []
     for term in terms:
         (pulling if hasattr(term, "kappa") else others).append(term)
     found, pull = {}, None
     if others:
-        loss, pull = gradient_on(image, others)
+        loss, pull = gradient_on(image, others, rows)
         found |= {"loss_clip": loss, "norm_clip": pull.flatten(1).norm(dim=1)}
     for term in pulling:
-        loss, own = gradient_on(image, [term])
+        loss, own = gradient_on(image, [term], rows)
         norm = own.flatten(1).norm(dim=1)
         found |= {"loss_brain": loss, "norm_brain": norm, **term.facts}
         if pull is not None:
@@ -82,16 +83,14 @@ def guidance_pull(image, terms, log=None):
             ratio = torch.where(norm > 0, found["norm_clip"] / norm, 0)  # a sample that has stopped has no gradient
             own = term.kappa * ratio.view(-1, 1, 1, 1) * own
         pull = own if pull is None else pull + own
-    if log is not None:
-        log.append(found)
-    return pull
+    return pull, found
 
 
-def gradient_on(image, terms):
-    """Losses of the terms' sum, (B,), and their gradient wrt the image (B, 3, H, W)."""
+def gradient_on(image, terms, rows=slice(None)):
+    """Losses of the terms' sum, (b,), and their gradient wrt the images (b, 3, H, W), `rows` of a batch."""
     with torch.enable_grad():
         seen = image.detach().requires_grad_()
-        loss = sum(term(seen) for term in terms)
+        loss = sum(term(seen, rows) for term in terms)
         return loss.detach(), torch.autograd.grad(loss.sum(), seen)[0]
 
 

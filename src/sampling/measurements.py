@@ -10,7 +10,8 @@ given the picture, what the posterior N(y, e) says beyond the prior N(0, p), per
 with q the components of the picture's own feature: the quotient of two Gaussians (docs/method.md, "Guided sampling").
 A component that is not decoded (e >= p) measures nothing. The e of one component is the mean over a few validation
 images, and what is by chance too small would count too much; so e / p, which grows from component to component, is
-fitted by isotonic regression. Letters: N images, B batch, F numbers in a row of a feature, k components that measure.
+fitted by isotonic regression. Letters: N images, B batch, b rows of it at once, F numbers in
+a row of a feature, k components that measure.
 """
 
 import numpy as np
@@ -80,12 +81,15 @@ class ClipMeasurements:
         self.clip_features, self.measurements = clip_features, measurements
 
     def term(self, rows):
-        """(B, 3, H, W) image in [0, 1] -> (B,) -log p; rows: (B,) of the measurements' N."""
-        def misfit(image):
+        """The guidance term of a batch: images (b, 3, H, W) in [0, 1], those at the slice `at` of it -> (b,) -log p.
+
+        rows: list (B,) of the measurements' N.
+        """
+        def misfit(image, at=slice(None)):
             features = self.clip_features(image)
             for k, found in self.measurements.items():
                 if features[k][0].numel() != len(found.mean):
                     raise utils.UserError(f"components of g_{k}: of {len(found.mean)} numbers, --clip_model makes "
                                           f"{features[k][0].numel()}; use the CLIP that the features come from")
-            return torch.stack([found.misfit(features[k], rows) for k, found in self.measurements.items()]).mean(0)
+            return torch.stack([found.misfit(features[k], rows[at]) for k, found in self.measurements.items()]).mean(0)
         return misfit

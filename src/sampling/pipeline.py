@@ -1,14 +1,14 @@
 """Guided diffusion: from c (and z) to an image, steered by the gradient of losses on the image being formed.
 
-The sampler is deterministic DDIM with classifier-free guidance of scale w. Every step, from x_t to the next latents:
+The sampler is deterministic, with classifier-free guidance of scale w. Every step, from x_t to the next latents:
 
-    eps  = eps_u + w (eps_c - eps_u)                          unconditional and conditional noise
-    eps' = rule(eps, d loss(image(x_t)) / dx_t)               in guided steps: one of guidance.RULES
-    x0   = (x_t - sigma eps') / sqrt(abar);   x_next = sqrt(abar_next) x0 + sqrt(1 - abar_next) eps'
+    eps    = eps_u + w (eps_c - eps_u)                        unconditional and conditional noise
+    eps'   = rule(eps, d loss(image(x_t)) / dx_t)             in guided steps: one of guidance.RULES
+    x_next = solver(x_t, eps')                                one of solvers.SOLVERS, DDIM or DPM-Solver++
 
-Letters: B batch, C latent channels, h w latent size, H W image size, T tokens, D width. Notation as in the papers:
-abar = alphas_cumprod[t], sigma = sqrt(1 - abar), eps = predicted noise, x0 = predicted clean latent (carries the VAE's
-scaling factor). docs/method.md, "Guided sampling", says more.
+Letters: B batch, b rows of it at once, C latent channels, h w latent size, H W image size, T tokens, D width. As in the
+papers abar = alphas_cumprod[t], sigma = sqrt(1 - abar), eps = predicted noise, x0 = predicted clean latent (carries the
+VAE's scaling factor). docs/method.md, "Guided sampling", says more.
 """
 
 from contextlib import contextmanager
@@ -24,6 +24,7 @@ import utils
 from options import GRADS, X0S
 from sampling.decoders import in_unit_range
 from sampling.guidance import RULES, guidance_pull
+from sampling.solvers import SOLVERS, timesteps_of
 
 CPU_BATCH = 4096  # latent pixels that a CPU draws at once: 16 latents of 16 x 16, one of 64 x 64
 SAG_TAPS = 9  # latent pixels over which self-attention guidance blurs
@@ -61,7 +62,7 @@ def load_pipeline(model, device, dtype=torch.float32, offload=False, compiled=Fa
 class GuidedPipeline(DiffusionPipeline):
     """Stable Diffusion 1.x that draws images from decoded features.
 
-    Loads from any SD 1.x folder; whatever sampler and safety checker the folder names, this one samples with DDIM and
+    Loads from any SD 1.x folder; whatever sampler and safety checker the folder names, this one has its own solvers and
     checks nothing. All networks are frozen and in eval mode.
     """
 
@@ -90,6 +91,7 @@ class GuidedPipeline(DiffusionPipeline):
         strength=0.75,
         resolution=None,
         num_inference_steps=50,
+        solver="ddim",
         cfg_scale=7.5,
         sag_scale=0.0,
         terms=(),
@@ -99,6 +101,7 @@ class GuidedPipeline(DiffusionPipeline):
         grad="xt",
         x0="cond",
         decoder=None,
+        decoded_at_once=None,
         log=None,
     ):
         """Draw one image per row of `condition`.
@@ -106,26 +109,30 @@ class GuidedPipeline(DiffusionPipeline):
         condition: (B, T, D) decoded text embedding c. image_ids: (B,) 0-based 73k ids. sample: number of the sample,
         one for all rows or (B,). The noise of a row depends on (seed, its id, its sample) and nothing else.
         z: (B, C, h, w) latents with the scaling factor, drawn over from level `strength`; None starts from pure noise.
-        resolution: side of the image in pixels; None is z's, or the model's own. sag_scale: self-attention guidance
-        (blurred_noise), 0 = off. terms: guidance losses, each (B, 3, H, W) image in [0, 1] -> (B,); none, or a zero
-        guidance_scale or guidance_strength, leaves plain Stable Diffusion. guidance_strength: fraction of the steps,
+        resolution: side of the image in pixels; None is z's, or the model's own. solver: a name of solvers.SOLVERS.
+        sag_scale: self-attention guidance (blurred_noise), 0 = off. terms: guidance losses, each called with images
+        (b, 3, H, W) in [0, 1] and the slice of the batch that they are of, -> (b,); none, or a zero guidance_scale or
+        guidance_strength, leaves plain Stable Diffusion. guidance_strength: fraction of the steps,
         from the first, that are guided. rule: a name of guidance.RULES, what a gradient does. grad: 'xt'
         differentiates through the UNet, 'x0' through the decoder only. x0: the prediction that the losses see, 'cond'
-        (the conditional one) or 'cfg' (the one the sampler follows). decoder: of what the losses see, (B, C, h, w)
-        latents -> image in [0, 1]; None is the VAE's. log: a list that gets what a guided step found (guidance_pull).
+        (the conditional one) or 'cfg' (the one the sampler follows). decoder: of what the losses see, (b, C, h, w)
+        latents -> image in [0, 1]; None is the VAE's. decoded_at_once: rows of the batch that go through a decoder
+        together, which is where memory goes; None is all. log: a list that gets what a guided step found
+        (guidance_pull).
 
         Returns (B, 3, H, W) float32 in [0, 1]. Raises UserError when c, z or the resolution does not fit the model.
         """
-        _check_choices(rule=(rule, RULES), grad=(grad, GRADS), x0=(x0, X0S))
+        _check_choices(solver=(solver, SOLVERS), rule=(rule, RULES), grad=(grad, GRADS), x0=(x0, X0S))
         self.check(condition, z, resolution, num_inference_steps, sag_scale)
         context = self.context_of(condition)
         latents, timesteps = self.start(image_ids, sample, seed, z, strength, resolution, num_inference_steps)
+        path = SOLVERS[solver](self.scheduler, timesteps)
         n_guided = guided_steps(guidance_strength, len(timesteps)) if terms and guidance_scale else 0
         with self._watched_attention(sag_scale) as tokens:
             for step, t in enumerate(self.progress_bar(timesteps)):
                 if step < n_guided:
                     eps_empty, eps_cond, gradient = self.guidance_gradient(
-                        latents, t, context, cfg_scale, terms, grad, x0, decoder, log)
+                        latents, t, context, cfg_scale, terms, grad, x0, decoder, decoded_at_once, log)
                 else:
                     eps_empty, eps_cond = self.predict_noise(latents, t, context)
                 eps = eps_empty + cfg_scale * (eps_cond - eps_empty)
@@ -134,8 +141,8 @@ class GuidedPipeline(DiffusionPipeline):
                     eps = eps + sag_scale * (eps_empty - blurred)
                 if step < n_guided:
                     eps = RULES[rule](eps, gradient, self.scheduler.alphas_cumprod[t], guidance_scale)
-                latents = self.scheduler.step(eps, t, latents, eta=0.0).prev_sample
-        image = self.decode(latents).float()
+                latents = path.step(step, latents, eps)
+        image = torch.cat([self.decode(rows).float() for rows in latents.split(decoded_at_once or len(latents))])
         self.maybe_free_model_hooks()
         return image
 
@@ -157,21 +164,17 @@ class GuidedPipeline(DiffusionPipeline):
         return self.text_encoder(tokens.input_ids.to(self._execution_device))[0].to(self.unet.dtype)
 
     def start(self, image_ids, sample=0, seed=0, z=None, strength=0.75, resolution=None, num_inference_steps=50):
-        """The first latents, (B, C, h, w), and the timesteps to run from them.
-
-        Timesteps stay on the CPU: indexing by them must not wait for a GPU.
-        """
-        self.scheduler.set_timesteps(num_inference_steps)
+        """The first latents, (B, C, h, w), and the timesteps to run from them, a list of integers."""
         shape = self.latent_shape(resolution, None if z is None else z.shape[1:])
         precision = torch.promote_types(torch.float32, self.unet.dtype)  # latents are never rounded to half
         noise = self.start_noise(image_ids, sample, seed, shape).to(self._execution_device, precision)
         if z is None:
-            return noise, self.scheduler.timesteps
-        z = z.to(noise)
-        timesteps = self.scheduler.timesteps[num_inference_steps - int(num_inference_steps * strength):]
-        if not len(timesteps):
+            return noise, timesteps_of(self.scheduler, num_inference_steps)
+        timesteps, z = timesteps_of(self.scheduler, num_inference_steps, strength), z.to(noise)
+        if not timesteps:
             return z, timesteps
-        return self.scheduler.add_noise(z, noise, timesteps[:1]), timesteps  # the level that the first step assumes
+        abar = self.scheduler.alphas_cumprod[timesteps[0]]  # the level that the first step assumes
+        return abar.sqrt() * z + (1 - abar).sqrt() * noise, timesteps
 
     def latent_shape(self, resolution=None, z_shape=None):
         """(C, h, w) of an image of `resolution` pixels; None: of z, if there is one, or the UNet's own size.
@@ -212,13 +215,14 @@ class GuidedPipeline(DiffusionPipeline):
         abar = self.scheduler.alphas_cumprod[t]
         return (latents - (1 - abar).sqrt() * eps) / abar.sqrt()
 
-    def guidance_gradient(self, latents, t, context, cfg_scale, terms, grad="xt", x0="cond", decoder=None, log=None):
+    def guidance_gradient(self, latents, t, context, cfg_scale, terms, grad="xt", x0="cond", decoder=None,
+                          decoded_at_once=None, log=None):
         """The unconditional and conditional noise, and the gradient of the terms wrt latents; (B, C, h, w) each.
 
-        The terms meet on the image (guidance_pull, which says what `log` gets): one backward pass through decoder and
-        UNet serves them all. Every row goes through the UNet once for both noises. Only what the losses see keeps a
-        graph: with grad='xt' and x0='cond' that is half of the rows. With grad='x0' the noise counts as a constant, so
-        that the gradient is that wrt x0 times dx0/dx_t = 1/sqrt(abar): both kinds are in the same unit.
+        Arguments as of a call, `log` as of guidance_pull. Every row goes through the UNet once for both noises. Only
+        what the losses see keeps a graph: with grad='xt' and x0='cond' that is half of the rows. With grad='x0' the
+        noise counts as a constant, so that the gradient is that wrt x0 times dx0/dx_t = 1/sqrt(abar): both kinds are in
+        the same unit.
         """
         with torch.enable_grad():
             latents = latents.detach().requires_grad_()
@@ -231,11 +235,29 @@ class GuidedPipeline(DiffusionPipeline):
                 with torch.set_grad_enabled(grad == "xt"):
                     eps_empty, eps_cond = self.predict_noise(latents, t, context)
             seen = eps_cond if x0 == "cond" else eps_empty + cfg_scale * (eps_cond - eps_empty)
-            image = (decoder or self.decode)(self.predict_x0(latents, seen, t))
-            pull = guidance_pull(image, terms, log)
-            scale = loss_scale(pull)
-            gradient = torch.autograd.grad(image, latents, pull * scale)[0] / scale
+            clean = self.predict_x0(latents, seen, t)
+            pull, scale = self.pull_on(clean.detach(), terms, decoder or self.decode, decoded_at_once, log)
+            gradient = torch.autograd.grad(clean, latents, pull)[0] / scale
         return eps_empty.detach(), eps_cond.detach(), gradient
+
+    def pull_on(self, clean, terms, decoder, at_once=None, log=None):
+        """The gradient of the terms wrt clean latents, (B, C, h, w), times `scale` (B, 1, 1, 1), which comes with it.
+
+        `at_once` rows after the other, each with a graph of its own: so memory does not grow with the batch. The terms
+        meet on the image (guidance_pull): one pass back through the decoder serves them all.
+        """
+        pulls, scales, found = [], [], []
+        for start in range(0, len(clean), at_once or len(clean)):
+            rows = slice(start, start + (at_once or len(clean)))
+            latents = clean[rows].requires_grad_()
+            image = decoder(latents)
+            pull, facts = guidance_pull(image, terms, rows)
+            scales.append(loss_scale(pull))
+            pulls.append(torch.autograd.grad(image, latents, pull * scales[-1])[0])
+            found.append(facts)
+        if log is not None:
+            log.append({name: torch.cat([facts[name] for facts in found]) for name in found[0]})
+        return torch.cat(pulls), torch.cat(scales)
 
     def blurred_noise(self, latents, eps_empty, t, empty, tokens):
         """Self-attention guidance (Hong et al. 2023, ICCV): the noise when what the UNet attends to is blurred.
@@ -257,6 +279,7 @@ class GuidedPipeline(DiffusionPipeline):
 
     def _unet(self, latents, t, context):
         unet = self.unet if torch.is_grad_enabled() else self.unet_without_gradient
+        t = torch.full((1,), t, device=latents.device)  # filled there: a copy from here would wait for the GPU
         return unet(latents.to(self.unet.dtype), t, encoder_hidden_states=context).sample.to(latents.dtype)
 
     # --- self-attention of the UNet's middle ----------------------------------------------------------------------
