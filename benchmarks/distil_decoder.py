@@ -32,6 +32,7 @@ def get_parser():
     parser.add_argument("--sd_model", required=True, metavar="NAME|DIR", help="whose VAE is imitated")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the AutoencoderTiny goes")
     parser.add_argument("--width", type=options.whole, default=32, metavar="CHANNELS", help="TAESD has 64")
+    parser.add_argument("--blocks", type=options.whole, default=3, metavar="N", help="per size but the last; TAESD has 3")
     parser.add_argument("--steps", type=options.whole, default=2500, metavar="N")
     parser.add_argument("--batch_size", type=options.whole, default=32, metavar="IMAGES")
     parser.add_argument("--max_lr", type=float, default=2e-3, metavar="LR")
@@ -52,8 +53,8 @@ def main(argv=None):
     levels = len(pipe.vae.config.block_out_channels)  # each but the first doubles the side
     tiny = AutoencoderTiny(
         encoder_block_out_channels=[args.width] * levels, decoder_block_out_channels=[args.width] * levels,
-        num_encoder_blocks=[1] * levels, num_decoder_blocks=[*[3] * (levels - 1), 1],
-        latent_channels=pipe.vae.config.latent_channels).to(device)
+        num_encoder_blocks=[1] * levels, num_decoder_blocks=[*[args.blocks] * (levels - 1), 1],
+        latent_channels=pipe.vae.config.latent_channels).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(tiny.decoder.parameters(), lr=args.max_lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.max_lr, total_steps=args.steps)
     bar = tqdm(range(args.steps), desc="distil", mininterval=5)

@@ -1,12 +1,14 @@
-"""Which guidance? The same validation images under many settings: rule, scale, window, gradient, decoder; a table.
+"""Which guidance, in how many steps? The same validation images under many settings; a table.
 
     bash scripts/score.sh --test_split val ...          # or --ground_truth --test_split val for --run ground_truth
     python benchmarks/guidance_choice.py --root demo --sd_model demo/models/sd --clip_model demo/models/clip
+    python benchmarks/guidance_choice.py --what steps ...       # of DDIM and DPM-Solver++
+    python benchmarks/guidance_choice.py --decoders demo/models/taesd ...
 
 Validation images are training images that no training step saw, so nothing is chosen on test images. Every setting
 draws --num_samples pictures of each from the same noise and c, z, g (kept in outputs_all/subj0X/choice/, reused when
-run again). Prints and writes a markdown table (--table): each measure's mean, and in brackets the difference from
-unguided where its 95 % interval leaves out 0: bootstrap over images, pairs kept together.
+run again). Prints and writes a markdown table (--table): each measure's mean, and in brackets the difference from the
+first row where its 95 % interval leaves out 0: bootstrap over images, pairs kept together.
 """
 
 import csv
@@ -34,7 +36,7 @@ POSTERIOR = {"guidance_rule": "posterior", "guidance_scale": 30, "guidance_stren
 RAW = {"guidance_rule": "raw", "guidance_scale": 1000, "guidance_strength": 0.4}
 NORM = {"guidance_rule": "norm", "guidance_scale": 0.2, "guidance_strength": 1.0}
 STRENGTHS = (1, 3, 10, 30, 100, 300)
-SETTINGS = [
+RULES = [
     UNGUIDED,
     *({**POSTERIOR, "guidance_scale": scale} for scale in STRENGTHS),
     *({**POSTERIOR, "guidance_strength": window} for window in (0.4, 1.0)),
@@ -44,6 +46,9 @@ SETTINGS = [
     *({**RAW, "guidance_scale": scale} for scale in (300, 1000, 3000)),
     NORM,
 ]
+STEPS = [("ddim", 50), *((solver, steps) for steps in (25, 20, 16, 12, 10, 8) for solver in ("ddim", "dpm"))]
+SETS = {"rules": RULES, **{name: [{**guidance, "solver": solver, "num_inference_steps": steps} for solver, steps in STEPS]
+                           for name, guidance in (("steps", POSTERIOR), ("unguided_steps", UNGUIDED))}}
 MEASURES = {**{name: name for name in ATTRIBUTES}, "clip_two_way": "CLIP two-way", "pixcorr": "PixCorr", "ssim": "SSIM"}
 
 
@@ -61,6 +66,7 @@ def get_parser():
     parser.add_argument("--cfg_scale", type=float, default=5.0, metavar="X")
     parser.add_argument("--strength", type=float, default=0.6, metavar="FRACTION")
     parser.add_argument("--batch_size", type=options.whole, default=4, metavar="PICTURES")
+    parser.add_argument("--what", choices=SETS, default="rules", help="which settings")
     parser.add_argument("--decoders", nargs="+", metavar="half|DIR",
                         help="compare these --guidance_decoders (TAESDs: distil_decoder.py) instead of the settings")
     parser.add_argument("--table", metavar="FILE", help="where the markdown goes (printed only)")
@@ -77,7 +83,7 @@ def main(argv=None):
     same = [word for name in given for word in (f"--{name}", str(getattr(args, name)))]
     attributes = paths.root / "demo_attributes.json"
     truths = load_json(attributes, kind=list) if attributes.exists() else None
-    settings, tables = SETTINGS, []
+    settings, tables = SETS[args.what], []
     if args.decoders:
         rules = POSTERIOR, RAW, NORM
         settings = [UNGUIDED, *rules]
@@ -109,7 +115,7 @@ def main(argv=None):
 def as_markdown(settings, tables):
     """A row per setting, a column per measure; tables: {measure: a value per image}, unguided first."""
     shown = [name for name in MEASURES if name in tables[0]]
-    columns = ["rule", "scale", "window", "gradient", "x0", "decoder", "SAG"]
+    columns = ["rule", "scale", "window", "gradient", "x0", "decoder", "solver", "steps"]
     lines = ["| " + " | ".join([*columns, *(MEASURES[name] for name in shown)]) + " |",
              "|---" * (len(columns) + len(shown)) + "|"]
     for setting, table in zip(settings, tables, strict=True):
@@ -119,7 +125,7 @@ def as_markdown(settings, tables):
                       setting.get("guidance_x0", "cond"), Path(setting.get("guidance_decoder", "full")).name]
         else:
             cells += [""] * 4
-        cells.append(f"{setting['sag_scale']:g}" if "sag_scale" in setting else "")
+        cells += [setting.get("solver", ""), str(setting.get("num_inference_steps", ""))]
         for name in shown:
             mean, gain, low, high = gain_of(name, table, tables[0])
             percent = name not in ("pixcorr", "ssim")

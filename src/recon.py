@@ -113,8 +113,9 @@ def get_parser():
                        help="target responses (n, voxels), beside an image_ids.npy (default: the subject's own, "
                             "averaged over repeats, under the same --control)")
     options.add_precision(parser)
-    group.add_argument("--batch_size", type=options.whole, default=4, metavar="PICTURES",
-                       help="per batch on a GPU (on a CPU always as many as make up 4096 latent pixels)")
+    group.add_argument("--batch_size", type=whole_or_auto, default="auto", metavar="PICTURES|auto",
+                       help="per batch on a GPU; auto: as many as fit, counted before anything is drawn (on a CPU "
+                            "always as many as make up 4096 latent pixels)")
     group.add_argument("--offload", action=argparse.BooleanOptionalAction, default=False,
                        help="keep networks in main memory between batches, and the text encoder after its one pass; a "
                             "guided step needs UNet and VAE together")
@@ -127,6 +128,10 @@ def get_parser():
 
 def layer_or_none(text):
     return None if text in ("", "none") else options.vision_layer(text)
+
+
+def whole_or_auto(text):
+    return None if text == "auto" else options.whole(text)
 
 
 def main(argv=None):

@@ -11,7 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+import safetensors.torch
+import torch
+from huggingface_hub import constants, snapshot_download
 
 import check_data
 import download
@@ -21,6 +23,7 @@ from disk.names import Paths
 from nsd import sources
 from nsd.captions import load_captions, write_captions
 from nsd.trials import load_trials
+from sampling.pipeline import load_pipeline
 from web_servers import Site, serve
 
 REPO = Path(__file__).resolve().parent.parent
@@ -302,3 +305,59 @@ def test_captions_need_all_images(world, tmp_path):
     archive.write_bytes(coco_archive(world))
     write_captions(copy, archive)
     assert json.loads(copy.captions.read_text()) == json.loads(world.captions.read_text())
+
+
+# --- loading what was fetched -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(site):
+    """The hub, whose Stable Diffusion has parts that no picture needs, as the real one."""
+    model = site.repositories[sources.SD_MODEL]
+    index = json.loads(model["model_index.json"])
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+              "feature_extractor": ["transformers", "CLIPImageProcessor"]}
+    model |= {"model_index.json": json.dumps(index).encode(), "safety_checker/config.json": b"{}",
+              "safety_checker/model.safetensors": b"large", "feature_extractor/preprocessor_config.json": b"{}"}
+    return model
+
+
+def fetched(site):
+    return {path.split("/resolve/")[1].split("/", 1)[1] for method, path, _ in site.asked if "/resolve/" in path}
+
+
+def test_stable_diffusion_loads_from_the_hub_without_what_is_not_used(ask, site, hub):
+    pipe = load_pipeline(sources.SD_MODEL, torch.device("cpu"))
+    assert pipe.unet.config.in_channels == 4
+    assert fetched(site) == {name for name in hub if name.split("/")[0] not in ("safety_checker", "feature_extractor")
+                             and not name.endswith(".bin")}
+    asked = len(site.asked)
+    load_pipeline(sources.SD_MODEL, torch.device("cpu"))
+    assert len(site.asked) == asked  # what is there is not asked for again
+
+
+def test_a_repository_of_pickles_alone_loads_too(ask, site, hub):
+    """Older models have no safetensors; an interrupted download of the others is completed."""
+    unet, _ = files_under(REPO / "demo/models/sd"), hub.pop("unet/diffusion_pytorch_model.safetensors")
+    weights = safetensors.torch.load(unet["unet/diffusion_pytorch_model.safetensors"])
+    torch.save(weights, buffer := io.BytesIO())
+    hub["unet/diffusion_pytorch_model.bin"] = buffer.getvalue()
+    pipe = load_pipeline(sources.SD_MODEL, torch.device("cpu"))
+    assert torch.equal(pipe.unet.conv_in.bias, weights["conv_in.bias"].float())
+    assert "vae/diffusion_pytorch_model.bin" not in fetched(site)
+
+
+@pytest.mark.parametrize("tree", ["with", "without"])
+def test_what_download_fetched_is_found_offline(ask, hub, tmp_path, monkeypatch, tree):
+    """With and without the list of the repository's files that the hub's client keeps."""
+    ask("--what", "sd")
+    if tree == "with":
+        snapshot_download(sources.SD_MODEL, allow_patterns=["model_index.json"])
+    assert bool(list((tmp_path / "cache").rglob("trees"))) == (tree == "with")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert load_pipeline(sources.SD_MODEL, torch.device("cpu")).vae is not None
+    (weights,) = (tmp_path / "cache").rglob("unet/*.safetensors")
+    weights.unlink()  # of an interrupted download
+    with pytest.raises(utils.UserError, match="--sd_model .* could not be loaded"):
+        load_pipeline(sources.SD_MODEL, torch.device("cpu"))

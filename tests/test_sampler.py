@@ -5,16 +5,24 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from diffusers.pipelines.deprecated.stable_diffusion_sag import StableDiffusionSAGPipeline
 from scipy.ndimage import gaussian_filter
 from transformers import CLIPVisionModel
 
 import utils
 from models import ClipFeatures
+from sampling.compiling import CompiledUNet
 from sampling.decoders import gradient_cosine, load_guidance_decoder
 from sampling.guidance import MAX_SHIFT, ClipFeatureLoss, norm_rule
 from sampling.pipeline import gaussian_blur, load_pipeline
+from sampling.solvers import LEVELS, SOLVERS, timesteps_of
 from tiny_sd import LATENT, TOKENS, WIDTH, write_tiny_clip
 
 IDS, SEED, STEPS = [7, 70_000, 12], 5, 8
@@ -49,13 +57,13 @@ def z():
     return torch.randn(len(IDS), 4, LATENT, LATENT, generator=torch.Generator().manual_seed(1))
 
 
-def redness(image):
+def redness(image, rows=None):
     """A guidance term whose gradient differs from pixel to pixel."""
     ramp = torch.linspace(-1, 1, image[0].numel(), dtype=image.dtype).view(image.shape[1:])
     return (image * ramp).square().mean((1, 2, 3)) + image[:, 0].mean((1, 2))
 
 
-def slope_of_brightness(image):
+def slope_of_brightness(image, rows=None):
     """A linear term: straight-through clamping does not change its gradient, so finite differences apply."""
     return (image * torch.linspace(-1, 1, image[0].numel(), dtype=image.dtype).view(image.shape[1:])).mean((1, 2, 3))
 
@@ -78,10 +86,10 @@ def counted(monkeypatch, network, method):
 
 
 def test_unguided_is_stable_diffusion_with_ddim(pipe, folder, condition):
-    ours = pipe(condition, IDS, seed=SEED, num_inference_steps=STEPS)
+    ours = pipe(condition, IDS, seed=SEED, num_inference_steps=LEVELS)
     reference = diffusers_pipeline(StableDiffusionPipeline, folder)
     theirs = reference(prompt_embeds=condition, negative_prompt=[""] * len(IDS), latents=pipe.start_noise(IDS, 0, SEED),
-                       num_inference_steps=STEPS, guidance_scale=7.5, eta=0.0, output_type="pt").images
+                       num_inference_steps=LEVELS, guidance_scale=7.5, eta=0.0, output_type="pt").images
     assert ours.shape == (len(IDS), 3, 2 * LATENT, 2 * LATENT) and ours.std() > 0.05
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
@@ -89,25 +97,25 @@ def test_unguided_is_stable_diffusion_with_ddim(pipe, folder, condition):
 @pytest.mark.parametrize("strength", [0.75, 0.3, 1.0])
 def test_with_z_is_image_to_image(pipe, folder, condition, z, strength):
     """Start timestep and noise level of the same scheduler entry, as diffusers has it."""
-    ours = pipe(condition, IDS, seed=SEED, z=z, strength=strength, num_inference_steps=STEPS)
+    ours = pipe(condition, IDS, seed=SEED, z=z, strength=strength, num_inference_steps=LEVELS)
     reference = diffusers_pipeline(StableDiffusionImg2ImgPipeline, folder)
     generators = [torch.Generator().manual_seed(utils.derive_seed(SEED, image_id, 0)) for image_id in IDS]
     theirs = reference(prompt_embeds=condition, negative_prompt=[""] * len(IDS), image=z, strength=strength,
-                       generator=generators, num_inference_steps=STEPS, guidance_scale=7.5, output_type="pt").images
+                       generator=generators, num_inference_steps=LEVELS, guidance_scale=7.5, output_type="pt").images
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("sag_scale", [0.75, 3.0])
 def test_sag_is_diffusers(pipe, folder, condition, sag_scale):
-    settings = dict(num_inference_steps=STEPS, output_type="pt", prompt_embeds=condition)
+    settings = dict(num_inference_steps=LEVELS, output_type="pt", prompt_embeds=condition)
     reference = diffusers_pipeline(StableDiffusionSAGPipeline, folder)
     theirs = reference(negative_prompt=[""] * len(IDS), latents=pipe.start_noise(IDS, 0, SEED), guidance_scale=7.5,
                        sag_scale=sag_scale, **settings).images
-    ours = pipe(condition, IDS, seed=SEED, num_inference_steps=STEPS, sag_scale=sag_scale)
-    plain = pipe(condition, IDS, seed=SEED, num_inference_steps=STEPS)
+    ours = pipe(condition, IDS, seed=SEED, num_inference_steps=LEVELS, sag_scale=sag_scale)
+    plain = pipe(condition, IDS, seed=SEED, num_inference_steps=LEVELS)
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
     assert (ours - plain).abs().max() > 1e-2
-    assert torch.equal(pipe(condition, IDS, seed=SEED, num_inference_steps=STEPS), plain)  # nothing is left behind
+    assert torch.equal(pipe(condition, IDS, seed=SEED, num_inference_steps=LEVELS), plain)  # nothing is left behind
 
 
 @pytest.mark.parametrize("grad, x0", [("xt", "cond"), ("xt", "cfg"), ("x0", "cond")])
@@ -125,12 +133,45 @@ def test_blur_is_gaussian(z):
     torch.testing.assert_close(gaussian_blur(z), torch.from_numpy(expected))
 
 
-def test_x0_is_the_schedulers(pipe, condition, z):
-    pipe.scheduler.set_timesteps(STEPS)
-    eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
-    for t in pipe.scheduler.timesteps:
-        expected = pipe.scheduler.step(eps, t, z).pred_original_sample
-        torch.testing.assert_close(pipe.predict_x0(z, eps, t), expected)
+def test_a_step_is_the_schedulers(pipe, z):
+    """To the bit, with the published number of steps."""
+    pipe.scheduler.set_timesteps(LEVELS)
+    timesteps = timesteps_of(pipe.scheduler, LEVELS)
+    assert timesteps == pipe.scheduler.timesteps.tolist()
+    path, eps = SOLVERS["ddim"](pipe.scheduler, timesteps), torch.randn_like(z)
+    for i, t in enumerate(timesteps):
+        expected = pipe.scheduler.step(eps, t, z, eta=0.0)
+        assert torch.equal(path.step(i, z, eps), expected.prev_sample)
+        torch.testing.assert_close(pipe.predict_x0(z, eps, t), expected.pred_original_sample)
+
+
+@pytest.mark.parametrize("steps", [8, 20])
+def test_dpm_is_diffusers(pipe, folder, condition, steps):
+    reference = diffusers_pipeline(StableDiffusionPipeline, folder)
+    reference.scheduler = DPMSolverMultistepScheduler.from_config(reference.scheduler.config)
+    theirs = reference(prompt_embeds=condition, negative_prompt=[""] * len(IDS), latents=pipe.start_noise(IDS, 0, SEED),
+                       timesteps=timesteps_of(pipe.scheduler, steps), guidance_scale=7.5, output_type="pt").images
+    ours = pipe(condition, IDS, seed=SEED, num_inference_steps=steps, solver="dpm")
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_solvers_converge_to_one_picture(double_pipe, condition):
+    """The second-order one faster: its 25 steps are nearer to the end of the path than DDIM's 50."""
+    settings = dict(seed=SEED, cfg_scale=3.0)
+    end = double_pipe(condition, IDS, num_inference_steps=200, solver="dpm", **settings)
+    fast, slow = (double_pipe(condition, IDS, num_inference_steps=steps, solver=solver, **settings)
+                  for solver, steps in (("dpm", 25), ("ddim", 50)))
+    assert (fast - end).abs().mean() < 0.8 * (slow - end).abs().mean() and (slow - end).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("strength, first", [(1.0, 981), (0.75, 721), (0.6, 581), (0.02, 1), (0.01, 1)])
+def test_a_path_starts_at_one_level_whatever_the_steps(pipe, strength, first):
+    for steps in (10, 16, 20, 50, 100, 200):
+        timesteps = timesteps_of(pipe.scheduler, steps, strength)
+        assert len(timesteps) == int(steps * strength)
+        if timesteps:
+            assert timesteps[0] == first and (timesteps[-1] == 1 or len(timesteps) == 1)
+            assert (np.diff(timesteps) <= 0).all() and np.ptp(np.diff(timesteps)) <= 1 if len(timesteps) > 1 else True
 
 
 def test_resolution_is_the_side_of_the_image(pipe, condition, z):
@@ -185,12 +226,31 @@ def test_result_does_not_depend_on_the_batch(pipe, condition, rule, scale):
         torch.testing.assert_close(alone[0], together[i], atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("decoder", ["full", "half"])
+def test_rows_decoded_in_turn_are_those_decoded_together(double_pipe, condition, z, decoder):
+    """The gradient, what was found, and the pictures; each term sees which rows it is given."""
+    pipe, condition, z = double_pipe, condition.double(), z.double()
+    target, steps = torch.rand(len(IDS), 3, 2 * LATENT, 2 * LATENT, dtype=torch.float64), [[], []]
+    target = target if decoder == "full" else target[..., ::2, ::2]
+
+    def term(image, rows):
+        return (image - target[rows]).square().mean((1, 2, 3))
+
+    settings = dict(num_inference_steps=4, terms=[term], guidance_scale=100.0, guidance_strength=0.5, z=z,
+                    decoder=load_guidance_decoder(decoder, pipe))
+    together, in_turn = (pipe(condition, IDS, decoded_at_once=at_once, log=steps[i], **settings)
+                         for i, at_once in enumerate((None, 2)))
+    torch.testing.assert_close(in_turn, together, atol=1e-6, rtol=0)
+    for one, other in zip(*steps, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("x0", ["cond", "cfg"])
 @pytest.mark.parametrize("grad", ["xt", "x0"])
 def test_gradient_agrees_with_finite_differences(double_pipe, condition, z, grad, x0):
     pipe, x, condition = double_pipe, z.double(), condition.double()
     context = torch.cat([pipe.empty_condition().expand_as(condition), condition])
-    t, w = torch.tensor(401), 3.0
+    t, w = 401, 3.0
     abar = pipe.scheduler.alphas_cumprod[401].double()
 
     def noises(x):
@@ -224,14 +284,14 @@ def test_raw_rule_is_the_papers_loop(double_pipe, condition, grad):
     ours = pipe(condition, IDS, terms=[redness], guidance_scale=scale, **settings)
     assert (ours - pipe(condition, IDS, **settings)).abs().max() > 0.1  # there is something to compare
     abars = pipe.scheduler.alphas_cumprod
-    spacing = 1000 // STEPS
+    levels = [round(981 - 980 * step / (STEPS - 1)) for step in range(STEPS)]
     empty = pipe.empty_condition()
     for i, image_id in enumerate(IDS):
         generator = torch.Generator().manual_seed(utils.derive_seed(SEED, image_id, 0))
         x = torch.randn(1, 4, LATENT, LATENT, generator=generator)
         for step in range(STEPS):
-            t = (STEPS - 1 - step) * spacing + 1
-            abar, abar_next = abars[t], abars[t - spacing] if t > spacing else abars[0]
+            t = levels[step]
+            abar, abar_next = abars[t], abars[levels[step + 1]] if step < STEPS - 1 else abars[0]
             sigma = (1 - abar) ** 0.5
             x = x.detach().requires_grad_()
             eps_u = pipe.unet(x.double(), t, encoder_hidden_states=empty).sample
@@ -315,7 +375,7 @@ def test_norm_rule_does_not_depend_on_the_number_of_steps(double_pipe, condition
 def test_cheaper_decoders_steer_alike(pipe, condition, tmp_path):
     half = load_guidance_decoder("half", pipe)
     settings = dict(seed=SEED, num_inference_steps=STEPS)
-    start, terms = pipe.start(IDS, 0, SEED), [lambda image: image[:, 0].mean((1, 2))]
+    start, terms = pipe.start(IDS, 0, SEED), [lambda image, rows=None: image[:, 0].mean((1, 2))]
     halved = torch.nn.functional.interpolate(start[0], scale_factor=0.5, mode="area")
     torch.testing.assert_close(half(start[0]), pipe.decode(halved))
     same, alike = (gradient_cosine(pipe, condition, start, 7.5, terms, "xt", "cond", decoder)
@@ -350,7 +410,7 @@ def test_guided_loss_falls_along_the_path(pipe, condition, rule, scale, grad):
     def losses(scale):
         seen = []
 
-        def term(image):
+        def term(image, rows):
             seen.append(redness(image.detach()).mean().item())
             return redness(image)
 
@@ -362,20 +422,46 @@ def test_guided_loss_falls_along_the_path(pipe, condition, rule, scale, grad):
     assert len(gain) == STEPS and gain[0] == 0 and (gain[1:] > 0).all() and gain[-1] > gain[1]
 
 
-def test_compiled_draws_the_same(pipe, folder, condition, monkeypatch):
-    """By the backend that traces and splits as the default one does, but writes no C++, which takes a minute."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+def compiled_by(backend, folder, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     compiled = load_pipeline(folder, torch.device("cpu"), compiled=True)
     compiled.set_progress_bar_config(disable=True)
-    assert compiled.unet_without_gradient is not compiled.unet
-    found, expected = (p(condition, IDS, num_inference_steps=2) for p in (compiled, pipe))
+    return compiled
+
+
+GUIDED = dict(num_inference_steps=2, terms=[redness], guidance_strength=0.5, guidance_scale=100.0)
+
+
+def test_compiled_draws_the_same(pipe, folder, condition, monkeypatch, capsys):
+    """By the backend that traces and splits as the default one does, but writes no C++, which takes a minute."""
+    compiled = compiled_by("aot_eager", folder, monkeypatch)
+    found, expected = (p(condition, IDS, **GUIDED) for p in (compiled, pipe))
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
+    assert compiled.run_unet.trusted and "plain one 1.0000" in capsys.readouterr().out
 
 
-def test_passes_without_gradient_are_the_compiled_ones(pipe, condition, monkeypatch):
-    rows = counted(monkeypatch, pipe, "unet_without_gradient")
-    pipe(condition, IDS, num_inference_steps=4, terms=[redness], guidance_strength=0.5, guidance_scale=100.0)
-    assert rows == [3, 3, 6, 6]  # of guided steps the half without gradient
+def test_a_wrong_compiled_gradient_is_not_used(pipe, folder, condition, monkeypatch, capsys):
+    compiled = load_pipeline(folder, torch.device("cpu"))
+    compiled.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(torch, "compile", lambda unet: Twisted(unet))
+    compiled.run_unet = CompiledUNet(compiled.unet)
+    found, expected = (p(condition, IDS, **GUIDED) for p in (compiled, pipe))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert compiled.run_unet.trusted is False
+    assert "passes with gradient are not compiled" in capsys.readouterr().out
+
+
+class Twisted(torch.nn.Module):
+    """A UNet that is right, and whose gradient is not."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, latents, t, context):
+        out = self.unet(latents, t, context)
+        out.sample = out.sample + latents - latents.detach() + 3 * (latents.flip(3) - latents.flip(3).detach())
+        return out
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -386,7 +472,7 @@ def test_half_precision_networks_sample_and_guide(pipe, folder, condition, dtype
     image = half(condition, IDS, **settings)
     assert image.dtype == torch.float32 and torch.isfinite(image).all()
     with torch.no_grad():
-        found, exact = (p.guidance_gradient(*starting(p, condition), 7.5, [lambda image: 1e-5 * redness(image)])[2]
+        found, exact = (p.guidance_gradient(*starting(p, condition), 7.5, [lambda image, rows: 1e-5 * redness(image)])[2]
                         for p in (half, pipe))
     assert (torch.cosine_similarity(found.flatten(1), exact.flatten(1)) > 0.99).all()
     torch.testing.assert_close(found.norm(), exact.norm(), rtol=0.03, atol=0)

@@ -47,6 +47,29 @@ def require_model(name, flag, hint, file="config.json", looked="from here"):
         print(f"{flag} {name}: not in the hub's cache yet, fetched now", flush=True)
 
 
+def snapshot(name, patterns, weights):
+    """The folder in the hub's cache that has a repository's files of some patterns; what is lacking is fetched.
+
+    A folder that has everything is taken without asking the hub, so that it is found without a network, too. patterns:
+    the first is the name of a file. weights: {file: another that may stand in for it}; the latter are fetched only from
+    a repository that lacks the former. Raises OSError and errors of the hub's client.
+    """
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+
+    def lacking_weights(folder):
+        return [file for pair in weights.items() if not any((folder / file).exists() for file in pair) for file in pair]
+
+    cached = try_to_load_from_cache(name, patterns[0])
+    if isinstance(cached, str):
+        folder = Path(cached).parent
+        if all(any(folder.glob(pattern)) for pattern in patterns if pattern not in weights) and \
+                not lacking_weights(folder):
+            return folder
+    folder = Path(snapshot_download(name, allow_patterns=patterns))
+    lacking = lacking_weights(folder)
+    return Path(snapshot_download(name, allow_patterns=[*patterns, *lacking])) if lacking else folder
+
+
 def _is_hub_id(name):
     """Say whether a name could be one on the hub, NAME or OWNER/NAME."""
     return name.count("/") <= 1 and not name.startswith((".", "~", "/")) and not name.endswith("/") and bool(name)

@@ -18,6 +18,10 @@ CLIP_MODEL, EVAL_CLIP = "openai/clip-vit-base-patch32", "openai/clip-vit-large-p
 SD_FILES = ["model_index.json", "scheduler/*.json", "tokenizer/*", "text_encoder/config.json", "unet/config.json",
             "vae/config.json", "text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors",
             "vae/diffusion_pytorch_model.safetensors"]
+SD_WEIGHTS = {  # the same as PyTorch's pickles, which some repositories have instead
+    "text_encoder/model.safetensors": "text_encoder/pytorch_model.bin",
+    "unet/diffusion_pytorch_model.safetensors": "unet/diffusion_pytorch_model.bin",
+    "vae/diffusion_pytorch_model.safetensors": "vae/diffusion_pytorch_model.bin"}
 CLIP_FILES = ["config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin"]
 
 GROUPS = {  # name: what it is

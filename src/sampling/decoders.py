@@ -6,6 +6,10 @@ import torch.nn.functional as F
 import utils
 
 
+PIXELS_AT_ONCE = {"full": 4096}  # latent pixels that a GPU decodes at once with a graph: one picture of 64 x 64
+PIXELS_OF_CHEAPER = 16384  # by another decoder
+
+
 def load_guidance_decoder(name, pipe):
     """The decoder of --guidance_decoder, latents (B, C, h, w) -> image in [0, 1] that guidance losses see.
 
@@ -28,6 +32,12 @@ def load_guidance_decoder(name, pipe):
                               "full, half or the folder or hub id of an AutoencoderTiny") from error
     tiny.requires_grad_(False).eval().to(pipe._execution_device)
     return lambda latents: in_unit_range(tiny.decode(latents.to(tiny.dtype)).sample.to(latents.dtype))
+
+
+def decoded_at_once(name, latent_shape):
+    """How many pictures of latents (C, h, w) a GPU decodes together with a graph: as many as take 3 GB in half
+    precision."""
+    return max(1, PIXELS_AT_ONCE.get(name, PIXELS_OF_CHEAPER) // (latent_shape[1] * latent_shape[2]))
 
 
 def gradient_cosine(pipe, condition, start, cfg_scale, terms, grad, x0, decoder):

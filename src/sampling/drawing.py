@@ -4,8 +4,10 @@ A job is a (row, sample): a row of the scores, and the number of a sample. Lette
 those of sampling.pipeline.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,10 @@ import torch
 
 import utils
 from sampling import folders
-from sampling.decoders import gradient_cosine
+from sampling.decoders import decoded_at_once, gradient_cosine
 
-COMPARED = 8  # pictures of the first batch on which a cheaper decoder's gradient is compared with the full one's
+COMPARED = 8  # pictures on which a cheaper decoder's gradient is compared with the full one's
+WRITERS = 4  # threads that write pictures while the next ones are drawn
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Settings:
     """How every picture of a set is drawn: the flags of recon.py that reach the sampler, by their names."""
 
     seed: int
-    batch_size: int  # pictures at once on a GPU
+    batch_size: int | None  # pictures at once on a GPU; None: as many as fit
     precision: str
     resolution: int | None
     num_inference_steps: int
@@ -88,8 +91,21 @@ class Sampler:
         wanted, log = self.settings, []
         images = self.pipe(condition, **start, **guidance, solver=wanted.solver, cfg_scale=wanted.cfg_scale,
                            sag_scale=wanted.sag_scale, rule=wanted.guidance_rule, guidance_scale=wanted.guidance_scale,
-                           guidance_strength=wanted.guidance_strength, log=log)
+                           guidance_strength=wanted.guidance_strength, decoded_at_once=self.decoded_at_once, log=log)
         return images[:len(jobs)], [{name: values.tolist() for name, values in step.items()} for step in log]
+
+    @cached_property
+    def latent_shape(self):
+        """(C, h, w) of the pictures' latents."""
+        z_shape = self.scores["z"].shape[1:] if "z" in self.scores else None
+        return self.pipe.latent_shape(self.settings.resolution, z_shape)
+
+    @property
+    def decoded_at_once(self):
+        """Pictures that go through a decoder together; None: all of a batch, as a CPU does, which draws to the bit."""
+        if self.device.type == "cpu":
+            return None
+        return decoded_at_once(self.settings.guidance_decoder, self.latent_shape)
 
     def rows_at_once(self):
         """Pictures per batch.
@@ -97,12 +113,31 @@ class Sampler:
         On a CPU the last digits of a network's output depend on the number of rows that go through it together, not on
         which rows they are. So the number is always the same there, and `draw` pads the last batch.
         """
-        if self.device.type != "cpu":
-            return self.settings.batch_size
         from sampling.pipeline import rows_on_cpu  # loads diffusers, which a folder that is complete does without
 
-        z_shape = self.scores["z"].shape[1:] if "z" in self.scores else None
-        return rows_on_cpu(self.pipe.latent_shape(self.settings.resolution, z_shape))
+        if self.device.type == "cpu":
+            return rows_on_cpu(self.latent_shape)
+        return self.settings.batch_size or self.largest_batch(torch.cuda.mem_get_info(self.device)[0])
+
+    def costs(self, n):
+        """The sampling.costs.Costs of a batch of n."""
+        from sampling.costs import costs_of
+        from sampling.pipeline import guided_steps
+
+        condition, start, guidance = self.inputs_of([(0, 0)] * n)
+        latents, timesteps = self.pipe.start(**start)
+        guided = guided_steps(self.settings.guidance_strength, len(timesteps)) if self.guides else 0
+        return costs_of(self.pipe, condition, latents, len(timesteps), guided, guidance, self.decoded_at_once)
+
+    def largest_batch(self, free):
+        """How many pictures fit `free` bytes: counted, and said."""
+        from sampling.costs import largest_batch
+
+        size = largest_batch(self.costs, free, self.decoded_at_once or 1)
+        costs = self.costs(size)
+        print(f"a picture takes {costs.flops / size / 1e12:.3g} teraFLOP; batches of {size} take "
+              f"{utils.in_bytes(costs.bytes)} beyond the networks, of {utils.in_bytes(free)} free")
+        return size
 
     def print_cosine(self, jobs):
         """Print how far the gradient through a cheaper decoder agrees with the full one's; one job at a time, which
@@ -158,18 +193,25 @@ def draw(jobs, sampler, folder, start_tracker, is_main=True):
     Only the main process tracks, shows a bar and compares decoders. Raises UserError, at the end, for pictures that are
     not finite: these are not written, the others are.
     """
-    diverged, size = [], sampler.rows_at_once()
+    diverged = []
     tracker = start_tracker(resume_after=len(folders.pictures_in(folder)) or None) if is_main else None
     if is_main:
-        sampler.print_cosine(jobs[:min(size, COMPARED)])
-    for start in utils.progress(range(0, len(jobs), size), desc=f"batches of {size}", disable=not is_main):
-        batch = jobs[start:start + size]
-        images, steps = sampler.draw(batch)
-        drawn, lost = save_batch(folder, batch, images, steps if sampler.settings.use_gnet else None)
-        diverged += lost
-        if tracker is not None:
-            captions = [f"id {sampler.image_ids[row]}, sample {sample}" for row, sample in drawn]
-            tracker.log_images("recon/pictures", list(drawn.values()), captions)
+        sampler.print_cosine(jobs[:COMPARED])
+    with ThreadPoolExecutor(WRITERS) as writers, utils.progress(total=len(jobs), desc="pictures", unit="picture",
+                                                                disable=not is_main) as bar:
+        written = []
+        for batch, images, steps in batches(jobs, sampler):
+            for done in written:  # of the batch before, while this one was drawn
+                done.result()
+            drawn, lost, written = save_batch(folder, batch, images, steps if sampler.settings.use_gnet else None,
+                                              writers.submit)
+            diverged += lost
+            bar.update(len(batch))
+            if tracker is not None:
+                captions = [f"id {sampler.image_ids[row]}, sample {sample}" for row, sample in drawn]
+                tracker.log_images("recon/pictures", list(drawn.values()), captions)
+        for done in written:
+            done.result()
     if tracker is not None:
         tracker.finish()
     if diverged:
@@ -179,20 +221,46 @@ def draw(jobs, sampler, folder, start_tracker, is_main=True):
             f"{sampler.image_ids[diverged[0][0]]}), wanted finite ones; lower the scale or use --precision fp32")
 
 
-def save_batch(folder, jobs, images, steps=None):
-    """Write the finite ones of the images (B, 3, H, W) of B jobs, and what the guided steps found, if given.
+def batches(jobs, sampler):
+    """Draw the jobs, batch by batch: yields (jobs, images, what the guided steps found).
 
-    Returns {job: (H, W, 3) uint8} of those written, and the jobs of the others.
+    A size that was counted and does not fit after all is halved; one that was asked for raises OutOfMemoryError.
+    """
+    start, size = 0, sampler.rows_at_once()
+    while start < len(jobs):
+        batch = jobs[start:start + size]
+        try:
+            images, steps = sampler.draw(batch)
+        except torch.OutOfMemoryError:
+            if sampler.settings.batch_size or size == 1:
+                raise
+            images = None
+        if images is None:  # outside the handler, which holds on to the tensors of the attempt
+            size = max(1, size // 2)
+            torch.cuda.empty_cache()
+            print(f"does not fit the GPU: on with batches of {size}")
+            continue
+        yield batch, images, steps
+        start += len(batch)
+
+
+def save_batch(folder, jobs, images, steps, submit):
+    """Write the finite ones of the images (B, 3, H, W) of B jobs, and what the guided steps found, unless None.
+
+    submit: of an executor, whose threads write meanwhile. Returns {job: (H, W, 3) uint8} of those written, the jobs of
+    the others, and the futures of the files.
     """
     finite = torch.isfinite(images).flatten(1).all(1).tolist()
     arrays = (images.nan_to_num() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
-    if steps is not None:  # before the pictures: one that is there has its steps beside it
-        for i in np.flatnonzero(finite):
-            folders.save_steps(folder, *jobs[i], [{name: found[i] for name, found in step.items()} for step in steps])
     drawn = {job: array for job, array, fine in zip(jobs, arrays, finite, strict=True) if fine}
-    for job, array in drawn.items():
-        folders.save_picture(folder, *job, array)
-    return drawn, [job for job, fine in zip(jobs, finite, strict=True) if not fine]
+
+    def write(i):
+        if steps is not None:  # before the picture: one that is there has its steps beside it
+            folders.save_steps(folder, *jobs[i], [{name: found[i] for name, found in step.items()} for step in steps])
+        folders.save_picture(folder, *jobs[i], arrays[i])
+
+    written = [submit(write, i) for i in np.flatnonzero(finite)]
+    return drawn, [job for job, fine in zip(jobs, finite, strict=True) if not fine], written
 
 
 @contextmanager
@@ -201,6 +269,6 @@ def memory_advice(batch_size):
     try:
         yield
     except torch.OutOfMemoryError:
-        advice = (f"lower it (--batch_size {batch_size // 2})" if batch_size > 1 else
+        advice = (f"lower it (--batch_size {batch_size // 2})" if batch_size and batch_size > 1 else
                   "use a lower --precision, --guidance_grad x0 or --guidance_decoder half")
-        raise utils.UserError(f"--batch_size {batch_size}: does not fit the GPU; {advice}") from None
+        raise utils.UserError(f"--batch_size {batch_size or 'auto'}: does not fit the GPU; {advice}") from None

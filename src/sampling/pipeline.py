@@ -18,10 +18,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import HTTPError
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import utils
+from disk.hub import snapshot
+from nsd import sources
 from options import GRADS, X0S
+from sampling.compiling import CompiledUNet
 from sampling.decoders import in_unit_range
 from sampling.guidance import RULES, guidance_pull
 from sampling.solvers import SOLVERS, timesteps_of
@@ -35,7 +39,7 @@ def load_pipeline(model, device, dtype=torch.float32, offload=False, compiled=Fa
     """Load any Stable Diffusion 1.x folder or hub id as a GuidedPipeline on `device`.
 
     offload: keep each network in main memory while it is not needed (diffusers' model offload). compiled: torch.compile
-    the UNet's passes without gradient, at the first of them. Raises UserError when the model cannot be loaded.
+    the UNet, at its first pass (sampling.compiling). Raises UserError when the model cannot be loaded.
     """
     folder = Path(model)
     lacking = [name for name in COMPONENTS if not (folder / name).is_dir()] if folder.is_dir() else []
@@ -44,15 +48,16 @@ def load_pipeline(model, device, dtype=torch.float32, offload=False, compiled=Fa
                               f"with {', '.join(COMPONENTS)}, or a hub id")
     diffusers_logging.disable_progress_bar()  # of loading: seconds at most
     try:
-        pipe = GuidedPipeline.from_pretrained(model, dtype=dtype)
-    except (OSError, ValueError) as error:
+        if not folder.is_dir():
+            folder = snapshot(model, sources.SD_FILES, sources.SD_WEIGHTS)
+        pipe = GuidedPipeline.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError, HTTPError) as error:
         raise utils.UserError(f"--sd_model {model}: could not be loaded ({str(error).splitlines()[0]}); "
                               "give a Stable Diffusion 1.x folder or hub id") from error
-    if device.type == "cpu":  # convolutions on a CPU are faster with the channels innermost
-        pipe.unet.to(memory_format=torch.channels_last)
-        pipe.vae.to(memory_format=torch.channels_last)
-    if compiled:  # not those with gradient: on a CPU, torch 2.13 compiles this UNet to a wrong one, without a word
-        pipe.unet_without_gradient = torch.compile(pipe.unet)
+    for network in (pipe.unet, pipe.vae):  # convolutions are faster with the channels innermost
+        network.to(memory_format=torch.channels_last)
+    if compiled:
+        pipe.run_unet = CompiledUNet(pipe.unet)
     if offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
@@ -78,7 +83,7 @@ class GuidedPipeline(DiffusionPipeline):
             raise utils.UserError(f"--sd_model: predicts {scheduler.config.prediction_type}, wanted epsilon; "
                                   "give a Stable Diffusion 1.x model")
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
-        self.unet_without_gradient = unet
+        self.run_unet = unet
 
     @torch.no_grad()
     def __call__(
@@ -278,9 +283,8 @@ class GuidedPipeline(DiffusionPipeline):
         return in_unit_range(self.vae.decode(scaled).sample.to(latents.dtype))
 
     def _unet(self, latents, t, context):
-        unet = self.unet if torch.is_grad_enabled() else self.unet_without_gradient
         t = torch.full((1,), t, device=latents.device)  # filled there: a copy from here would wait for the GPU
-        return unet(latents.to(self.unet.dtype), t, encoder_hidden_states=context).sample.to(latents.dtype)
+        return self.run_unet(latents.to(self.unet.dtype), t, encoder_hidden_states=context).sample.to(latents.dtype)
 
     # --- self-attention of the UNet's middle ----------------------------------------------------------------------
 

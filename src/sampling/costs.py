@@ -1,0 +1,107 @@
+"""What drawing costs, counted before anything is computed: floating-point operations and memory.
+
+The networks run on fake tensors, which have shapes and no values (torch._subclasses.fake_tensor): every operation is
+seen, none is carried out. Counted are operations of matrix products, convolutions and attention, as by PyTorch's own
+FLOP counter (a multiplication and its addition are two), and the bytes of tensors that live at the same time. What an
+allocator rounds up and a convolution borrows is not: MARGIN leaves room for it.
+"""
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+MARGIN = 0.7  # share of the free memory that counted bytes may take
+MOST = 16  # pictures in a batch: more do not make a picture cheaper
+ATEN = torch.ops.aten
+COUNTED_AS = {  # a CPU's kernels that PyTorch's counter does not know
+    ATEN._scaled_dot_product_flash_attention_for_cpu: ATEN._scaled_dot_product_flash_attention,
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: ATEN._scaled_dot_product_flash_attention_backward,
+}
+
+
+class Counter(TorchDispatchMode):
+    """While active: .flops of all operations, .peak bytes of the tensors that they made, alive together."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = self.peak = self.now = 0
+        self.sizes = {}  # storage: bytes; 0 of those that were there before
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                self.sizes.setdefault(tensor.untyped_storage()._cdata, 0)
+        out = func(*args, **kwargs)
+        operation = COUNTED_AS.get(func._overloadpacket, func._overloadpacket)
+        if operation in flop_registry:
+            self.flops += flop_registry[operation](*args, **kwargs, out_val=out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.watch(tensor.untyped_storage())
+        return out
+
+    def watch(self, storage):
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, storage._cdata)
+
+    def forget(self, key):
+        self.now -= self.sizes.pop(key, 0)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of drawing a batch: floating-point operations, and bytes beyond the networks' own."""
+
+    flops: int
+    bytes: int
+
+
+def count(call):
+    """The Costs of call(), on fake tensors."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
+        call()
+    return Costs(counter.flops, counter.peak)
+
+
+def costs_of(pipe, condition, latents, n_steps, n_guided, guidance, decoded_at_once=None):
+    """The Costs of drawing B pictures from latents (B, C, h, w) and condition (B, T, D) in n_steps, n_guided of them
+    guided, with `guidance` (terms, grad, x0, decoder; arguments of the pipeline). Without self-attention guidance."""
+    t = pipe.scheduler.config.num_train_timesteps // 2
+    context = torch.cat([condition, condition]).to(pipe.unet.dtype)
+
+    @torch.no_grad()
+    def plain():
+        pipe.predict_noise(latents, t, context)
+
+    @torch.no_grad()
+    def guided():
+        pipe.guidance_gradient(latents, t, context, 1.0, **guidance, decoded_at_once=decoded_at_once)
+
+    @torch.no_grad()
+    def last():
+        for rows in latents.split(decoded_at_once or len(latents)):
+            pipe.decode(rows)
+
+    parts = [(n_steps - n_guided, plain), (n_guided, guided), (1, last)]
+    counted = [(times, count(part)) for times, part in parts if times]
+    return Costs(sum(times * costs.flops for times, costs in counted), max(costs.bytes for _, costs in counted))
+
+
+def largest_batch(costs_of_batch, free, step=1):
+    """How many pictures to draw at once with `free` bytes: MARGIN of them at most, MOST pictures, and at least one.
+
+    costs_of_batch: number of pictures -> Costs, of which two are asked for, `step` and twice as many: bytes grow by the
+    same amount with each picture more.
+    """
+    few, twice = (costs_of_batch(n).bytes for n in (step, 2 * step))
+    each = max((twice - few) / step, 1)
+    return int(min(max((MARGIN * free - few) // each + step, 1), MOST))
