@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionModel
 
 from models import ClipFeatures
-from sampling.costs import Costs, Counter, costs_of, count, largest_batch
+from sampling.costs import Costs, Counter, count, largest_batch, parts_of, total
 from sampling.decoders import decoded_at_once
 from sampling.guidance import ClipFeatureLoss
 from sampling.pipeline import load_pipeline
@@ -75,18 +75,17 @@ def test_nothing_is_computed(pipe, clip):
     before = pipe.unet.conv_in.weight.clone()
     latents = torch.full((B, 4, LATENT, LATENT), float("nan"))
     guidance = dict(terms=[clip_term(clip)], grad="xt", x0="cond", decoder=None)
-    costs = costs_of(pipe, torch.zeros(B, TOKENS, WIDTH), latents, 4, 2, guidance)
-    assert costs.flops > 0 and costs.bytes > 0 and torch.equal(pipe.unet.conv_in.weight, before)
-    plain = costs_of(pipe, torch.zeros(B, TOKENS, WIDTH), latents, 4, 0, guidance)
-    assert plain.flops < costs.flops and plain.bytes < costs.bytes
-    longer = costs_of(pipe, torch.zeros(B, TOKENS, WIDTH), latents, 8, 2, guidance)
-    assert longer.bytes == costs.bytes and longer.flops > costs.flops
+    parts = parts_of(pipe, torch.zeros(B, TOKENS, WIDTH), latents, guidance)
+    assert torch.equal(pipe.unet.conv_in.weight, before)
+    plain, guided, longer = (total(parts, *steps) for steps in ((4, 0), (4, 2), (8, 2)))
+    assert 0 < plain.flops < guided.flops < longer.flops and 0 < plain.bytes < guided.bytes == longer.bytes
+    assert longer.flops - guided.flops == 4 * parts["plain"].flops
 
 
 def test_rows_in_turn_take_less_memory_and_the_same_work(pipe, clip):
     guidance = dict(terms=[clip_term(clip)], grad="x0", x0="cond", decoder=None)
-    together, in_turn = (costs_of(pipe, torch.zeros(B, TOKENS, WIDTH), torch.zeros(B, 4, LATENT, LATENT), 4, 4, guidance,
-                                  at_once) for at_once in (None, 1))
+    together, in_turn = (parts_of(pipe, torch.zeros(B, TOKENS, WIDTH), torch.zeros(B, 4, LATENT, LATENT), guidance,
+                                  at_once)["guided"] for at_once in (None, 1))
     assert in_turn.flops == together.flops and in_turn.bytes < 0.6 * together.bytes
 
 

@@ -1,22 +1,26 @@
 """What drawing costs, counted before anything is computed: floating-point operations and memory.
 
-The networks run on fake tensors, which have shapes and no values (torch._subclasses.fake_tensor): every operation is
-seen, none is carried out. Counted are operations of matrix products, convolutions and attention, as by PyTorch's own
+The networks run on fake tensors, which have shapes and no values (torch._subclasses.fake_tensor), or lie on the meta
+device themselves, which is faster: every operation is seen, none is carried out. Counted are operations of matrix products, convolutions and attention, as by PyTorch's own
 FLOP counter (a multiplication and its addition are two), and the bytes of tensors that live at the same time. What an
 allocator rounds up and a convolution borrows is not: MARGIN leaves room for it.
 """
 
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 MARGIN = 0.7  # share of the free memory that counted bytes may take
 MOST = 16  # pictures in a batch: more do not make a picture cheaper
+PARTS = ("plain", "guided", "last")
 ATEN = torch.ops.aten
 COUNTED_AS = {  # a CPU's kernels that PyTorch's counter does not know
     ATEN._scaled_dot_product_flash_attention_for_cpu: ATEN._scaled_dot_product_flash_attention,
@@ -57,6 +61,18 @@ class Counter(TorchDispatchMode):
         self.now -= self.sizes.pop(key, 0)
 
 
+class FusedAttention(TorchFunctionMode):
+    """While active, attention on the meta device is that of a fused kernel, as everywhere else, and not its formula."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))[:3]
+            if query.is_meta:
+                return ATEN._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+        return func(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class Costs:
     """Of drawing a batch: floating-point operations, and bytes beyond the networks' own."""
@@ -65,35 +81,44 @@ class Costs:
     bytes: int
 
 
-def count(call):
-    """The Costs of call(), on fake tensors."""
-    with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
-        call()
+def count(call, on_meta=False):
+    """The Costs of call(), on fake tensors; on_meta: all its tensors are on the meta device already."""
+    with nullcontext() if on_meta else FakeTensorMode(allow_non_fake_inputs=True):
+        with FusedAttention(), Counter() as counter:
+            call()
     return Costs(counter.flops, counter.peak)
 
 
-def costs_of(pipe, condition, latents, n_steps, n_guided, guidance, decoded_at_once=None):
-    """The Costs of drawing B pictures from latents (B, C, h, w) and condition (B, T, D) in n_steps, n_guided of them
-    guided, with `guidance` (terms, grad, x0, decoder; arguments of the pipeline). Without self-attention guidance."""
+def parts_of(pipe, condition, latents, guidance, decoded_at_once=None, wanted=PARTS):
+    """The Costs of a plain step, a guided one and the last decoding of B pictures: {part: Costs} of those wanted.
+
+    condition: (B, T, D); latents: (B, C, h, w); guidance: terms, grad, x0, decoder, as the pipeline takes them; without
+    terms, no guided part. Self-attention guidance is not counted.
+    """
     t = pipe.scheduler.config.num_train_timesteps // 2
     context = torch.cat([condition, condition]).to(pipe.unet.dtype)
 
-    @torch.no_grad()
     def plain():
         pipe.predict_noise(latents, t, context)
 
-    @torch.no_grad()
     def guided():
         pipe.guidance_gradient(latents, t, context, 1.0, **guidance, decoded_at_once=decoded_at_once)
 
-    @torch.no_grad()
     def last():
         for rows in latents.split(decoded_at_once or len(latents)):
             pipe.decode(rows)
 
-    parts = [(n_steps - n_guided, plain), (n_guided, guided), (1, last)]
-    counted = [(times, count(part)) for times, part in parts if times]
-    return Costs(sum(times * costs.flops for times, costs in counted), max(costs.bytes for _, costs in counted))
+    calls = dict(zip(PARTS, (plain, guided, last), strict=True))
+    with torch.no_grad():
+        return {part: count(calls[part], latents.is_meta) for part in wanted
+                if part != "guided" or guidance["terms"]}
+
+
+def total(parts, n_steps, n_guided):
+    """The Costs of n_steps, n_guided of them guided, and the last decoding: from parts_of."""
+    times = {"plain": n_steps - n_guided, "guided": n_guided, "last": 1}
+    used = [(times[name], costs) for name, costs in parts.items() if times[name]]
+    return Costs(sum(n * costs.flops for n, costs in used), max(costs.bytes for _, costs in used))
 
 
 def largest_batch(costs_of_batch, free, step=1):

@@ -16,10 +16,8 @@ def load_guidance_decoder(name, pipe):
     name: 'full' is the pipeline's own; 'half' the same on latents averaged over 2 x 2, a fourth of the work; else a
     folder or hub id of an AutoencoderTiny (TAESD). Raises UserError when that cannot be loaded.
     """
-    if name == "full":
-        return pipe.decode
-    if name == "half":
-        return lambda latents: pipe.decode(F.avg_pool2d(latents, 2))
+    if name in ("full", "half"):
+        return guidance_decoder(name, pipe)
     from diffusers import AutoencoderTiny
 
     try:
@@ -30,7 +28,16 @@ def load_guidance_decoder(name, pipe):
     except (OSError, ValueError) as error:
         raise utils.UserError(f"--guidance_decoder {name}: could not be loaded ({str(error).splitlines()[0]}); give "
                               "full, half or the folder or hub id of an AutoencoderTiny") from error
-    tiny.requires_grad_(False).eval().to(pipe._execution_device)
+    tiny.requires_grad_(False).eval().to(pipe._execution_device, memory_format=torch.channels_last)
+    return guidance_decoder(name, pipe, tiny)
+
+
+def guidance_decoder(name, pipe, tiny=None):
+    """The decoder of a name, as load_guidance_decoder; tiny: the AutoencoderTiny, where it is one."""
+    if name == "full":
+        return pipe.decode
+    if name == "half":
+        return lambda latents: pipe.decode(F.avg_pool2d(latents, 2))
     return lambda latents: in_unit_range(tiny.decode(latents.to(tiny.dtype)).sample.to(latents.dtype))
 
 

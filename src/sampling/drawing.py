@@ -121,13 +121,13 @@ class Sampler:
 
     def costs(self, n):
         """The sampling.costs.Costs of a batch of n."""
-        from sampling.costs import costs_of
+        from sampling.costs import parts_of, total
         from sampling.pipeline import guided_steps
 
         condition, start, guidance = self.inputs_of([(0, 0)] * n)
         latents, timesteps = self.pipe.start(**start)
         guided = guided_steps(self.settings.guidance_strength, len(timesteps)) if self.guides else 0
-        return costs_of(self.pipe, condition, latents, len(timesteps), guided, guidance, self.decoded_at_once)
+        return total(parts_of(self.pipe, condition, latents, guidance, self.decoded_at_once), len(timesteps), guided)
 
     def largest_batch(self, free):
         """How many pictures fit `free` bytes: counted, and said."""
