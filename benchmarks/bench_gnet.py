@@ -1,7 +1,7 @@
 """What does GNet cost: the memory of a training step at NSD's sizes, and the time that it adds to a guided step.
 
     python benchmarks/bench_gnet.py                                  # the demo's tiny Stable Diffusion, a CPU: minutes
-    python benchmarks/bench_gnet.py --sd_model random --images 1 --rounds 1 --num_inference_steps 7   # SD 1.4's sizes
+    python benchmarks/bench_gnet.py --sd_model random --images 1 --rounds 1          # SD 1.4's sizes
 
 Memory: peak of a training step (forward, backward, update) of --voxels voxels and --train_batch images, beyond what the
 weights, gradients and moments take, with voxels in chunks (models.VoxelReadout.CHUNK); of fewer images also without.
@@ -23,7 +23,7 @@ import options
 import utils
 from bench_train import anonymous, peak_anonymous, reset_peak
 from encoding.encoder import Encoder
-from encoding.guide import BrainLoss
+from encoding.guide import BrainMeasurement
 from models import GNet, VoxelReadout, gnet_input
 from training.objectives import EncodingObjective
 from training.team import pick_precision
@@ -108,25 +108,23 @@ class BrainBench(bench_recon.Bench):
         self.encoder, self.voxels = Encoder("random", "s", gnet, np.ones(args.voxels), (), None), args.voxels
 
     def terms(self, n):
-        terms = [self.term(slice(n), self.clip)]
+        terms = super().terms(n)
         if self.with_brain:
             targets = torch.randn(n, self.voxels, device=self.device)
             weights = torch.ones(self.voxels, device=self.device)
             index = torch.arange(self.voxels, device=self.device)
-            terms.append(BrainLoss(self.encoder, index, {"all": slice(0, self.voxels)}, weights, targets, kappa=1.0))
+            terms.append(BrainMeasurement(self.encoder, index, {"all": slice(0, self.voxels)}, weights, targets,
+                                          errors=weights, kappa=0.1))
         return terms
-
-    def ours(self, n):
-        args = self.args
-        return self.pipe(self.c[:n], list(range(n)), z=self.z[:n], strength=args.strength, terms=self.terms(n),
-                         num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
-                         guidance_strength=args.guidance_strength)
 
     @torch.no_grad()
     def guided_step(self, n):
-        latents, timesteps = self.pipe.start(list(range(n)), z=self.z[:n], strength=self.args.strength,
-                                             num_inference_steps=self.args.num_inference_steps)
-        return self.pipe.guidance_gradient(latents, timesteps[0], self.pipe.context_of(self.c[:n]), 7.5, self.terms(n))
+        flags = self.flags
+        latents, timesteps = self.pipe.start(list(range(n)), z=self.z[:n], strength=flags.strength,
+                                             num_inference_steps=flags.num_inference_steps)
+        return self.pipe.guidance_gradient(latents, timesteps[0], self.pipe.context_of(self.c[:n]), flags.cfg_scale,
+                                           self.terms(n), flags.guidance_grad, decoder=self.decoder,
+                                           decoded_at_once=self.at_once)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def get_parser():
     parser.add_argument("--num_workers", type=options.whole, default=2, metavar="N")
     parser.add_argument("--subjects", type=options.whole, nargs="+", metavar="1..8",
                         help="whose files (pretrain: 2 to 8, finetune: 1)")
+    parser.add_argument("--share", type=float, default=1.0, metavar="FRACTION", help="of images, trials and voxels")
     parser.add_argument("--folder", metavar="DIR", help="where the files are made, and kept (a temporary folder)")
     options.add_compute(parser)
     options.add_precision(parser)
@@ -89,17 +90,18 @@ def make_files(paths, args):
     paths.stimuli.mkdir(parents=True, exist_ok=True)
     for feat in features_of(args.feats):
         if args.model == "mindeye2":
-            fill(paths.feature(feat), "data", (N_IMAGES, int(np.prod(SHAPES[feat]))), "f2")
+            fill(paths.feature(feat), "data", (int(N_IMAGES * args.share), int(np.prod(SHAPES[feat]))), "f2")
         elif not paths.components(feat).exists():
-            write_coefficients(paths, feat)
-    rng = np.random.default_rng(0)
+            write_coefficients(paths, feat, int(N_IMAGES * args.share))
+    rng, n_images, per_session = np.random.default_rng(0), int(N_IMAGES * args.share), int(TRIALS * args.share)
     for subj in tqdm(args.subjects, desc="betas and shards", unit="subject"):
         name = f"subj{subj:02d}"
-        n_trials, n_voxels, *_ = sources.PUBLISHED[name]
+        n_trials, n_voxels = options.SESSIONS[name] * per_session, int(sources.PUBLISHED[name][1] * args.share)
         fill(paths.betas(name), "betas", (n_trials, n_voxels), "f4")
-        images = rng.permutation(np.repeat(rng.choice(N_IMAGES, n_trials // 3, replace=False), 3))
-        for session in range(options.SESSIONS[name]):
-            write_shard(paths.data_path / f"wds/{name}/train/{session}.tar", subj, session, images)
+        images = np.repeat(rng.choice(n_images, -(-n_trials // 3), replace=False), 3)
+        trials = rng.permutation(images)[:n_trials].reshape(-1, per_session)  # of each session
+        for session, shown in enumerate(trials):
+            write_shard(paths.data_path / f"wds/{name}/train/{session}.tar", subj, session, shown)
 
 
 def features_of(feats):
@@ -130,26 +132,26 @@ def drop_from_cache(path):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def write_coefficients(paths, feat):
+def write_coefficients(paths, feat, n_images):
     """Write components of a feature: coefficients of every image, as noise; the basis, which no training reads, is 0.
     """
     width, variances = int(np.prod(SHAPES[feat])), (1 / np.arange(1, K + 1)).astype(np.float32)
     fit = Fit(np.zeros(width, np.float32), np.zeros((K, width), np.float32), variances, float(variances.sum()), 20000)
-    create_file(paths, feat, fit, N_IMAGES, SHAPES[feat], {"source": "noise", "seed": 0, "wanted": K})
+    create_file(paths, feat, fit, n_images, SHAPES[feat], {"source": "noise", "seed": 0, "wanted": K})
     with h5py.File(paths.components(feat), "r+") as file:
-        file["data"][:] = np.random.default_rng(0).standard_normal((N_IMAGES, K), np.float32) * variances**0.5
+        file["data"][:] = np.random.default_rng(0).standard_normal((n_images, K), np.float32) * variances**0.5
         file["written"][:] = 1
 
 
 def write_shard(path, subj, session, images):
+    """The shard of a session, whose trials showed these images."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    trials = np.arange(session * TRIALS, (session + 1) * TRIALS)
     with webdataset.TarWriter(str(path)) as sink:
-        for trial in trials:
+        for trial, image in enumerate(images, session * len(images)):
             behav = np.full((1, 17), -1.0)
-            behav[0, [0, 1, 2, 5, 16]] = images[trial], subj, session + 1, trial, 0
+            behav[0, [0, 1, 2, 5, 16]] = image, subj, session + 1, trial, 0
             sink.write({"__key__": f"sample{trial:09d}", "behav.npy": behav})
 
 

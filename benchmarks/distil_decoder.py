@@ -32,7 +32,7 @@ def get_parser():
     parser.add_argument("--sd_model", required=True, metavar="NAME|DIR", help="whose VAE is imitated")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the AutoencoderTiny goes")
     parser.add_argument("--width", type=options.whole, default=32, metavar="CHANNELS", help="TAESD has 64")
-    parser.add_argument("--blocks", type=options.whole, default=3, metavar="N", help="per size but the last; TAESD has 3")
+    parser.add_argument("--blocks", type=options.whole, default=3, metavar="N", help="per size but the last (TAESD: 3)")
     parser.add_argument("--steps", type=options.whole, default=2500, metavar="N")
     parser.add_argument("--batch_size", type=options.whole, default=32, metavar="IMAGES")
     parser.add_argument("--max_lr", type=float, default=2e-3, metavar="LR")
@@ -69,7 +69,7 @@ def main(argv=None):
         bar.set_postfix(mse=f"{loss.item():.4f}", refresh=False)
     with torch.no_grad():
         mse = error(tiny.eval(), pipe, read(latents, np.sort(held_out), device)).item()
-    tiny.save_pretrained(args.out)
+    tiny.half().save_pretrained(args.out)
     print(f"{args.out}: differs from the VAE by {10 * np.log10(4 / mse):.1f} dB PSNR on {len(held_out)} other latents")
 
 

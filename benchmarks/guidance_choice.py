@@ -47,8 +47,9 @@ RULES = [
     NORM,
 ]
 STEPS = [("ddim", 50), *((solver, steps) for steps in (25, 20, 16, 12, 10, 8) for solver in ("ddim", "dpm"))]
-SETS = {"rules": RULES, **{name: [{**guidance, "solver": solver, "num_inference_steps": steps} for solver, steps in STEPS]
-                           for name, guidance in (("steps", POSTERIOR), ("unguided_steps", UNGUIDED))}}
+SETS = {"rules": RULES} | {
+    name: [{**guidance, "solver": solver, "num_inference_steps": steps} for solver, steps in STEPS]
+    for name, guidance in (("steps", POSTERIOR), ("unguided_steps", UNGUIDED))}
 MEASURES = {**{name: name for name in ATTRIBUTES}, "clip_two_way": "CLIP two-way", "pixcorr": "PixCorr", "ssim": "SSIM"}
 
 
@@ -59,7 +60,7 @@ def get_parser():
     options.add_run(parser)
     parser.add_argument("--run", type=options.run, default="finetune", metavar="STAGE[:SUBJ]",
                         help="whose scores, as in recon.py")
-    for name in ("sd_model", "clip_model"):
+    for name in ("sd_model", "clip_model", "guidance_decoder"):
         parser.add_argument(f"--{name}", required=True, metavar="NAME|DIR", help="as in recon.py")
     parser.add_argument("--num_samples", type=options.whole, default=4, metavar="SAMPLES")
     parser.add_argument("--num_inference_steps", type=options.whole, default=16, metavar="STEPS")
@@ -68,7 +69,7 @@ def get_parser():
     parser.add_argument("--batch_size", type=options.whole, default=4, metavar="PICTURES")
     parser.add_argument("--what", choices=SETS, default="rules", help="which settings")
     parser.add_argument("--decoders", nargs="+", metavar="half|DIR",
-                        help="compare these --guidance_decoders (TAESDs: distil_decoder.py) instead of the settings")
+                        help="compare these --guidance_decoders with the full one")
     parser.add_argument("--table", metavar="FILE", help="where the markdown goes (printed only)")
     parser.add_argument("--figure", metavar="FILE", help="a plot of each measure against the posterior rule's strength")
     return parser
@@ -78,16 +79,15 @@ def main(argv=None):
     args = get_parser().parse_args(argv)
     paths = Paths.from_args(args)
     given = [name for name in ("root", "subj", "hidden_dim", "num_sessions", "tag", "run", "sd_model", "clip_model",
-                               "num_samples", "num_inference_steps", "cfg_scale", "strength", "batch_size")
+                               "guidance_decoder", "num_samples", "num_inference_steps", "cfg_scale", "strength",
+                               "batch_size")
              if getattr(args, name) != ""]
     same = [word for name in given for word in (f"--{name}", str(getattr(args, name)))]
     attributes = paths.root / "demo_attributes.json"
     truths = load_json(attributes, kind=list) if attributes.exists() else None
     settings, tables = SETS[args.what], []
     if args.decoders:
-        rules = POSTERIOR, RAW, NORM
-        settings = [UNGUIDED, *rules]
-        settings += [{**rule, "guidance_decoder": name} for name in args.decoders for rule in rules]
+        settings = [{**POSTERIOR, "guidance_decoder": name} for name in ("full", *args.decoders)] + [UNGUIDED]
     for setting in settings:
         name = ",".join(f"{key.removeprefix('guidance_')}={str(value).replace('/', '_')}"
                         for key, value in setting.items())

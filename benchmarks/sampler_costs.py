@@ -3,10 +3,10 @@
     python benchmarks/sampler_costs.py                     # every rule, gradient, decoder and number of steps
 
 By src/sampling/costs.py, which recon.py --batch_size auto counts with, in half precision: teraFLOP of a picture, a
-multiplication and its addition being two; gigabytes of networks and of the smallest batch (1, with half and TAESD 4);
-and the largest batch for cards of 8, 16, 24 and 80 GB. Attention as PyTorch's fused kernels do it. raw and norm guide
-the first .2 of the steps, posterior .8. The last line is recon.py's default, on a card of 16 GB: its peak is that of
-its batch.
+multiplication and its addition being two; gigabytes of networks, the measurements' bases and the smallest batch (1,
+with half and TAESD 4); and the largest batch for cards of 8, 16, 24 and 80 GB. Attention is that of PyTorch's fused
+kernels. raw and norm guide the first .2 of the steps, posterior .8. The last line is recon.py's default, on a card of
+16 GB: its peak is that of its batch.
 """
 
 import json
@@ -22,11 +22,11 @@ from diffusers import AutoencoderTiny
 import options
 import recon
 import utils
-from bench_recon import LAYERS, random_sd14
+from bench_recon import COMPONENTS, LAYERS, random_sd14
 from models import ClipFeatures
 from sampling.costs import largest_batch, parts_of, total
 from sampling.decoders import decoded_at_once, guidance_decoder
-from sampling.guidance import ClipFeatureLoss
+from sampling.measurements import ClipMeasurements, Measurement
 from sampling.pipeline import guided_steps
 from sampling.solvers import timesteps_of
 
@@ -34,6 +34,7 @@ CARDS = (8, 16, 24, 80)  # GB
 CONTEXT = 0.6  # GB that CUDA itself takes
 STEPS = (50, 25, 20, 16, 12)
 DECODERS = ("full", "half", "taesd")
+F = 50 * 768  # numbers of a layer of CLIP
 GB = 1e9
 
 
@@ -69,8 +70,13 @@ class Bench:
             clip.set_attn_implementation("sdpa")
             self.tiny = AutoencoderTiny().half().requires_grad_(False)  # its defaults are TAESD's sizes
             self.pipe, self.clip = pipe, ClipFeatures(clip, LAYERS).to("meta")
+            self.measurements = ClipMeasurements(self.clip, {k: Measurement(
+                torch.zeros(F), torch.zeros(COMPONENTS, F), torch.zeros(COMPONENTS), torch.zeros(1, COMPONENTS))
+                for k in LAYERS})
         networks = [pipe.unet, pipe.vae, pipe.text_encoder, self.clip, self.tiny]
-        self.weights = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
+        kept = [*(p for network in networks for p in network.parameters()),
+                *(found.basis for found in self.measurements.measurements.values())]
+        self.weights = sum(tensor.numel() * tensor.element_size() for tensor in kept)
         self.unguided, self.guided = {}, {}
 
     def parts(self, grad, name, n):
@@ -81,9 +87,8 @@ class Bench:
             if (n, at_once) not in self.unguided:
                 self.unguided[n, at_once] = parts_of(self.pipe, *given, dict(terms=[]), at_once)
             if grad and (grad, name, n) not in self.guided:
-                term = ClipFeatureLoss(self.clip, {k: torch.zeros(n, 50, 768) for k in LAYERS})
                 decoder = guidance_decoder(name, self.pipe, self.tiny)
-                guidance = dict(terms=[term], grad=grad, x0="cond", decoder=decoder)
+                guidance = dict(terms=[self.measurements.term([0] * n)], grad=grad, x0="cond", decoder=decoder)
                 self.guided[grad, name, n] = parts_of(self.pipe, *given, guidance, at_once, ["guided"])
         return self.unguided[n, at_once] | (self.guided[grad, name, n] if grad else {})
 

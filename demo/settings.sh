@@ -10,7 +10,7 @@ export ROOT SUBJ=1 HF_HUB_OFFLINE=1
 
 # features.sh: the models that stand in for Stable Diffusion and CLIP
 export FEATURES_FLAGS="--sd_model models/sd --clip_model models/clip --components 256"
-export CHECK_DATA_FLAGS="--sd_model models/sd --clip_model models/clip --eval_clip models/clip"
+export CHECK_DATA_FLAGS="--sd_model models/sd --clip_model models/clip --guidance_decoder models/taesd --eval_clip models/clip"
 
 # train.sh: the decoders' width; a small world is read without further processes
 export TRAIN_FLAGS="--hidden_dim 512 --num_workers 0"
@@ -20,8 +20,8 @@ export TRAIN_GNET_FLAGS="--num_epochs 8 --batch_size 32"
 export SCORE_FLAGS="--hidden_dim 512"
 
 # recon.sh: steps, CFG and where z starts were chosen on this world's validation images; guidance is the default
-export RECON_FLAGS="--hidden_dim 512 --sd_model models/sd --clip_model models/clip --num_inference_steps 12
-    --cfg_scale 5 --strength 0.6"
+export RECON_FLAGS="--hidden_dim 512 --sd_model models/sd --clip_model models/clip --guidance_decoder models/taesd
+    --num_inference_steps 12 --cfg_scale 5 --strength 0.6"
 
 # evaluate.sh: the pictures of recon.sh, and the CLIP that judges
 export EVALUATE_FLAGS="--hidden_dim 512 --eval_clip models/clip"

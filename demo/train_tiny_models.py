@@ -8,8 +8,9 @@ loaded by the same from_pretrained calls. The training scenes come from a seed t
     python demo/train_tiny_models.py --stage card          # measure, and write demo/models/README.md
 
 Stage gnet trains subject 1's brain encoding model, by the pipeline itself and on mini-NSD, which must be there
-(make_mini_nsd.py). Each other stage continues from its last checkpoint in --workdir and exports to --outdir when it is
-done. --init FOLDER starts from the weights of other such models wherever a tensor's name and shape agree.
+(make_mini_nsd.py), and stage taesd the small decoder of the VAE's latents, on its features (demo.sh). Each other stage
+continues from its last checkpoint in --workdir and exports to --outdir when it is done. --init FOLDER starts from the
+weights of other such models wherever a tensor's name and shape agree.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +41,7 @@ SIZE = 64  # image side, pixels
 TOKENS = 24  # text length; the longest sentence has 21 words
 N_CAPTIONS = 5  # captions of an image that are averaged into c
 TEXT_STEPS = 1530  # the text tower is locked after so many steps of CLIP (Zhai et al. 2022): then the UNet can start
-STAGES = ("vae", "decoder", "clip", "unet", "judge", "gnet", "card")
+STAGES = ("vae", "decoder", "clip", "unet", "judge", "gnet", "taesd", "card")
 TRAIN_SEED, HELD_OUT_SEED = 1_000_001, 1_000_002  # mini-NSD draws from other seeds
 
 
@@ -63,8 +65,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
-    stages = dict(zip(STAGES, (train_vae, train_decoder, train_clip, train_unet, train_judge, train_gnet, write_card),
-                      strict=True))
+    stages = dict(zip(STAGES, (train_vae, train_decoder, train_clip, train_unet, train_judge, train_gnet, train_taesd,
+                               write_card), strict=True))
     for stage in STAGES if args.stage == "all" else (args.stage,):
         stages[stage](args)
 
@@ -441,6 +443,12 @@ def train_gnet(args):
     torch.save(state, folder / "best.pth")
 
 
+def train_taesd(args):
+    """A TAESD of the VAE's decoder, as Stable Diffusion has one; its encoder, which nothing uses, is not trained."""
+    subprocess.run([sys.executable, "benchmarks/distil_decoder.py", "--root", HERE, "--sd_model", args.outdir / "sd",
+                    "--out", args.outdir / "taesd", "--width", "24", "--blocks", "2"], cwd=HERE.parent, check=True)
+
+
 # --- the model card -----------------------------------------------------------------------------------------------
 
 
@@ -477,6 +485,7 @@ def write_card(args, n=400):
         f"`clip/`: vision tower (12 blocks, 17 tokens x 96) and text tower (4 blocks, {TOKENS} tokens x 64).",
         "`judge.safetensors`: the network of `demo/judge.py`.",
         "`gnet_subj01/`: GNet of subject 1 of the default world.",
+        "`taesd/`: a small decoder of the VAE's latents, for guidance.",
     ]
     (args.outdir / "README.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

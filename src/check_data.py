@@ -20,6 +20,8 @@ import utils
 from disk.names import Paths
 from nsd import sources
 
+WEIGHTS = {"sd": "sd_model", "taesd": "guidance_decoder", "clip": "clip_model", "eval_clip": "eval_clip"}  # group: flag
+
 
 def get_parser():
     parser = options.Parser(__doc__)
@@ -34,6 +36,7 @@ def get_parser():
     parser.add_argument("--model", choices=options.MODELS, default="components",
                         help="what will be trained; mindeye2 needs no components")
     parser.add_argument("--sd_model", default=sources.SD_MODEL, metavar="NAME|DIR")
+    parser.add_argument("--guidance_decoder", default=sources.TAESD, metavar="full|half|NAME|DIR")
     parser.add_argument("--clip_model", default=sources.CLIP_MODEL, metavar="NAME|DIR")
     parser.add_argument("--eval_clip", default=sources.EVAL_CLIP, metavar="NAME|DIR")
     parser.add_argument("--deep", action="store_true", help="read every value: finds NaN and rows never written")
@@ -45,7 +48,7 @@ def main(argv=None):
     from nsd import checks
 
     world = checks.World(Paths.from_args(args))
-    for flag in ("sd_model", "clip_model", "eval_clip"):
+    for flag in WEIGHTS.values():
         setattr(args, flag, world.paths.model(getattr(args, flag)))
     if nothing_is_there(world.paths, args.subjects, args.stages):
         everyone = args.subjects == sources.SUBJECTS
@@ -105,9 +108,9 @@ def everything_to_look_at(world, args):
             yield f"old test trials: {subj}", mend, partial(checks.look_at_old_test, world, subj)
         if "masks" in groups:
             yield f"regions: {subj}", download("masks rois", subj=subj), partial(checks.look_at_masks, paths, subj)
-    for group, flag in (("sd", "sd_model"), ("clip", "clip_model"), ("eval_clip", "eval_clip")):
+    for group, flag in WEIGHTS.items():
         name = getattr(args, flag)
-        if group in groups and name != "none":
+        if group in groups and name not in ("none", "full", "half"):
             mend = f"give --{flag} a folder written by save_pretrained" if Path(name).is_dir() else \
                 f"bash scripts/download.sh --what {group}"
             yield f"weights: {group}", mend, partial(checks.look_at_weights, group, name)

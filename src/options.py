@@ -227,9 +227,9 @@ def add_compute(parser):
     parser.add_argument("--seed", type=seed, default=42, metavar="N")
 
 
-def add_precision(parser):
+def add_precision(parser, on_gpu="bf16 on a GPU that has it, else fp16"):
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-                        help="of matrix products; auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16")
+                        help=f"of matrix products; auto: fp32 on a CPU, {on_gpu}")
 
 
 def add_tracking(parser):

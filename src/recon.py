@@ -101,7 +101,7 @@ def get_parser():
                        help="differentiate through the UNet (xt) or only through the decoder (x0, cheaper)")
     group.add_argument("--guidance_x0", choices=options.X0S, default="cond",
                        help="the prediction the losses see: conditional, or with classifier-free guidance")
-    group.add_argument("--guidance_decoder", default="full", metavar="full|half|DIR",
+    group.add_argument("--guidance_decoder", default=sources.TAESD, metavar="full|half|NAME|DIR",
                        help="decoder for the losses: the model's own VAE, the same at half the resolution, or an "
                             "AutoencoderTiny (TAESD); how well the gradient of a cheaper one agrees is printed")
     brain = parser.add_argument_group("guidance by the brain")
@@ -112,7 +112,7 @@ def get_parser():
     brain.add_argument("--target_fmri_npy", metavar="FILE",
                        help="target responses (n, voxels), beside an image_ids.npy (default: the subject's own, "
                             "averaged over repeats, under the same --control)")
-    options.add_precision(parser)
+    options.add_precision(parser, "fp16 on a GPU")
     group.add_argument("--batch_size", type=whole_or_auto, default="auto", metavar="PICTURES|auto",
                        help="per batch on a GPU; auto: as many as fit, counted before anything is drawn (on a CPU "
                             "always as many as make up 4096 latent pixels)")
@@ -120,7 +120,7 @@ def get_parser():
                        help="keep networks in main memory between batches, and the text encoder after its one pass; a "
                             "guided step needs UNet and VAE together")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                       help="torch.compile the UNet where no gradient is taken: slower start, faster steps")
+                       help="torch.compile the UNet; with gradient, if that proves right: slower start, faster steps")
     options.add_compute(parser)
     options.add_tracking(parser)
     return parser
@@ -147,7 +147,8 @@ def main(argv=None):
 
     check_tracking(args.wandb_log)
     utils.reproducible_products()
-    team = Team.assemble(args.device, args.precision, timedelta(days=1))  # shares may take hours longer than others
+    # a process may take hours longer than others
+    team = Team.assemble(args.device, drawing_precision(args), timedelta(days=1))
     resolve_device(args, team)
 
     files = score_files(paths, args, ["c", *args.feats, *(["z"] if args.z == "scores" else [])])
@@ -243,7 +244,8 @@ def load_sampler(args, paths, scores, image_ids, team):
     pipe.set_progress_bar_config(desc="steps", leave=False, disable=not team.is_main)
     guided = args.feats or args.use_gnet
     if guided and args.guidance_decoder not in ("full", "half"):
-        find_model(args.guidance_decoder, paths, "--guidance_decoder", "full or half")
+        how = sources.how_to_fetch(args.guidance_decoder)
+        find_model(args.guidance_decoder, paths, "--guidance_decoder", f"full or half{how and ', or ' + how}")
     decoder = load_guidance_decoder(args.guidance_decoder, pipe) if guided else None
     clip = [clip_guide(args, paths, scores, team.device)] if args.feats else []
     return Sampler(pipe, scores, image_ids, [*clip, *brain], decoder, Settings.of(vars(args)), team.device)
@@ -414,6 +416,12 @@ def resolve_gnet(args, paths):
     args.gnet_run = args.gnet_run or run_name("scratch", args.subj, "gnet", None)
     if args.target_fmri_npy:
         args.target_fmri_npy = str(paths.find(args.target_fmri_npy))
+
+
+def drawing_precision(args):
+    """--precision, where auto on a GPU is fp16: what is drawn in it is nearer to float32 than in bf16, by far."""
+    on_gpu = utils.pick_device(args.device).type == "cuda"
+    return "fp16" if args.precision == "auto" and on_gpu else args.precision
 
 
 def resolve_device(args, team):

@@ -1,6 +1,8 @@
 """The benchmarks run, and the pictures of the fast sampler are those of the published procedure rendered plainly."""
 
+import importlib
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -25,21 +27,23 @@ import bench_gnet
 import bench_recon
 import distil_decoder
 import gnet_guidance
+import gpu
 import guidance_choice
 import stage_costs
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = ["--images", "2", "--reference_images", "1", "--rounds", "1", "--num_inference_steps", "4",
-         "--guidance_strength", "0.5", "--batch_size", "2", "--device", "cpu"]
+SHORT = ["--images", "2", "--reference_images", "1", "--rounds", "1", "--num_inference_steps", "4", "--published_steps",
+         "4", "--device", "cpu", "--guidance_decoder", "full"]
 
 
 def test_bench_recon_prints_its_ratios_and_both_samplers_draw_the_same(capsys, monkeypatch):
     """The demo's models: one image at a time, a second pass for guidance and a whole CLIP against the batch."""
-    ours, reference = (recorded(monkeypatch, bench_recon.Bench, name) for name in ("ours", "reference"))
+    monkeypatch.setattr("sampling.pipeline.CPU_BATCH", 2 * 16 * 16)
+    ours, reference = (recorded(monkeypatch, bench_recon.Bench, name) for name in ("published", "reference"))
     bench_recon.main(SHORT)
     printed = capsys.readouterr().out
     assert "a/c = " in printed and "a/b = " in printed and "decoder with gradient" in printed
-    assert "3 steps of which 2 guided" in printed
+    assert "posterior, ddim, gradient xt through full, 3 steps of which 2 guided" in printed
     assert len(ours[-1]) == 2 and ours[-1].std() > 0.05
     torch.testing.assert_close(ours[-1], reference[-1], atol=1e-5, rtol=0)
 
@@ -166,3 +170,35 @@ def test_the_gain_of_guidance_is_paired_and_its_figure_is_drawn(tmp_path):
     assert np.isfinite(guidance_choice.gain_of("second", guided, plain)).all()
     guidance_choice.plot({0: plain, 1: guided, 10: guided}, tmp_path / "figure.png")
     assert min(Image.open(tmp_path / "figure.png").size) > 400
+
+
+@pytest.mark.parametrize("tiny", [True, False])
+def test_gpu_sh_gives_flags_that_its_benchmarks_have(tiny):
+    for script, flags in [call for calls in gpu.stages(tiny).values() for call in calls if call[0] != "demo"]:
+        importlib.import_module(script.removesuffix(".py")).get_parser().parse_args([*flags, "--device", "cpu"])
+
+
+def test_gpu_sh_writes_its_page_stage_by_stage(tmp_path, monkeypatch, capsys):
+    """At tiny sizes, in this process, the two benchmarks that no other test runs."""
+    def call(script, flags, seconds):
+        capsys.readouterr()
+        few = ["--feats", "c"] if script == "bench_train.py" else ["--images", "1"]
+        importlib.import_module(script.removesuffix(".py")).main([*flags, *few])
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(gpu, "call", call)
+    page = tmp_path / "page.md"
+    gpu.main(["--tiny", "--device", "cpu", "--out", str(page), "--only", "agreement", "train"])
+    text = page.read_text()
+    assert "## agreement: `bench_precision.py" in text and "fp16: cosine of the gradient" in text
+    assert "## train: `bench_train.py" in text and "waiting for data" in text
+
+
+def test_gpu_sh_ends_in_time(tmp_path):
+    """What is running is stopped, the rest is not begun, and the page says so."""
+    page = tmp_path / "page.md"
+    before = time.monotonic()
+    found = gpu.call("bench_recon.py", ["--device", "cpu"], 0.5)
+    assert "stopped: no time left" in found and time.monotonic() - before < 10
+    gpu.main(["--minutes", "0", "--device", "cpu", "--out", str(page)])
+    assert page.read_text().count("not run: no time left") == sum(map(len, gpu.stages(False).values()))

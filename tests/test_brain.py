@@ -51,7 +51,7 @@ def draw(paths, models, outdir, *flags):
     """Run recon.py on the four test images; returns its exit status."""
     words = ["--root", paths.root, "--sd_model", models[0], "--clip_model", models[1], "--num_sessions", 3, "--feats",
              "g_2", "g_4", "--num_inference_steps", 4, "--guidance_strength", 0.5, "--guidance_rule", "norm", "--z",
-             "none", "--device", "cpu", "--outdir", outdir, *flags]
+             "none", "--guidance_decoder", "full", "--device", "cpu", "--outdir", outdir, *flags]
     return utils.run_cli(recon.main, [str(word) for word in words])
 
 
@@ -160,7 +160,7 @@ class Slope:
         self.direction, self.facts = direction, {}
         self.__dict__.update(more)
 
-    def __call__(self, image):
+    def __call__(self, image, rows):
         return (image * self.direction).flatten(1).sum(1)
 
 
@@ -168,19 +168,18 @@ def test_the_brain_pulls_kappa_times_as_hard_as_the_others():
     image = torch.rand(3, 3, 4, 4)
     a, b, brains = (torch.randn(3, 3, 4, 4) for _ in range(3))
     brains[2] = 0  # has stopped
-    log = []
-    found = guidance_pull(image, [Slope(a), Slope(brains, relative=True, kappa=0.7), Slope(b)], log)
+    found, facts = guidance_pull(image, [Slope(a), Slope(brains, relative=True, kappa=0.7), Slope(b)])
     g = a + b
     for row in range(2):
         wanted = g[row] + 0.7 * g[row].norm() / brains[row].norm() * brains[row]
         torch.testing.assert_close(found[row], wanted)
         cosine = (g[row] * brains[row]).sum() / g[row].norm() / brains[row].norm()
-        torch.testing.assert_close(log[0]["cosine"][row], cosine)
-        torch.testing.assert_close(log[0]["norm_clip"][row], g[row].norm())
+        torch.testing.assert_close(facts["cosine"][row], cosine)
+        torch.testing.assert_close(facts["norm_clip"][row], g[row].norm())
     assert torch.equal(found[2], g[2])
-    alone = guidance_pull(image, [Slope(brains, relative=True, kappa=0.7)])
+    alone, _ = guidance_pull(image, [Slope(brains, relative=True, kappa=0.7)])
     torch.testing.assert_close(alone, brains)  # as it is
-    measured = guidance_pull(image, [Slope(a), Slope(brains, relative=False, kappa=0.7)])
+    measured, _ = guidance_pull(image, [Slope(a), Slope(brains, relative=False, kappa=0.7)])
     torch.testing.assert_close(measured, a + 0.7 * brains)  # in one unit
 
 

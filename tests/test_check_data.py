@@ -56,7 +56,8 @@ def write_feature(paths, feat, rows):
 def examine(paths, capsys, *flags):
     """Exit status and lines of the table."""
     words = ["--root", str(paths.root), "--subj", "1", "3", "--feats", *FEATS, "--sd_model", str(MODELS / "sd"),
-             "--clip_model", str(MODELS / "clip"), "--eval_clip", str(MODELS / "clip"), *flags]
+             "--clip_model", str(MODELS / "clip"), "--guidance_decoder", str(MODELS / "taesd"), "--eval_clip",
+             str(MODELS / "clip"), *flags]
     capsys.readouterr()
     try:
         status = utils.run_cli(check_data.main, words)

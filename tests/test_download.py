@@ -72,7 +72,8 @@ def site(world):
     bucket = {f"/{name}": content for name, content in files_under(world.root).items()
               if name.startswith(("nsddata/", "nsddata_stimuli/")) and "annotations" not in name}
     weights = {name: files_under(REPO / f"demo/models/{folder}") for name, folder in
-               ((sources.SD_MODEL, "sd"), (sources.CLIP_MODEL, "clip"), (sources.EVAL_CLIP, "clip"))}
+               ((sources.SD_MODEL, "sd"), (sources.TAESD, "taesd"), (sources.CLIP_MODEL, "clip"),
+                (sources.EVAL_CLIP, "clip"))}
     weights[sources.SD_MODEL]["unet/diffusion_pytorch_model.bin"] = b"the same weights once more"
     return Site({**bucket, f"/{sources.COCO_CAPTIONS}": coco_archive(world)},
                 {HUB: {**files_under(world.data_path), "evals/all_images.pt": b"not needed"}, **weights})

@@ -22,7 +22,7 @@ import utils
 from shared import built_once
 
 REPO = Path(__file__).resolve().parent.parent
-SD, CLIP = REPO / "demo/models/sd", REPO / "demo/models/clip"
+SD, CLIP, TAESD = (REPO / "demo/models" / name for name in ("sd", "clip", "taesd"))
 NAMED = ["--hidden_dim", 32, "--num_sessions", 2]  # what names a run
 SMALL = ["--n_blocks", 1, "--batch_size", 42, "--num_workers", 0, "--num_epochs", 1]
 FEATS = "c z g_2 g_6"
@@ -75,8 +75,8 @@ def root(small_nsd, tmp_path_factory):
 
 
 def recon(run, root, *flags):
-    return run("recon", root, *NAMED, "--sd_model", SD, "--clip_model", CLIP, "--feats", "g_2", "g_6",
-               "--num_inference_steps", 5, "--limit", 3, "--batch_size", 2, *flags)
+    return run("recon", root, *NAMED, "--sd_model", SD, "--clip_model", CLIP, "--guidance_decoder", TAESD, "--feats",
+               "g_2", "g_6", "--num_inference_steps", 5, "--limit", 3, "--batch_size", 2, *flags)
 
 
 def test_runs_leave_weights_settings_and_metrics(root):

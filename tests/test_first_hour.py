@@ -34,7 +34,8 @@ SIZES = {"hidden_dim": 8, "num_sessions": 3, "tag": "", "run": "finetune", "head
          "test_split": "new_test", "repeats": "mean", "subj": "subj01"}
 SHAPES = {"c": (TOKENS, WIDTH), "g_2": (5, 12), "z": (4, LATENT, LATENT)}
 FLAGS = ["--hidden_dim", "8", "--num_sessions", "3"]
-DRAW = ["--guidance_rule", "raw", *FLAGS, "--feats", "g_2", "--z", "none", "--sd_model", "SD", "--clip_model", "CLIP"]
+DRAW = ["--guidance_rule", "raw", "--guidance_decoder", "full", *FLAGS, "--feats", "g_2", "--z", "none", "--sd_model",
+        "SD", "--clip_model", "CLIP"]
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +242,7 @@ OUR_LINES = [
     r"(reconstructed|control: [a-z ]+|ceiling: [\w ]+?)(  +(-|-?[\d.]+))+",
     r"(control|ceiling|baseline): .*: not measured, .*", r"n = \d+: intervals and ranks .*",
     r"evaluate with  bash scripts/evaluate.sh --images ROOT/\S+ .*",
+    r"--guidance_decoder .*: cosine of its gradient with the full decoder's 0.\d+ .*",
     r"evaluate with  bash scripts/evaluate.sh  # of the reconstructions: .*",
 ]
 
@@ -261,7 +263,8 @@ def test_score_recon_and_evaluate_say_nothing_but_our_lines(pristine_nsd, tmp_pa
     drawn = ["--run", "ground_truth", "--guidance_scale", "300"]
     runs = [("score_c", ["--ground_truth"]), ("score_g", ["--ground_truth", "--feat", "g_2"]),
             ("recon", [*drawn, "--guidance_rule", "raw", "--feats", "g_2", "--z", "none", "--sd_model", models / "sd",
-                       "--clip_model", models / "clip", "--num_inference_steps", 2, "--limit", 2]),
+                       "--clip_model", models / "clip", "--guidance_decoder", models / "taesd",
+                       "--num_inference_steps", 2, "--limit", 2]),
             ("evaluate", [*drawn, "--eval_clip", models / "clip"])]
     runs = [(script, [str(word) for word in ("--root", root, "--num_sessions", 3, *words)]) for script, words in runs]
     program = "\n".join(["import evaluate, recon, score_c, score_g, utils", *(

@@ -80,8 +80,8 @@ def run(root, models, *flags):
 
 def words(root, models, *flags):
     """The command line of a small run."""
-    found = ["--root", root, "--sd_model", models[0], "--clip_model", models[1], "--num_inference_steps", 4,
-             "--feats", "g_2", "g_4", "--device", "cpu", "--batch_size", 2, "--z", "none",
+    found = ["--root", root, "--sd_model", models[0], "--clip_model", models[1], "--guidance_decoder", "full",
+             "--num_inference_steps", 4, "--feats", "g_2", "g_4", "--device", "cpu", "--batch_size", 2, "--z", "none",
              "--guidance_rule", "raw", *flags]  # random scores are no measurements: they have no errors
     return [str(word) for word in found]
 

@@ -472,7 +472,8 @@ def test_half_precision_networks_sample_and_guide(pipe, folder, condition, dtype
     image = half(condition, IDS, **settings)
     assert image.dtype == torch.float32 and torch.isfinite(image).all()
     with torch.no_grad():
-        found, exact = (p.guidance_gradient(*starting(p, condition), 7.5, [lambda image, rows: 1e-5 * redness(image)])[2]
+        terms = [lambda image, rows: 1e-5 * redness(image)]
+        found, exact = (p.guidance_gradient(*starting(p, condition), 7.5, terms)[2]
                         for p in (half, pipe))
     assert (torch.cosine_similarity(found.flatten(1), exact.flatten(1)) > 0.99).all()
     torch.testing.assert_close(found.norm(), exact.norm(), rtol=0.03, atol=0)

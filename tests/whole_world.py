@@ -46,8 +46,8 @@ FLAGS = {
     score_g: [*SCORED, "--feat", "g_2", "--overwrite"],
     score_z: [*SCORED, "--overwrite"],
     score_gnet: ["--device", "cpu", "--overwrite"],
-    recon: [*SCORED, "--sd_model", "SD", "--clip_model", "CLIP", "--feats", "g_2", "--num_inference_steps", 2,
-            "--guidance_rule", "raw", "--guidance_scale", 300, "--guidance_strength", 0.5],
+    recon: [*SCORED, "--sd_model", "SD", "--clip_model", "CLIP", "--feats", "g_2", "--guidance_decoder", "full",
+            "--num_inference_steps", 2, "--guidance_rule", "raw", "--guidance_scale", 300, "--guidance_strength", 0.5],
     evaluate: [*SCORED, "--eval_clip", "none", "--no-controls", "--guidance_scale", 300, "--guidance_strength", 0.5],
     convert_gnet: [],
 }

@@ -256,10 +256,9 @@ def look_at_weights(group, name):
     from safetensors import SafetensorError, safe_open
 
     is_folder = Path(name).is_dir()
-    needed = ["config.json", "model.safetensors"] if group != "sd" else [
-        "model_index.json", "tokenizer/tokenizer_config.json", "text_encoder/config.json",
-        "text_encoder/model.safetensors", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
-        "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+    needed = {"sd": ["model_index.json", "tokenizer/tokenizer_config.json", "text_encoder/config.json",
+                     "unet/config.json", "vae/config.json", *sources.SD_WEIGHTS],
+              "taesd": sources.TAESD_FILES}.get(group, ["config.json", "model.safetensors"])
     for wanted in needed:
         older = re.sub(r"(pytorch_)?model\.safetensors$", "pytorch_model.bin", wanted)  # from before safetensors
         found = [Path(name) / file if is_folder else try_to_load_from_cache(name, file) for file in (wanted, older)]

@@ -13,6 +13,7 @@ NSD_URL = "https://natural-scenes-dataset.s3.amazonaws.com"
 COCO_URL = "http://images.cocodataset.org"
 COCO_CAPTIONS = "annotations/annotations_trainval2017.zip"
 SD_MODEL = "CompVis/stable-diffusion-v1-4"
+TAESD = "madebyollin/taesd"  # a decoder of its latents, of a hundredth of the work
 CLIP_MODEL, EVAL_CLIP = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
 # of a model's repository, what from_pretrained reads (not the same weights again in other formats)
 SD_FILES = ["model_index.json", "scheduler/*.json", "tokenizer/*", "text_encoder/config.json", "unet/config.json",
@@ -22,6 +23,7 @@ SD_WEIGHTS = {  # the same as PyTorch's pickles, which some repositories have in
     "text_encoder/model.safetensors": "text_encoder/pytorch_model.bin",
     "unet/diffusion_pytorch_model.safetensors": "unet/diffusion_pytorch_model.bin",
     "vae/diffusion_pytorch_model.safetensors": "vae/diffusion_pytorch_model.bin"}
+TAESD_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 CLIP_FILES = ["config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin"]
 
 GROUPS = {  # name: what it is
@@ -34,6 +36,7 @@ GROUPS = {  # name: what it is
     "rois": "NSD's own volumes of them, to check the masks against",
     "gnet": "the published brain encoding model",
     "sd": "Stable Diffusion v1.4",
+    "taesd": "a small decoder of its latents, for guidance",
     "clip": "CLIP ViT-B/32, for g",
     "eval_clip": "CLIP ViT-L/14, the judge",
 }
@@ -44,7 +47,7 @@ STAGES = {
     "train": ["design", "betas", "trials"],
     "gnet": ["design", "stimuli", "betas", "trials", "masks", "rois"],
     "score": ["design", "betas", "trials"],
-    "recon": ["sd", "clip"],
+    "recon": ["sd", "taesd", "clip"],
     "evaluate": ["stimuli", "betas", "trials", "masks", "rois", "eval_clip"],
 }
 # published facts of NSD as MindEye2 prepared it: {subject: (trials, voxels, new_test trials, test trials)}
@@ -124,5 +127,6 @@ def how_to_fetch(model):
 
 def weights_of(group):
     """Return (repository, patterns of its files) of a group of weights on the hub; None of any other group."""
-    weights = {"sd": (SD_MODEL, SD_FILES), "clip": (CLIP_MODEL, CLIP_FILES), "eval_clip": (EVAL_CLIP, CLIP_FILES)}
+    weights = {"sd": (SD_MODEL, SD_FILES), "taesd": (TAESD, TAESD_FILES), "clip": (CLIP_MODEL, CLIP_FILES),
+               "eval_clip": (EVAL_CLIP, CLIP_FILES)}
     return weights.get(group)

@@ -1,9 +1,10 @@
 """What drawing costs, counted before anything is computed: floating-point operations and memory.
 
 The networks run on fake tensors, which have shapes and no values (torch._subclasses.fake_tensor), or lie on the meta
-device themselves, which is faster: every operation is seen, none is carried out. Counted are operations of matrix products, convolutions and attention, as by PyTorch's own
-FLOP counter (a multiplication and its addition are two), and the bytes of tensors that live at the same time. What an
-allocator rounds up and a convolution borrows is not: MARGIN leaves room for it.
+device themselves, which is faster: every operation is seen, none is carried out. Counted are operations of matrix
+products, convolutions and attention, as by PyTorch's own FLOP counter (a multiplication and its addition are two), and
+the bytes of tensors that live at the same time. What an allocator rounds up and a convolution borrows is not: MARGIN
+leaves room for it.
 """
 
 import weakref

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 
 import utils
 
-
 PIXELS_AT_ONCE = {"full": 4096}  # latent pixels that a GPU decodes at once with a graph: one picture of 64 x 64
 PIXELS_OF_CHEAPER = 16384  # by another decoder
 
@@ -19,12 +18,16 @@ def load_guidance_decoder(name, pipe):
     if name in ("full", "half"):
         return guidance_decoder(name, pipe)
     from diffusers import AutoencoderTiny
+    from diffusers.utils import logging
 
     try:
-        found = AutoencoderTiny.load_config(name).get("_class_name")
-        if found != "AutoencoderTiny":
-            raise ValueError(f"it is an {found}")
+        config = AutoencoderTiny.load_config(name)
+        if config.get("_class_name") != "AutoencoderTiny":
+            raise ValueError(f"it is an {config.get('_class_name')}")
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # its own config says something that it does not expect
         tiny = AutoencoderTiny.from_pretrained(name, torch_dtype=pipe.unet.dtype)
+        logging.set_verbosity(verbosity)
     except (OSError, ValueError) as error:
         raise utils.UserError(f"--guidance_decoder {name}: could not be loaded ({str(error).splitlines()[0]}); give "
                               "full, half or the folder or hub id of an AutoencoderTiny") from error

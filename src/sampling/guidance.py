@@ -1,7 +1,8 @@
 """What steers the drawing: losses on the picture being formed, and what a step does with their gradient.
 
-Letters: B batch, b rows of it at once, N images, H W image size, T tokens, D width; abar = alphas_cumprod[t], sigma = sqrt(1 - abar),
-eps = predicted noise, x0 = predicted clean latent. docs/method.md, "Guided sampling", derives the rules.
+Letters: B batch, b rows of it at once, N images, H W image size, T tokens, D width; abar = alphas_cumprod[t],
+sigma = sqrt(1 - abar), eps = predicted noise, x0 = predicted clean latent. docs/method.md, "Guided sampling", derives
+the rules.
 """
 
 import torch
