@@ -40,6 +40,7 @@ DEMO = Path(__file__).resolve().parent.parent / "demo" / "models"
 LAYERS = (2, 4, 6, 8, 10, 12)
 COMPONENTS = 1024  # of a layer, at most, that measure
 PUBLISHED = {"strength": 0.75, "guidance_strength": 0.2, "cfg_scale": 7.5}
+GIVEN = ("num_inference_steps", "guidance_rule", "guidance_grad", "guidance_decoder", "solver")
 SCALE = 100.0  # of the raw rule, of these features
 PARTS = ("UNet", "UNet with gradient", "decoder with gradient", "CLIP with gradient", "last decoding", "empty caption")
 
@@ -54,8 +55,8 @@ def get_parser():
     parser.add_argument("--rounds", type=options.whole, default=2, metavar="N")
     parser.add_argument("--batch_size", type=options.whole, default=4, metavar="PICTURES", help="of a and c on a GPU")
     parser.add_argument("--published_steps", type=options.whole, default=50, metavar="STEPS", help="of b")
-    for flag in ("--num_inference_steps", "--guidance_rule", "--guidance_grad", "--guidance_decoder", "--solver"):
-        parser.add_argument(flag, metavar="X", help="of a (recon.py's default)")
+    for name in GIVEN:
+        parser.add_argument(f"--{name}", metavar="X", help="of a (recon.py's default)")
     parser.add_argument("--compile", action="store_true", help="a with recon.py's --compile")
     options.add_compute(parser)
     options.add_precision(parser)
@@ -103,12 +104,8 @@ class Bench:
 
     def __init__(self, args, device, precision):
         self.args, self.device = args, device
-        self.flags = recon.get_parser().parse_args([])
-        for name in ("num_inference_steps", "guidance_rule", "guidance_grad", "guidance_decoder", "solver"):
-            if getattr(args, name) is not None:
-                setattr(self.flags, name, type(getattr(self.flags, name))(getattr(args, name)))
-        flags, rule = self.flags, recon.DEFAULTS[self.flags.guidance_rule]
-        self.scale, self.window = rule["guidance_scale"], rule["guidance_strength"]
+        given = [word for name in GIVEN if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
+        self.flags = flags = with_defaults(recon.get_parser().parse_args(given))
         if args.sd_model == "random":
             pipe, clip = random_sd14(device, precision, args.compile)
         else:
@@ -134,7 +131,7 @@ class Bench:
                                                          self.g.items()})
         self.side = image.shape[2:]
         self.steps = len(timesteps_of(pipe.scheduler, flags.num_inference_steps, flags.strength))
-        self.guided = guided_steps(self.window, self.steps)
+        self.guided = guided_steps(flags.guidance_strength, self.steps)
 
     def load_decoder(self, precision):
         """What a's losses see through."""
@@ -197,7 +194,8 @@ class Bench:
         flags = self.flags
         return self.pipe(self.c[:n], list(range(n)), z=self.z[:n], strength=flags.strength, solver=flags.solver,
                          num_inference_steps=flags.num_inference_steps, cfg_scale=flags.cfg_scale, terms=self.terms(n),
-                         rule=flags.guidance_rule, guidance_scale=self.scale, guidance_strength=self.window,
+                         rule=flags.guidance_rule, guidance_scale=SCALE if flags.guidance_rule == "raw" else
+                         flags.guidance_scale, guidance_strength=flags.guidance_strength,
                          grad=flags.guidance_grad, decoder=self.decoder, decoded_at_once=self.at_once)
 
     def published(self, n):
@@ -284,6 +282,14 @@ class Bench:
                 break
             print(f"  batch {size:3}: peak {torch.cuda.max_memory_reserved() / 1e9:.1f} GB, "
                   f"{size / seconds:.2f} images/s")
+
+
+def with_defaults(flags):
+    """recon.py's flags, with those that depend on the rule."""
+    for name, default in recon.DEFAULTS[flags.guidance_rule].items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, default)
+    return flags
 
 
 def random_sd14(device, precision, compiled=False):

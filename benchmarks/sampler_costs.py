@@ -22,7 +22,7 @@ from diffusers import AutoencoderTiny
 import options
 import recon
 import utils
-from bench_recon import COMPONENTS, LAYERS, random_sd14
+from bench_recon import COMPONENTS, LAYERS, random_sd14, with_defaults
 from models import ClipFeatures
 from sampling.costs import largest_batch, parts_of, total
 from sampling.decoders import decoded_at_once, guidance_decoder
@@ -54,7 +54,7 @@ def main(argv=None):
             found = count.settings(rule, grad, name, steps, 0.75)
             print(f"{rule:10}{grad or '':>9}{name:>9}{steps:>7}{found['tflop']:>10.1f}{found['gb']:>6.1f}" +
                   "".join(f"{found[card] or '-':>7}" for card in CARDS), flush=True)
-    flags = recon.get_parser().parse_args([])
+    flags = with_defaults(recon.get_parser().parse_args([]))
     decoder = flags.guidance_decoder if flags.guidance_decoder in DECODERS else "taesd"
     default = count.settings(flags.guidance_rule, flags.guidance_grad, decoder, flags.num_inference_steps,
                              flags.strength)

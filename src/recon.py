@@ -47,10 +47,12 @@ import utils
 from disk.names import Paths, run_name, scores_name
 from nsd import sources
 
+PUBLISHED = {"guidance_strength": 0.2, "num_inference_steps": 50, "guidance_decoder": "full"}
 DEFAULTS = {  # of flags that depend on --guidance_rule
-    "posterior": {"guidance_scale": 30.0, "guidance_strength": 0.8},
-    "raw": {"guidance_scale": 300000.0, "guidance_strength": 0.2},
-    "norm": {"guidance_scale": 0.3, "guidance_strength": 0.2},
+    "posterior": {"guidance_scale": 30.0, "guidance_strength": 0.8, "num_inference_steps": 16,
+                  "guidance_decoder": sources.TAESD},
+    "raw": {"guidance_scale": 300000.0, **PUBLISHED},
+    "norm": {"guidance_scale": 0.3, **PUBLISHED},
 }
 # what may differ between two runs that fill one folder: it does not change any picture (but on a GPU the last digits)
 FREE_OPTIONS = ("root", "data_path", "batch_size", "limit", "ids", "num_samples", "outdir", "overwrite",
@@ -85,8 +87,9 @@ def get_parser():
                        help="the CLIP that g_k comes from")
     group.add_argument("--resolution", type=options.whole, metavar="PIXELS",
                        help="side of the picture (the model's own)")
-    group.add_argument("--num_inference_steps", type=options.whole, default=50, metavar="STEPS",
-                       help="of a path from pure noise; --strength runs a part of them")
+    group.add_argument("--num_inference_steps", type=options.whole, metavar="STEPS",
+                       help="of a path from pure noise, of which --strength runs a part (by the rule: 16, 50 with raw "
+                            "and norm)")
     group.add_argument("--solver", choices=options.SOLVERS, default="ddim",
                        help="DDIM, or DPM-Solver++ (2M), of second order")
     group.add_argument("--cfg_scale", type=float, default=7.5, metavar="X", help="classifier-free guidance")
@@ -101,9 +104,10 @@ def get_parser():
                        help="differentiate through the UNet (xt) or only through the decoder (x0, cheaper)")
     group.add_argument("--guidance_x0", choices=options.X0S, default="cond",
                        help="the prediction the losses see: conditional, or with classifier-free guidance")
-    group.add_argument("--guidance_decoder", default=sources.TAESD, metavar="full|half|NAME|DIR",
+    group.add_argument("--guidance_decoder", metavar="full|half|NAME|DIR",
                        help="decoder for the losses: the model's own VAE, the same at half the resolution, or an "
-                            "AutoencoderTiny (TAESD); how well the gradient of a cheaper one agrees is printed")
+                            f"AutoencoderTiny; how well the gradient of a cheaper one agrees is printed (by the rule: "
+                            f"{sources.TAESD}, full with raw and norm)")
     brain = parser.add_argument_group("guidance by the brain")
     options.add_gnet(brain)
     brain.add_argument("--gnet_alpha", type=float, default=1.0, metavar="FRACTION",

@@ -6,7 +6,7 @@ import scipy
 import torch
 from PIL import Image
 from scipy.spatial.distance import correlation
-from scipy.stats import pearsonr
+from scipy.stats import bootstrap, pearsonr
 from skimage.color import rgb2gray
 from skimage.metrics import structural_similarity
 
@@ -127,9 +127,20 @@ def test_retrieval_draws_galleries(features):
 
 def test_bootstrap_of_a_mean_is_its_standard_error():
     values = np.random.default_rng(4).normal(size=400)
-    low, high = metrics.bootstrap_ci(lambda index: values[index].mean(), 400, draws=5000)
+    low, high = metrics.bootstrap_ci(metrics.mean_of(values), 400, draws=5000)
     error = values.std() / np.sqrt(400)
     assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.008)
+
+
+def test_bootstrap_is_scipys_and_knows_images_without_a_value():
+    values = np.random.default_rng(5).exponential(size=60)
+    for ours, theirs in ((metrics.mean_of, np.mean), (metrics.median_of, np.median)):
+        wanted = bootstrap((values,), theirs, n_resamples=20000, method="percentile", rng=1).confidence_interval
+        assert metrics.bootstrap_ci(ours(values), 60, draws=20000) == pytest.approx(tuple(wanted), abs=0.05)
+    values[::7] = np.nan
+    index = np.random.default_rng(6).integers(60, size=(2, 3, 60))
+    np.testing.assert_allclose(metrics.mean_of(values)(index), np.nanmean(values[index], axis=-1))
+    assert np.isnan(metrics.mean_of(values)(np.array([0, 7])))
 
 
 def test_bootstrap_of_pairs_never_sets_an_image_against_itself(features):
@@ -139,6 +150,7 @@ def test_bootstrap_of_pairs_never_sets_an_image_against_itself(features):
     index = np.array([0, 0, 1, 3, 3, 3, 4, 7, 8])
     naive = [table[i, j] for a, i in enumerate(index) for b, j in enumerate(index) if i != j]
     assert statistic(index) == pytest.approx(np.mean(naive))
+    assert statistic(np.stack([index, index[::-1]])) == pytest.approx([np.mean(naive)] * 2)
     assert metrics.bootstrap_ci(metrics.pair_mean_of(~np.eye(9, dtype=bool)), 9) == (1.0, 1.0)
 
 

@@ -28,17 +28,10 @@ class Measured:
             for name, values in per_image.items()}
 
     def statistic(self, name):
-        """The metric as a function of an index of images, for the bootstrap."""
+        """The metric as a function of an index (..., N) of images, for the bootstrap."""
         if name in self.tables:
             return metrics.pair_mean_of(self.tables[name])
-        average = np.median if "median" in name else np.mean
-
-        def statistic(index):
-            values = self.per_image[name][index]
-            values = values[~np.isnan(values)]  # an image without rivals in its cluster has no value there
-            return average(values) if len(values) else np.nan
-
-        return statistic
+        return (metrics.median_of if "median" in name else metrics.mean_of)(self.per_image[name])
 
 
 class Findings(NamedTuple):

@@ -190,11 +190,10 @@ def retrieval(brain, image, gallery=GALLERY, draws=DRAWS, seed=0):
 def bootstrap_ci(statistic, n, draws=1000, level=0.95, seed=0):
     """Percentile bootstrap over images: (low, high) of a statistic under drawing images with replacement.
 
-    statistic: index (n,) -> float, for instance lambda index: values[index].mean().
+    statistic: index (draws, n) -> (draws,), for instance lambda index: values[index].mean(-1).
     """
-    rng = np.random.default_rng(seed)
-    values = [statistic(rng.integers(n, size=n)) for _ in range(draws)]
-    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
+    index = np.random.default_rng(seed).integers(n, size=(draws, n))
+    low, high = np.nanquantile(statistic(index), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -216,14 +215,31 @@ def paired_ci(statistic_a, statistic_b, n, draws=1000, level=0.95, seed=0):
     return bootstrap_ci(lambda index: statistic_a(index) - statistic_b(index), n, draws, level, seed)
 
 
+def mean_of(values):
+    """The mean of drawn images' values (N,), as a statistic for `bootstrap_ci`; NaN: an image without a value."""
+    known, values = ~np.isnan(values), np.nan_to_num(values)
+
+    def statistic(index):
+        n = known[index].sum(-1)
+        return np.where(n, values[index].sum(-1) / np.maximum(n, 1), np.nan)
+
+    return statistic
+
+
+def median_of(values):
+    """As mean_of, the median; every image has a value."""
+    return lambda index: np.median(values[index], axis=-1)
+
+
 def pair_mean_of(successes):
     """The `pair_mean` of drawn images, as a statistic for `bootstrap_ci`: an image is never its own rival."""
     successes, n = np.asarray(successes, float), len(successes)
 
     def statistic(index):
-        counts = np.bincount(index, minlength=n)
-        pairs = counts.sum() ** 2 - (counts**2).sum()
-        return counts @ successes @ counts / pairs if pairs else np.nan
+        drawn = np.stack([np.bincount(row, minlength=n) for row in index.reshape(-1, n)])  # how often, (draws, N)
+        pairs = index.shape[-1] ** 2 - (drawn**2).sum(1)
+        found = np.where(pairs, (drawn @ successes * drawn).sum(1) / np.maximum(pairs, 1), np.nan)
+        return found.reshape(index.shape[:-1])
 
     return statistic
 
