@@ -55,10 +55,14 @@ def main(argv=None):
             print(f"{rule:10}{grad or '':>9}{name:>9}{steps:>7}{found['tflop']:>10.1f}{found['gb']:>6.1f}" +
                   "".join(f"{found[card] or '-':>7}" for card in CARDS), flush=True)
     flags = with_defaults(recon.get_parser().parse_args([]))
-    decoder = flags.guidance_decoder if flags.guidance_decoder in DECODERS else "taesd"
-    default = count.settings(flags.guidance_rule, flags.guidance_grad, decoder, flags.num_inference_steps,
-                             flags.strength)
+    default = count.settings(flags.guidance_rule, flags.guidance_grad, decoder_of(flags.guidance_decoder),
+                             flags.num_inference_steps, flags.strength)
     print(json.dumps({"tflop": round(default["tflop"], 1), "peak_gb": round(default["peak"], 1), "batch": default[16]}))
+
+
+def decoder_of(given):
+    """The one of DECODERS that a --guidance_decoder is."""
+    return given if given in DECODERS else "taesd"
 
 
 class Bench:

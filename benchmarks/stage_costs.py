@@ -23,15 +23,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import options
+import recon
+import sampler_costs
 import utils
-from bench_recon import random_sd14
+from bench_recon import random_sd14, with_defaults
 from models import BrainModel, Decoder, LatentModel, RidgeDecoder
 from nsd import sources
 from training.objectives import draw_prior
 from training.ridge import RIDGE_ALPHAS, decompose, solve
 
 N_IMAGES, N_TEST, CAPTIONS = sources.N_IMAGES, 1000, 5
-STEPS, GUIDED = 37, 30  # of 50 at strength .75; .8 of these
 K, TRAINED_IMAGES = 1024, 8550  # components of a feature; images of subject 1 without those that validate
 TRAINING_TRIALS = {subj: trials - test for subj, (trials, _, test, _) in sources.PUBLISHED.items()}
 FEATURES = {"c": (77, 768), "z": (4, 64, 64)} | dict.fromkeys(options.VISION_LAYERS, (50, 768))
@@ -55,8 +56,8 @@ def main(argv=None):
         for model in DEFAULTS:
             table.add(f"train {model}: all", sum(table.add(name, flops) for name, flops in training(model)))
         table.add("train ridge: subject 1, c, z and six g", sum(ridge_flops(n) for n in (1, 1, 6)))
-        for name, flops in drawing():
-            table.add(name, flops)
+    for name, flops in drawing():
+        table.add(name, flops)
 
     print(f"\n{'files':<58}{'GB':>9}{'hours':>8}")
     downloads = {"betas of eight subjects": sum(4 * n * v for n, v, *_ in sources.PUBLISHED.values()),
@@ -196,16 +197,14 @@ def seconds(call):
 
 
 def drawing():
-    """recon.py's defaults: two UNet passes a step; in a guided one a pass, the decoder and CLIP backward too."""
-    pipe, clip = random_sd14(torch.device("meta"), torch.float32)
-    latents, text, time = torch.empty(1, 4, 64, 64), torch.empty(1, 77, 768), torch.zeros(1)
-    unet = flops_of(lambda: pipe.unet(latents, time, text))
-    decode = flops_of(lambda: pipe.vae.decoder(latents))
-    seen = flops_of(lambda: clip(torch.empty(1, 3, 224, 224))) / 2
-    guided = 2 * unet + 3 * decode + 3 * seen  # beyond the step's own two passes: one of them backward
-    plain = 2 * STEPS * unet + decode
-    yield "recon: 1,000 images, unguided", N_TEST * plain
-    yield f"recon: 1,000 images, {GUIDED} of {STEPS} steps guided", N_TEST * (plain + GUIDED * guided)
+    """recon.py without guidance, with its default, and with the published rule: sampler_costs.py's counts."""
+    bench = sampler_costs.Bench()
+    for what, rule in (("unguided", None), ("default", "posterior"), ("published", "raw")):
+        flags = with_defaults(recon.get_parser().parse_args(["--guidance_rule", rule or "posterior"]))
+        decoder = sampler_costs.decoder_of(flags.guidance_decoder)
+        found = bench.settings(rule or "none", flags.guidance_grad if rule else None, decoder,
+                               flags.num_inference_steps, flags.strength)
+        yield f"recon, {what}: 1,000 images, {flags.num_inference_steps} steps", N_TEST * 1e12 * found["tflop"]
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ import distil_decoder
 import gnet_guidance
 import gpu
 import guidance_choice
+import recon
+import sampler_costs
 import stage_costs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,6 +148,16 @@ def test_the_documents_say_what_stage_costs_counts():
     assert f"{size['components'] / 1e9:.1f} GB of checkpoints; {flops / 1e15:.1f} petaFLOP" in docs["README.md"]
     assert f"by count {of_ridge / 1e12:.0f} teraFLOP for all features of subject 1" in docs["docs/method.md"]
     assert size["components"] + size["ridge"] < 6e9
+
+
+def test_the_documents_say_what_a_picture_costs():
+    """recon.py's default at Stable Diffusion 1.4's sizes, counted."""
+    bench, flags = sampler_costs.Bench(), bench_recon.with_defaults(recon.get_parser().parse_args([]))
+    decoder = sampler_costs.decoder_of(flags.guidance_decoder)
+    found = bench.settings(flags.guidance_rule, flags.guidance_grad, decoder, flags.num_inference_steps, flags.strength)
+    text = (ROOT / "benchmarks/README.md").read_text()
+    assert f"| **{found['tflop']:.1f}** | " in text and f"**{found['peak']:.1f} GB ({found[16]})** |" in text
+    assert found["tflop"] <= 35 and found["peak"] <= 12
 
 
 def test_room_for_checkpoints_is_what_they_take():
