@@ -21,7 +21,7 @@ export SCORE_FLAGS="--hidden_dim 512"
 
 # recon.sh: steps, CFG and where z starts were chosen on this world's validation images; guidance is the default
 export RECON_FLAGS="--hidden_dim 512 --sd_model models/sd --clip_model models/clip --guidance_decoder models/taesd
-    --num_inference_steps 12 --cfg_scale 5 --strength 0.6"
+    --num_inference_steps 12 --cfg_scale 5 --strength 0.5"
 
 # evaluate.sh: the pictures of recon.sh, and the CLIP that judges
 export EVALUATE_FLAGS="--hidden_dim 512 --eval_clip models/clip"
