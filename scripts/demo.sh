@@ -74,13 +74,13 @@ stage finetune "fine-tuning them on subject 1, about 20 seconds" train "c z g" f
 stage score "decoding 100 test images that no training saw, about 6 seconds" bash "$scripts/score.sh"
 stage draw_c_and_z "drawing from c alone (the right things anywhere), and from c and z (in the right place), about 30 seconds" \
     draw_c_and_z
-stage draw_g_and_brain "the same guided by g (the right looks), and by the response itself, too, about 100 seconds" \
+stage draw_g_and_brain "the same guided by g (the right looks), and by the response itself, too, about 80 seconds" \
     draw_g_and_brain
 
 stage score_controls "a null control, responses to other images, and a ceiling, true features, about 10 seconds" score_controls
-stage draw_controls "drawing both, about 45 seconds" draw_controls
+stage draw_controls "drawing both, about 30 seconds" draw_controls
 
-stage evaluate "comparing all with what was seen, about 80 seconds" bash "$scripts/evaluate.sh" \
+stage evaluate "comparing all with what was seen, about 70 seconds" bash "$scripts/evaluate.sh" \
     --images "$full" --compare "c=$c" "c+z=$cz" "c+z+g+brain=$brain" "shuffled=$shuffled" "true=$true"
 run "$PYTHON" "$ROOT/summarise.py" --root "$ROOT" --evaluated "$full" --seconds "$ROOT/seconds" --sets "c=$c" "c+z=$cz" \
     "c+z+g=$full" "c+z+g+brain=$brain" "shuffled=$shuffled" "true=$true"
