@@ -20,6 +20,7 @@ import torch
 
 import bench_recon
 import options
+import recon
 import utils
 from bench_train import anonymous, peak_anonymous, reset_peak
 from encoding.encoder import Encoder
@@ -83,7 +84,7 @@ def peak_of(call, device):
 
 def print_time(args, device):
     """Seconds of whole pictures and of guided steps, CLIP alone and with GNet."""
-    bench = BrainBench(args, device, pick_precision(args.precision, device))
+    bench = BrainBench(args, device, pick_precision(recon.drawing_precision(args), device))
     kinds, seconds, n = ("CLIP alone", "with GNet"), {}, min(args.images, bench.size)
     bench.with_brain = False
     if args.rounds > 1:

@@ -1,7 +1,7 @@
 """Is sampling as fast as its networks allow? This sampler, the published procedure rendered plainly, the floor.
 
     python benchmarks/bench_recon.py                                       # the demo's tiny models; about five minutes
-    python benchmarks/bench_recon.py --sd_model random --precision bf16              # SD 1.4's sizes, on a GPU
+    python benchmarks/bench_recon.py --sd_model random                               # SD 1.4's sizes, on a GPU
 
 In one process, on the same networks, c, z, g and noise:
   a  sampling.pipeline.GuidedPipeline with recon.py's defaults, in batches
@@ -67,7 +67,7 @@ def main(argv=None):
     args = get_parser().parse_args(argv)
     utils.reproducible_products()
     device = utils.pick_device(args.device)
-    precision = pick_precision(args.precision, device)
+    precision = pick_precision(recon.drawing_precision(args), device)
     bench = Bench(args, device, precision)
     flags = bench.flags
     print(f"{device}, {precision}, {torch.get_num_threads()} threads; {args.images} images in batches of {bench.size}, "
@@ -105,7 +105,7 @@ class Bench:
     def __init__(self, args, device, precision):
         self.args, self.device = args, device
         given = [word for name in GIVEN if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
-        self.flags = flags = with_defaults(recon.get_parser().parse_args(given))
+        self.flags = flags = recon.with_defaults(recon.get_parser().parse_args(given))
         if args.sd_model == "random":
             pipe, clip = random_sd14(device, precision, args.compile)
         else:
@@ -282,14 +282,6 @@ class Bench:
                 break
             print(f"  batch {size:3}: peak {torch.cuda.max_memory_reserved() / 1e9:.1f} GB, "
                   f"{size / seconds:.2f} images/s")
-
-
-def with_defaults(flags):
-    """recon.py's flags, with those that depend on the rule."""
-    for name, default in recon.DEFAULTS[flags.guidance_rule].items():
-        if getattr(flags, name) is None:
-            setattr(flags, name, default)
-    return flags
 
 
 def random_sd14(device, precision, compiled=False):

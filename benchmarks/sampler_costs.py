@@ -22,9 +22,9 @@ from diffusers import AutoencoderTiny
 import options
 import recon
 import utils
-from bench_recon import COMPONENTS, LAYERS, random_sd14, with_defaults
+from bench_recon import COMPONENTS, LAYERS, random_sd14
 from models import ClipFeatures
-from sampling.costs import largest_batch, parts_of, total
+from sampling.costs import largest_batch, of_batch, parts_of, total
 from sampling.decoders import decoded_at_once, guidance_decoder
 from sampling.measurements import ClipMeasurements, Measurement
 from sampling.pipeline import guided_steps
@@ -54,7 +54,7 @@ def main(argv=None):
             found = count.settings(rule, grad, name, steps, 0.75)
             print(f"{rule:10}{grad or '':>9}{name:>9}{steps:>7}{found['tflop']:>10.1f}{found['gb']:>6.1f}" +
                   "".join(f"{found[card] or '-':>7}" for card in CARDS), flush=True)
-    flags = with_defaults(recon.get_parser().parse_args([]))
+    flags = recon.with_defaults(recon.get_parser().parse_args([]))
     default = count.settings(flags.guidance_rule, flags.guidance_grad, decoder_of(flags.guidance_decoder),
                              flags.num_inference_steps, flags.strength)
     print(json.dumps({"tflop": round(default["tflop"], 1), "peak_gb": round(default["peak"], 1), "batch": default[16]}))
@@ -109,8 +109,7 @@ class Bench:
         for card in CARDS:
             free = (card - CONTEXT) * GB - self.weights
             found[card] = largest_batch(costs, free, at_once) if costs(at_once).bytes < at_once * free else 0
-        few, twice = costs(at_once).bytes, costs(2 * at_once).bytes
-        found["peak"] = (self.weights + few + (found[16] - at_once) * (twice - few) / at_once) / GB
+        found["peak"] = (self.weights + of_batch(costs, found[16], at_once).bytes) / GB
         return found
 
 

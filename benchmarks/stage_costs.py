@@ -26,7 +26,7 @@ import options
 import recon
 import sampler_costs
 import utils
-from bench_recon import random_sd14, with_defaults
+from bench_recon import random_sd14
 from models import BrainModel, Decoder, LatentModel, RidgeDecoder
 from nsd import sources
 from training.objectives import draw_prior
@@ -200,7 +200,7 @@ def drawing():
     """recon.py without guidance, with its default, and with the published rule: sampler_costs.py's counts."""
     bench = sampler_costs.Bench()
     for what, rule in (("unguided", None), ("default", "posterior"), ("published", "raw")):
-        flags = with_defaults(recon.get_parser().parse_args(["--guidance_rule", rule or "posterior"]))
+        flags = recon.with_defaults(recon.get_parser().parse_args(["--guidance_rule", rule or "posterior"]))
         decoder = sampler_costs.decoder_of(flags.guidance_decoder)
         found = bench.settings(rule or "none", flags.guidance_grad if rule else None, decoder,
                                flags.num_inference_steps, flags.strength)

@@ -349,9 +349,7 @@ def resolve(args, paths):
     Returns the folder that the pictures go to.
     """
     args.feats = sorted({feat for feat in args.feats if feat}, key=lambda feat: int(feat.removeprefix("g_")))
-    for name, default in DEFAULTS[args.guidance_rule].items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
+    with_defaults(args)
     if args.use_gnet:
         resolve_gnet(args, paths)
     elif not args.feats:
@@ -383,6 +381,14 @@ def resolve(args, paths):
     if args.compile and args.sag_scale:
         raise utils.UserError("--compile: cannot watch the UNet's attention for --sag_scale; give one of them")
     return paths.find(args.outdir) if args.outdir else paths.images_of(vars(args))
+
+
+def with_defaults(args):
+    """The flags, with those that depend on --guidance_rule filled in where they were not given."""
+    for name, default in DEFAULTS[args.guidance_rule].items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    return args
 
 
 def resolve_selection(args):

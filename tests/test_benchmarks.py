@@ -152,7 +152,7 @@ def test_the_documents_say_what_stage_costs_counts():
 
 def test_the_documents_say_what_a_picture_costs():
     """recon.py's default at Stable Diffusion 1.4's sizes, counted."""
-    bench, flags = sampler_costs.Bench(), bench_recon.with_defaults(recon.get_parser().parse_args([]))
+    bench, flags = sampler_costs.Bench(), recon.with_defaults(recon.get_parser().parse_args([]))
     decoder = sampler_costs.decoder_of(flags.guidance_decoder)
     found = bench.settings(flags.guidance_rule, flags.guidance_grad, decoder, flags.num_inference_steps, flags.strength)
     text = (ROOT / "benchmarks/README.md").read_text()

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionModel
 
 from models import ClipFeatures
-from sampling.costs import Costs, Counter, count, largest_batch, parts_of, total
+from sampling.costs import Costs, Counter, count, largest_batch, of_batch, parts_of, total
 from sampling.decoders import decoded_at_once
 from sampling.guidance import ClipFeatureLoss
 from sampling.pipeline import load_pipeline
@@ -93,6 +93,7 @@ def test_rows_in_turn_take_less_memory_and_the_same_work(pipe, clip):
 def test_the_largest_batch_fits(free, wanted):
     """Fixed 200 bytes, and 120 for each picture; 70 % of the free ones may be taken."""
     assert largest_batch(lambda n: Costs(0, 200 + 120 * n), free, 2) == wanted
+    assert of_batch(lambda n: Costs(7 * n, 200 + 120 * n), wanted, 2) == Costs(7 * wanted, 200 + 120 * wanted)
 
 
 def test_a_gpu_decodes_few_large_pictures_at_once():

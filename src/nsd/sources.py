@@ -13,7 +13,7 @@ NSD_URL = "https://natural-scenes-dataset.s3.amazonaws.com"
 COCO_URL = "http://images.cocodataset.org"
 COCO_CAPTIONS = "annotations/annotations_trainval2017.zip"
 SD_MODEL = "CompVis/stable-diffusion-v1-4"
-TAESD = "madebyollin/taesd"  # a decoder of its latents, of a hundredth of the work
+TAESD = "madebyollin/taesd"  # a decoder of its latents, of a twentieth of the work
 CLIP_MODEL, EVAL_CLIP = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
 # of a model's repository, what from_pretrained reads (not the same weights again in other formats)
 SD_FILES = ["model_index.json", "scheduler/*.json", "tokenizer/*", "text_encoder/config.json", "unet/config.json",

@@ -122,12 +122,21 @@ def total(parts, n_steps, n_guided):
     return Costs(sum(n * costs.flops for n, costs in used), max(costs.bytes for _, costs in used))
 
 
+def of_batch(costs_of_batch, n, step=1):
+    """The Costs of n pictures, from those of `step` and of twice as many (costs_of_batch: number of pictures -> Costs):
+    operations and bytes grow by the same amount with each picture more."""
+    few, twice = (costs_of_batch(size) for size in (step, 2 * step))
+
+    def grown(a, b):
+        return int(a + (n - step) * (b - a) / step)
+
+    return Costs(grown(few.flops, twice.flops), grown(few.bytes, twice.bytes))
+
+
 def largest_batch(costs_of_batch, free, step=1):
     """How many pictures to draw at once with `free` bytes: MARGIN of them at most, MOST pictures, and at least one.
 
-    costs_of_batch: number of pictures -> Costs, of which two are asked for, `step` and twice as many: bytes grow by the
-    same amount with each picture more.
+    costs_of_batch, step: as of of_batch.
     """
-    few, twice = (costs_of_batch(n).bytes for n in (step, 2 * step))
-    each = max((twice - few) / step, 1)
-    return int(min(max((MARGIN * free - few) // each + step, 1), MOST))
+    fitting = [n for n in range(1, MOST + 1) if of_batch(costs_of_batch, n, step).bytes <= MARGIN * free]
+    return max(fitting, default=1)

@@ -7,7 +7,7 @@ those of sampling.pipeline.
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -131,10 +131,11 @@ class Sampler:
 
     def largest_batch(self, free):
         """How many pictures fit `free` bytes: counted, and said."""
-        from sampling.costs import largest_batch
+        from sampling.costs import largest_batch, of_batch
 
-        size = largest_batch(self.costs, free, self.decoded_at_once or 1)
-        costs = self.costs(size)
+        counted, step = cache(self.costs), self.decoded_at_once or 1  # a count takes seconds
+        size = largest_batch(counted, free, step)
+        costs = of_batch(counted, size, step)
         print(f"a picture takes {costs.flops / size / 1e12:.3g} teraFLOP; batches of {size} take "
               f"{utils.in_bytes(costs.bytes)} beyond the networks, of {utils.in_bytes(free)} free")
         return size
