@@ -1,12 +1,14 @@
 """The metrics against numpy, scipy and scikit-image called pair by pair, and against naive loops."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy
 import torch
 from PIL import Image
 from scipy.spatial.distance import correlation
-from scipy.stats import bootstrap, pearsonr
+from scipy.stats import binomtest, bootstrap, pearsonr, rankdata
 from skimage.color import rgb2gray
 from skimage.metrics import structural_similarity
 
@@ -101,6 +103,29 @@ def test_ranks_are_positions_in_the_sorted_candidates(features):
     assert 0 < found["top1"] < 1
 
 
+def test_what_says_nothing_is_at_chance_where_the_protocol_does_not_say_otherwise():
+    """One picture for every image, as the mean image is: a tie with all rivals."""
+    rng = np.random.default_rng(7)
+    reals, same = rng.normal(size=(50, 30)), np.repeat(rng.normal(size=(1, 30)), 50, axis=0)
+    assert metrics.two_way(reals, same)["gt_to_rec"] == 0.5
+    nothing = np.zeros((50, 30))
+    assert metrics.two_way(reals, nothing) == {"rec_to_gt": 0.0, "gt_to_rec": 0.5}  # the protocol's own: a failure
+    assert metrics.ranks(reals, nothing) == {"median_rank": 25.5, "top1": pytest.approx(1 / 50),
+                                             "top5": pytest.approx(5 / 50)}
+
+
+def test_ranks_with_ties_are_scipys_and_those_of_every_order():
+    r = np.random.default_rng(8).integers(0, 3, size=(6, 6)).astype(float)
+    rank, first = metrics.ranks_of(metrics.identification(r, tie=0.5)["rec_to_gt"])
+    for i in range(6):
+        candidates = r[:, i]  # of reconstruction i
+        assert rank[i] == rankdata(-candidates)[i]
+        places = [sorted(order, key=lambda j: -candidates[j]).index(i) for order in itertools.permutations(range(6))]
+        for k in (1, 5):
+            assert first[k][i] == pytest.approx(np.mean(np.array(places) < k))
+    assert len(set(rank)) > 2 and not np.isin(first[1], (0, 1)).all()
+
+
 def test_retrieval_is_named_by_query_and_gallery():
     # brain 0 is nearest to image 0 and so is brain 1; image 1 is nearest to brain 1: directions differ
     image = np.array([[1.0, 0.0], [0.0, 1.0]])
@@ -141,6 +166,27 @@ def test_bootstrap_is_scipys_and_knows_images_without_a_value():
     index = np.random.default_rng(6).integers(60, size=(2, 3, 60))
     np.testing.assert_allclose(metrics.mean_of(values)(index), np.nanmean(values[index], axis=-1))
     assert np.isnan(metrics.mean_of(values)(np.array([0, 7])))
+
+
+def test_a_difference_without_spread_has_an_exact_interval():
+    """All right beside all wrong: a bootstrap would be certain of 100 images as of 5."""
+    n = 20
+    alike, apart = (metrics.exact_difference_ci(np.full(n, gain)) for gain in (0, 1))
+    bound = binomtest(0, n).proportion_ci(0.95).high
+    assert alike == pytest.approx((-bound, bound))
+    assert apart == pytest.approx((1 - 2 * bound, 1)) and metrics.exact_difference_ci(-np.ones(n))[0] == -1
+    rng = np.random.default_rng(0)  # it holds: two rates of .97 of the same images, drawn again and again
+    covered = total = 0
+    for _ in range(2000):
+        gain = (rng.random(n) < 0.97).astype(float) - (rng.random(n) < 0.97)
+        if (gain == gain[0]).all():
+            low, high = metrics.exact_difference_ci(gain)
+            covered, total = covered + (low <= 0 <= high), total + 1
+    assert total > 300 and covered / total > 0.95
+
+
+def test_numbers_are_written_without_a_signed_zero():
+    assert [metrics.written(value, 1) for value in (-0.04, 0.04, -0.06, 1)] == ["0.0", "0.0", "-0.1", "1.0"]
 
 
 def test_bootstrap_of_pairs_never_sets_an_image_against_itself(features):

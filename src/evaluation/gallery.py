@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from evaluation.metrics import written
 from evaluation.picture_sets import MADE, SEEN
 
 TILE, GAP, MARGIN = 136, 8, 28  # pixels
@@ -25,7 +26,7 @@ def sheet_of(title, seen, sets, results, at_most):
             at = {image_id: i for i, image_id in enumerate(pictures.image_ids)}
             rows[f"sample {k + 1}" if k else label] = [pictures.read(at[i], k) if i in at else None for i in ids]
     which = f"all {n} images" if len(ids) == n else f"{len(ids)} of {n} images, at even distances by id"
-    shown = [f"{name} {results[metric]['value']:.3f}" for metric, name in
+    shown = [f"{name} {written(results[metric]['value'])}" for metric, name in
              (("clip_two_way", "CLIP two-way"), ("pixcorr", "PixCorr"), ("ssim", "SSIM"))
              if results.get(metric, {}).get("n")]
     return contact_sheet(rows, [f"{i}" for i in ids], title, "   ·   ".join([which, *shown]))

@@ -118,10 +118,15 @@ class Scale:
         for name in measured.per_image:
             if name in other.per_image:
                 a, b = measured.statistic(name), other.statistic(name)
-                low, high = metrics.paired_ci(a, b, n, seed=self.seed)
+                gains = measured.per_image[name] - other.per_image[name]
+                if metrics.is_rate(name) and gains[0] in (-1, 0, 1) and (gains == gains[0]).all():
+                    low, high = metrics.exact_difference_ci(gains)
+                else:
+                    low, high = metrics.paired_ci(a, b, n, seed=self.seed)
                 value = float(a(np.arange(n)) - b(np.arange(n)))
                 found[name] = {"value": value, "ci_low": low, "ci_high": high, "n": n}
         return found
+
 
 class Brain(NamedTuple):
     """What judges by a subject's responses."""
@@ -163,16 +168,20 @@ def compare_features(name, real, preds, per_image, tables):
         return
     if len(real) == 1:
         return
-    found = [metrics.identification(metrics.correlations(real, pred)) for pred in preds]
-    for direction, suffix in (("rec_to_gt", ""), ("gt_to_rec", "_gt_to_rec")):  # the protocol's has the plain name
-        tables[name + suffix] = np.mean([successes[direction] for successes in found], axis=0)
-        per_image[name + suffix] = tables[name + suffix].sum(axis=1) / (len(real) - 1)
+    found = [metrics.correlations(real, pred) for pred in preds]
+    strict = [metrics.identification(r)["rec_to_gt"] for r in found]  # the protocol's, with the plain name
+    halved = [metrics.identification(r, tie=0.5) for r in found]
+    tables[name] = np.mean(strict, axis=0)
+    tables[f"{name}_gt_to_rec"] = np.mean([successes["gt_to_rec"] for successes in halved], axis=0)
+    for table in (name, f"{name}_gt_to_rec"):
+        per_image[table] = tables[table].sum(axis=1) / (len(real) - 1)
     if name == "clip_two_way":
-        rank = np.array([metrics.ranks_of(successes["rec_to_gt"]) for successes in found])  # (samples, N)
-        per_image["clip_median_rank"] = rank.mean(axis=0)
-        per_image |= {"clip_top1": (rank <= 1).mean(axis=0), "clip_top5": (rank <= 5).mean(axis=0)}
+        ranks, first = zip(*(metrics.ranks_of(successes["rec_to_gt"]) for successes in halved), strict=True)
+        per_image["clip_median_rank"] = np.mean(ranks, axis=0)
+        per_image |= {f"clip_top{k}": np.mean([shares[k] for shares in first], axis=0) for k in (1, 5)}
         clusters = metrics.clusters_of(real, round((len(real) / 2) ** 0.5))
-        per_image["clip_two_way_same_cluster"] = metrics.within_clusters(tables[name], clusters)
+        fair = np.mean([successes["rec_to_gt"] for successes in halved], axis=0)
+        per_image["clip_two_way_same_cluster"] = metrics.within_clusters(fair, clusters)
 
 
 def summarise(statistic, n, seed, shares=None):

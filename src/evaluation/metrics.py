@@ -10,6 +10,12 @@ import torch.nn.functional as F
 PIXEL_SIDE = 425  # side of NSD's stimuli, at which pixels are compared
 LOWER_IS_BETTER = ("clip_median_rank", "effnet_distance", "swav_distance")  # as evaluate.py names them
 GALLERY, DRAWS = 300, 30  # retrieval: images per gallery, galleries drawn
+TIE = 1e-9  # correlations as near as this are the same, but for rounding
+
+
+def written(value, digits=3):
+    """A number with so many digits behind the point; never -0.0."""
+    return f"{round(float(value), digits) + 0.0:.{digits}f}"
 
 
 def is_rate(metric):
@@ -85,14 +91,21 @@ def correlations(reals, preds, at_once=4096):
     return weights[0][:, None] * dots * weights[1]
 
 
-def identification(r):
-    """Say for every query and every wrong candidate whether the right candidate correlates better.
+def identification(r, tie=0.0):
+    """Say for every query and every wrong candidate whether the right candidate correlates better: 1, or 0.
 
-    r: (N, N) from `correlations`. Returns {"rec_to_gt", "gt_to_rec"}, each (N, N) bool: query i in row i, rival j in
-    column j, the diagonal False. "rec_to_gt" is the protocol's: a reconstruction is the query, true images the gallery.
+    r: (N, N) from `correlations`; tie: what one counts, correlations within TIE of each other. 0 is the protocol's,
+    and without TIE; with 0.5 a picture that says nothing is at chance. Returns {"rec_to_gt", "gt_to_rec"}, each (N, N)
+    float: query i in row i, rival j in column j, the diagonal 0. "rec_to_gt" is the protocol's: a reconstruction is
+    the query, true images the gallery.
     """
-    right = np.diag(r)
-    return {"rec_to_gt": (r < right[None, :]).T, "gt_to_rec": r < right[:, None]}
+    def wins(queries):
+        ahead = np.diag(r)[:, None] - queries
+        won = (ahead > 0).astype(float) if not tie else np.where(np.abs(ahead) <= TIE, tie, ahead > 0)
+        np.fill_diagonal(won, 0)
+        return won
+
+    return {"rec_to_gt": wins(r.T), "gt_to_rec": wins(r)}
 
 
 def pair_mean(successes):
@@ -104,24 +117,33 @@ def pair_mean(successes):
 def two_way(reals, preds):
     """Two-way identification rate: how often the right one of two candidates correlates better with the query.
 
-    reals, preds: features (N, D), N >= 2. Returns {"rec_to_gt", "gt_to_rec"} in [0, 1], the protocol's first; chance
-    is 0.5, a tie is a failure (as in MindEye2).
+    reals, preds: features (N, D), N >= 2. Returns {"rec_to_gt", "gt_to_rec"} in [0, 1]. The first is the protocol's: a
+    tie is a failure (as in MindEye2); in the second it counts half. Chance is 0.5.
     """
-    return {name: pair_mean(table) for name, table in identification(correlations(reals, preds)).items()}
+    r = correlations(reals, preds)
+    return {"rec_to_gt": pair_mean(identification(r)["rec_to_gt"]),
+            "gt_to_rec": pair_mean(identification(r, tie=0.5)["gt_to_rec"])}
 
 
 def ranks_of(successes):
-    """Rank, 1 = best, of the right candidate among all N, from one table of `identification`; returns (N,)."""
-    return len(successes) - successes.sum(axis=1)
+    """Rank, 1 = best, of the right candidate among all N, (N,), and whether it is among the first k: {k: (N,)}.
+
+    successes: a table of `identification` where a tie counts half. Of candidates that tie the right one has the mean
+    rank, and comes among the first k as often as if they were put in order by lot.
+    """
+    n = len(successes)
+    tied = (successes == 0.5).sum(axis=1)
+    better = (successes == 0).sum(axis=1) - 1  # the diagonal is no rival
+    return n - successes.sum(axis=1), {k: ((k - better) / (tied + 1)).clip(0, 1) for k in (1, 5)}
 
 
 def ranks(reals, preds):
     """Rank of the true image among all N for each reconstruction: {"median_rank", "top1", "top5"}.
 
-    Two-way rates flatter: 95 % among 1000 images is a mean rank near 50. Chance: N / 2, 1 / N, 5 / N.
+    Two-way rates flatter: 95 % among 1000 images is a mean rank near 50. Chance: (N + 1) / 2, 1 / N, 5 / N.
     """
-    rank = ranks_of(identification(correlations(reals, preds))["rec_to_gt"])
-    return {"median_rank": float(np.median(rank)), "top1": float(np.mean(rank <= 1)), "top5": float(np.mean(rank <= 5))}
+    rank, first = ranks_of(identification(correlations(reals, preds), tie=0.5)["rec_to_gt"])
+    return {"median_rank": float(np.median(rank)), "top1": float(first[1].mean()), "top5": float(first[5].mean())}
 
 
 def clusters_of(features, k, seed=0):
@@ -134,8 +156,8 @@ def clusters_of(features, k, seed=0):
 def within_clusters(successes, clusters):
     """Two-way identification of each image among rivals of its own cluster only; (N,), NaN where it is alone.
 
-    successes: a table (N, N) of `identification`; clusters (N,). A decoder that knows the kind of scene and no more
-    (Shirakawa et al. 2024, arXiv 2405.10078: spurious reconstruction) is at chance, 0.5, here.
+    successes: a table (N, N) of `identification`, where a tie counts half; clusters (N,). A decoder that knows the kind
+    of scene and no more (Shirakawa et al. 2024, arXiv 2405.10078: spurious reconstruction) is at chance, 0.5, here.
     """
     rivals = np.equal.outer(clusters, clusters) & ~np.eye(len(clusters), dtype=bool)
     count = rivals.sum(axis=1)
@@ -208,6 +230,19 @@ def exact_ci(outcomes, level=0.95):
     low = beta.ppf(tail, right, n - right + 1) if right else 0.0
     high = beta.ppf(1 - tail, right + 1, n - right) if right < n else 1.0
     return float(low), float(high)
+
+
+def exact_difference_ci(gains, level=0.95):
+    """Interval, (low, high), of a paired difference of two rates where it is -1, 0 or 1, and the same, of all images.
+
+    gains (N,): one outcome minus the other of each image. From Clopper and Pearson's bound of what none of N shows.
+    """
+    n, gain = len(gains), float(gains[0])
+    unseen = exact_ci(np.zeros(n), level)[1]
+    if gain == 0:
+        return -unseen, unseen
+    low, high = sorted((gain, gain * (1 - 2 * unseen)))  # either rate may be wrong by as much
+    return max(low, -1.0), min(high, 1.0)
 
 
 def paired_ci(statistic_a, statistic_b, n, draws=1000, level=0.95, seed=0):

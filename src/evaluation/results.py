@@ -5,7 +5,7 @@ import shlex
 import numpy as np
 
 from disk.files import atomic_path, load_json, save_json, save_together, write_csv, write_json
-from evaluation.metrics import LOWER_IS_BETTER
+from evaluation.metrics import LOWER_IS_BETTER, written
 from evaluation.report import PROTOCOL, TITLES, latex_row
 from utils import UserError
 
@@ -68,8 +68,8 @@ def write_subjects(file, found):
     width = max(map(len, names))
     print(f"\n{'metric':<{width}}" + "".join(f"{subj:>9}" for subj in found) + f"{'mean':>9}")
     for name in names:
-        print(f"{name:<{width}}" + "".join(f"{results[name]['value']:>9.3f}" for results in found.values())
-              + f"{mean[name]:>9.3f}")
+        print(f"{name:<{width}}" + "".join(f"{written(results[name]['value']):>9}" for results in found.values())
+              + f"{written(mean[name]):>9}")
     print(f"subjects       {file}")
 
 
@@ -83,8 +83,9 @@ def format_table(results):
             missing.setdefault(entry["missing"], []).append(name)
             continue
         better = "  (lower is better)" if name in LOWER_IS_BETTER else ""
-        interval = "" if entry["ci_low"] is None else f"{entry['ci_low']:.3f} .. {entry['ci_high']:.3f}"
-        lines.append(f"{name:<{width}}{entry['value']:>8.3f}   {interval:<18}{entry['n']:>6}{whose(entry)}{better}")
+        interval = "" if entry["ci_low"] is None else f"{written(entry['ci_low'])} .. {written(entry['ci_high'])}"
+        lines.append(f"{name:<{width}}{written(entry['value']):>8}   {interval:<18}{entry['n']:>6}"
+                     f"{whose(entry)}{better}")
     return "\n".join(lines + [f"{', '.join(names)}: missing, {why}" for why, names in missing.items()])
 
 
@@ -111,7 +112,7 @@ def format_sets(measured):
     lines = [f"{'set':<{width}}" + "".join(f"{title:>{len(title) + 3}}" for title in titles)]
     for label, found in measured.items():
         values = [found.results.get(metric) for metric in metrics]
-        cells = [f"{entry['value']:.3f}" if entry and entry["n"] else "-" for entry in values]
+        cells = [written(entry["value"]) if entry and entry["n"] else "-" for entry in values]
         lines.append(f"{label:<{width}}" + "".join(f"{cell:>{len(title) + 3}}" for cell, title in
                                                    zip(cells, titles, strict=True)))
     return "\n".join(lines)
