@@ -103,7 +103,7 @@ def evaluate(args, paths):
     """Measure one folder and write all results beside it; returns {metric: entry}."""
     from disk.hub import find_model
     from evaluation import controls
-    from evaluation.decoded import check_rows, effective_ranks, retrieval, run_behind
+    from evaluation.decoded import check_rows, effective_ranks, features_of, retrieval, run_behind, variance_explained
     from evaluation.gallery import sheet_of
     from evaluation.measuring import Findings, Scale, brain_of, unmeasured
     from evaluation.networks import FeatureStore, load_networks
@@ -148,10 +148,11 @@ def evaluate(args, paths):
     store = FeatureStore(paths.root / "outputs_all/.features", args.batch_size)
     scale = Scale(seen, networks, store, brain, args.seed)
     measured = {made.label: scale.measure(made)}
-    found = measured[made.label].results
+    found, explained = measured[made.label].results, {}
     if not args.seen:
         entries, reasons = retrieval(run, no_run, paths, args.retrieval_feat, args.seed)
-        found |= entries | effective_ranks(run, paths, args.retrieval_feat)
+        tested, explained = variance_explained(run, paths, features_of(images.config or {}), args.seed)
+        found |= tested | entries | effective_ranks(run, paths, args.retrieval_feat)
         missing |= reasons
     found |= unmeasured(missing)
 
@@ -168,8 +169,8 @@ def evaluate(args, paths):
     measured |= {label: scale.measure(pictures) for label, pictures in whole.items()}
     differences = {label: scale.differences(measured[made.label], measured[label]) for label in whole}
 
-    for label, other in (compared | drawn).items():
-        if label in whole and (how := unlike(images, other, controls.DRAWN.get(label, ()))):
+    for label, other in compared.items():
+        if label in whole and (how := unlike(images, other)):
             remarks.append(f"{label}: drawn otherwise than what is evaluated: {how}")
     if len(images.image_ids) < FEW:
         remarks.append(f"n = {len(images.image_ids)}: intervals and ranks of so few images say little")
@@ -178,7 +179,7 @@ def evaluate(args, paths):
     sheet = sheet_of(name_of(images.folder), seen, shown, found, args.sheet_images)
     note = brain.note((images.config or {}).get("gnet_run")) if brain else None
     findings = Findings(images, {SEEN: seen, made.label: made, **whole}, measured, differences, absent | lacking,
-                        tuple(filter(None, remarks)))
+                        explained, tuple(filter(None, remarks)))
     folders = {label: paths.as_recorded(other.folder) for label, other in (compared | drawn).items()}
     write(outdir, findings, folders, sheet, note, paths, args)
     return found
@@ -187,7 +188,7 @@ def evaluate(args, paths):
 def write(outdir, findings, folders, sheet, note, paths, args):
     """Everything that was found: to files, to the report, to W&B and to the terminal."""
     from evaluation import report
-    from evaluation.results import format_absent, format_sets, format_table, table_of, write_results
+    from evaluation.results import format_absent, format_explained, format_sets, format_table, table_of, write_results
     from sampling.folders import name_of
     from training.tracking import Tracker
 
@@ -205,6 +206,7 @@ def write(outdir, findings, folders, sheet, note, paths, args):
     print(format_table(results))
     if len(findings.measured) > 1:
         print(f"\n{format_sets(findings.measured)}\n")
+    print(format_explained(results, findings.explained), end="")
     if note:
         print(f"brain_correlation: {note}")
     print(format_absent(findings.absent), end="")

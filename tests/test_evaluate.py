@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import scipy.stats
+import sklearn.metrics
 import torch
 import wandb
 from PIL import Image
@@ -122,8 +123,8 @@ def test_values_are_those_of_the_pairs_matched_by_id(root, clip):
     assert found["clip_median_rank"]["value"] == np.median(rank)
     assert found["clip_top1"]["value"] == pytest.approx(np.mean(np.array(rank) == 1))
 
-    assert found["brain_to_image_top1"]["value"] == pytest.approx(5 / 6)
-    assert found["brain_to_image_top1"]["gallery"] == 6
+    assert found["brain_to_c_top1"]["value"] == pytest.approx(5 / 6)
+    assert found["brain_to_c_top1"]["gallery"] == 6
     for entry in found.values():
         if entry["ci_low"] is not None:
             assert entry["n"] == len(IDS) and entry["ci_low"] <= entry["value"] <= entry["ci_high"]
@@ -169,7 +170,7 @@ def test_one_image_and_absent_scores_give_reasons_not_numbers(root, clip, capsys
     run(root, "--images", folder, "--eval_clip", clip)
     found = metrics_in(folder)
     assert found["clip_two_way"]["value"] is None and "two images" in found["clip_two_way"]["missing"]
-    assert "config.json" in found["brain_to_image_top1"]["missing"]
+    assert "config.json" in found["brain_to_c_top1"]["missing"]
     assert "missing, needs at least two images" in capsys.readouterr().out
 
 
@@ -178,7 +179,7 @@ def test_retrieval_follows_the_images_config_not_the_flags(root):
     config = json.loads((folder / "config.json").read_text())
     save_json(folder / "config.json", {**config, "control": "shuffle"})
     run(root, "--images", folder, "--eval_clip", "none")
-    assert "_shuffle/nsdgeneral.npy not found" in metrics_in(folder)["brain_to_image_top1"]["missing"]
+    assert "_shuffle/nsdgeneral.npy not found" in metrics_in(folder)["brain_to_c_top1"]["missing"]
 
 
 def test_scores_that_changed_since_the_drawing_are_not_retrieved_from(root, capsys):
@@ -187,7 +188,7 @@ def test_scores_that_changed_since_the_drawing_are_not_retrieved_from(root, caps
     for scored, gone in ((file_hash(scores), False), ("another", True)):
         save_json(folder / "config.json", {**config, "score_hashes": {"c": scored}})
         run(root, "--images", folder, "--eval_clip", "none")
-        entry = metrics_in(folder)["brain_to_image_top1"]
+        entry = metrics_in(folder)["brain_to_c_top1"]
         assert (entry["value"] is None) == gone and ("not what these pictures were drawn from" in str(entry)) == gone
         assert ("effective_rank_c" in metrics_in(folder)) != gone
 
@@ -290,8 +291,8 @@ def test_what_is_of_all_scored_images_says_so(root, capsys):
     run(root, "--images", folder, "--eval_clip", "none")
     found = metrics_in(folder)
     assert found["pixcorr"]["n"] == 2 and "of" not in found["pixcorr"]
-    assert found["brain_to_image_top1"]["n"] == 6 and found["brain_to_image_top1"]["of"] == "all 6 scored images"
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("brain_to_image_top1 "))
+    assert found["brain_to_c_top1"]["n"] == 6 and found["brain_to_c_top1"]["of"] == "all 6 scored images"
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("brain_to_c_top1 "))
     assert line.endswith("6  (all 6 scored images, each among 6)")
     page = (folder / "report/index.html").read_text()
     assert "all 6 scored images, drawn or not" in page and "id=brain" not in page and "#brain" not in page
@@ -389,6 +390,27 @@ def test_sets_that_were_drawn_otherwise_are_said_so(root, capsys):
     assert "baseline: ridge" not in out  # one of the sets is it
 
 
+def test_a_control_that_was_drawn_otherwise_is_no_control(root, capsys):
+    """Of more steps or another CFG scale, what it lacks would not be the brain's alone."""
+    pictures = stimuli_of(root)[IDS]
+    own = json.loads((images_of(root) / "config.json").read_text()) | {
+        "method": "cp_4096_v1", "steps": 16, "cfg_scale": 5.0, "seed": 42}
+    save_json(images_of(root) / "config.json", own)
+    shuffled, label = root / "outputs_all/subj01/cp_4096_v1_shuffle/300000/0.2", "control: shuffled responses"
+    save_json(write_set(shuffled, pictures) / "config.json", own | {"control": "shuffle"})
+    words = "--images", images_of(root), "--eval_clip", "none"
+    run(root, *words)
+    assert label in json.loads((images_of(root) / "compared.json").read_text())
+    for changed in ({"steps": 50}, {"cfg_scale": 7.5}, {"seed": 1}):
+        save_json(shuffled / "config.json", own | {"control": "shuffle"} | changed)
+        run(root, *words)
+        (name, value), = changed.items()
+        said = f"drawn otherwise than what is evaluated ({name} {value}, not {own[name]})"
+        assert f"{label}: not measured, {said}" in capsys.readouterr().out
+        assert label not in json.loads((images_of(root) / "compared.json").read_text())
+        assert said in (images_of(root) / "report/index.html").read_text()
+
+
 def test_few_images_are_said_so_and_what_is_missing_is_said_shortly(root, capsys):
     run(root, "--subj", 1, "--eval_clip", "none")
     lines = capsys.readouterr().out.splitlines()
@@ -413,7 +435,7 @@ def test_rates_of_right_and_wrong_images_have_the_exact_interval(root, clip):
     write_set(root / "perfect", stimuli_of(root)[IDS])
     run(root, "--images", "perfect", "--eval_clip", clip)
     found = metrics_in(root / "perfect")
-    for name, right in (("clip_two_way", 6), ("clip_top1", 6), ("brain_to_image_top1", 5)):
+    for name, right in (("clip_two_way", 6), ("clip_top1", 6), ("brain_to_c_top1", 5)):
         expected = scipy.stats.binomtest(right, 6).proportion_ci(method="exact")
         entry = found[name]
         assert entry["value"] == pytest.approx(right / 6), name
@@ -425,11 +447,28 @@ def test_rates_of_right_and_wrong_images_have_the_exact_interval(root, clip):
 
 def test_all_images_are_a_gallery_only_where_there_are_more_than_it_holds(root, monkeypatch):
     run(root, "--subj", 1, "--eval_clip", "none")
-    assert "brain_to_image_top1_of_all" not in metrics_in(images_of(root))
+    assert "brain_to_c_top1_of_all" not in metrics_in(images_of(root))
     monkeypatch.setattr(metrics, "GALLERY", 4)
     run(root, "--subj", 1, "--eval_clip", "none")
     found = metrics_in(images_of(root))
-    assert (found["brain_to_image_top1"]["gallery"], found["brain_to_image_top1_of_all"]["gallery"]) == (4, 6)
+    assert (found["brain_to_c_top1"]["gallery"], found["brain_to_c_top1_of_all"]["gallery"]) == (4, 6)
+    entry = found["brain_to_c_top1"]  # one image is missed in each gallery that has its rival: no share is 0 or 1 alone
+    assert 0 < entry["ci_low"] < entry["value"] < entry["ci_high"] <= 1
+
+
+def test_variance_explained_is_scikit_learns_and_beside_it_the_ridges(root, capsys):
+    """A feature without components: about the test images' own mean, over all numbers."""
+    (scores,) = (root / "scores_all").rglob("nsdgeneral.npy")
+    with h5py.File(root / "nsddata_stimuli/stimuli/nsd/c_all.hdf5") as file:
+        true = file["data"][:][IDS]
+    predicted = np.load(scores).reshape(true.shape) * 0.7
+    save_scores(scores.parent, IDS, {"nsdgeneral": predicted}, {"r2": {"ridge": 0.25, "network": 0.5, "scored": 0.55}})
+    run(root, "--subj", 1, "--eval_clip", "none")
+    entry = metrics_in(images_of(root))["r2_c"]
+    wanted = sklearn.metrics.r2_score(true, predicted, multioutput="variance_weighted")
+    assert entry["value"] == pytest.approx(wanted) and entry["ci_low"] < wanted < entry["ci_high"]
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("c  "))
+    assert line.split() == ["c", "0.250", "0.500", "0.550", f"{wanted:.3f}"]
 
 
 def test_an_evaluation_keeps_what_it_extracted(root, clip, monkeypatch):

@@ -13,7 +13,7 @@ from disk.names import scores_name
 from disk.scores import load_scores, retrieval_stem
 from evaluation.decoded import folder_with
 from evaluation.networks import weights_hash
-from evaluation.picture_sets import PictureSet, as_float
+from evaluation.picture_sets import PictureSet, as_float, unlike
 from nsd.rows import open_feature, open_stimuli
 from nsd.trials import load_trials
 from sampling.folders import read_images
@@ -37,7 +37,9 @@ LABELS = (*DRAWN, *PLAIN)
 def drawn(images, known):
     """The controls that recon.py drew with the settings of `images`, an ImageSet.
 
-    known: folders that are measured anyway. Returns {label: ImageSet} and {label: how to get it}.
+    One that lies where they should, but was drawn otherwise (more steps, another CFG scale or model), is no control:
+    what it lacks would not be the brain's alone. known: folders that are measured anyway. Returns {label: ImageSet} and
+    {label: how to get it}.
     """
     sets, absent = {}, {}
     for label, changed in DRAWN.items():
@@ -46,7 +48,12 @@ def drawn(images, known):
             flag = " ".join(f"--{key} {value}" for key, value in changed.items())
             absent[label] = f"score and draw it with {flag}"
         elif folder != images.folder and folder not in known:
-            sets[label] = read_images(folder)
+            found = read_images(folder)
+            if how := unlike(images, found, changed):
+                absent[label] = (f"drawn otherwise than what is evaluated ({how}): draw it again with the same flags "
+                                 "and --overwrite, or --compare it as it is")
+            else:
+                sets[label] = found
     return sets, absent
 
 

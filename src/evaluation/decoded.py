@@ -8,13 +8,15 @@ from functools import partial
 import numpy as np
 
 import utils
-from disk.files import file_hash, load_csv, load_npy
+from disk.files import file_hash, load_csv, load_json, load_npy
 from disk.names import images_name, scores_name
 from disk.scores import load_scores, retrieval_stem
 from evaluation import metrics
 from evaluation.measuring import summarise
+from nsd.components import open_components
 from nsd.rows import open_feature
 
+AT_ONCE = 100  # images whose features are read together
 # what names the scores behind the images
 RUN_FLAGS = ("subj", "hidden_dim", "num_sessions", "tag", "run", "head", "control", "test_split", "repeats")
 
@@ -29,6 +31,11 @@ def run_behind(images):
         return None, f"{images.folder}/config.json does not say {', '.join(lacking)}"
     return {flag: config[flag] for flag in RUN_FLAGS} | {name: config.get(name) for name in
                                                          ("sd_model", "score_hashes")}, None
+
+
+def features_of(config):
+    """The features that pictures were drawn from, by their config.json."""
+    return ["c", *config.get("feats", []), *(["z"] if config.get("z") == "scores" else [])]
 
 
 def scored_since(run, paths, feat):
@@ -70,13 +77,13 @@ def folder_with(images, changed):
 
 
 def retrieval(run, no_run, paths, feat, seed):
-    """Retrieve images by the brain's embeddings of a feature and the reverse, over all test images of these scores.
+    """Retrieve true features by the brain's, and the reverse, over all test images of these scores.
 
-    Returns the entries of metrics.json and {metric: why it is missing}; no_run: why `run` is None. Galleries of
-    metrics.GALLERY images, and, where there are more, (`_of_all`) of all. "of" says whose the n queries are: more than
-    the drawn images.
+    Returns the entries of metrics.json, named query_to_gallery (brain_to_c_top1), and {metric: why it is missing};
+    no_run: why `run` is None. Galleries of metrics.GALLERY images, and, where there are more, (`_of_all`) of all. "of"
+    says whose the n queries are: more than the drawn images.
     """
-    names = ("brain_to_image_top1", "image_to_brain_top1")
+    names = {f"brain_to_{feat}_top1": "brain_to_image_top1", f"{feat}_to_brain_top1": "image_to_brain_top1"}
     if run is None:
         return {}, dict.fromkeys(names, no_run)
     folder = paths.scores(run["subj"], scores_name(run, feat), feat)
@@ -96,11 +103,44 @@ def retrieval(run, no_run, paths, feat, seed):
         galleries["_of_all"] = len(ids)
     for suffix, gallery in galleries.items():
         hits, drawn = metrics.retrieval_counts(brain, seen[ids], gallery, seed=seed)
-        for name in names:
-            shares = np.divide(hits[name], drawn, out=np.full(len(ids), np.nan), where=drawn > 0)
-            found[name + suffix] = {**summarise(partial(ratio, hits[name], drawn), len(ids), seed, shares),
+        for name, counted in names.items():
+            shares = np.divide(hits[counted], drawn, out=np.full(len(ids), np.nan), where=drawn > 0)
+            found[name + suffix] = {**summarise(partial(ratio, hits[counted], drawn), len(ids), seed, shares),
                                     "of": scored(ids), "gallery": gallery}
     return found, {}
+
+
+def variance_explained(run, paths, feats, seed):
+    """Share of each feature's variance that the scores behind the pictures explain, over all test images of these.
+
+    Returns {"r2_<feat>": entry} on the test images, about the mean of the images that components were fitted on, else
+    of the test images; and {feat: {"ridge", "network", "scored"}}, on validation images, as scoring left them.
+    """
+    tested, validated = {}, {}
+    for feat in feats if run is not None else ():
+        folder = paths.scores(run["subj"], scores_name(run, feat), feat)
+        if not (folder / "nsdgeneral.npy").exists() or scored_since(run, paths, feat):
+            continue
+        validated[feat] = load_json(folder / "config.json").get("r2", {})
+        if not paths.feature(feat).exists():
+            continue
+        ids, predicted = load_scores(folder)
+        true = open_feature(paths, feat)
+        known = paths.components(feat).exists()
+        mean = open_components(paths, feat).mean if known else np.mean(true[ids], axis=0, dtype=np.float64).ravel()
+        missed, total = (np.zeros(len(ids)) for _ in range(2))
+        for start in range(0, len(ids), AT_ONCE):
+            rows = slice(start, start + AT_ONCE)
+            truths = true[ids[rows]].reshape(-1, mean.size).astype(np.float32)
+            missed[rows] = np.square(predicted[rows].reshape(truths.shape) - truths).sum(axis=1, dtype=np.float64)
+            total[rows] = np.square(truths - mean).sum(axis=1, dtype=np.float64)
+        tested[f"r2_{feat}"] = {**summarise(partial(explained, missed, total), len(ids), seed), "of": scored(ids)}
+    return tested, validated
+
+
+def explained(missed, total, index):
+    """R2 of drawn images, index (..., n), from each image's squared error and squared distance from the mean."""
+    return 1 - missed[index].sum(-1) / total[index].sum(-1)
 
 
 def effective_ranks(run, paths, feat):
@@ -126,4 +166,4 @@ def scored(ids):
 
 
 def ratio(hits, drawn, index):
-    return hits[index].sum() / drawn[index].sum()
+    return hits[index].sum(-1) / drawn[index].sum(-1)

@@ -42,6 +42,7 @@ class Findings(NamedTuple):
     measured: dict  # label -> Measured, the reconstructions first
     differences: dict  # label -> {metric: entry}, reconstructions minus that set, images paired
     absent: dict  # label -> why that set was not measured
+    explained: dict = {}  # feature -> {"ridge", "network", "scored"}: R2 on validation images
     remarks: tuple = ()  # what a reader must know, a line each
 
     @property

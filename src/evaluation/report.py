@@ -14,6 +14,7 @@ from PIL import Image
 
 from disk.files import atomic_path, load_json
 from disk.names import run_of, scores_name
+from evaluation.decoded import features_of
 from evaluation.metrics import LOWER_IS_BETTER, is_rate
 from nsd.rows import open_stimuli
 from sampling.folders import name_of
@@ -226,7 +227,7 @@ def training_section(recon_config, paths):
     """Losses of the runs behind the pictures, where their metrics.jsonl are there."""
     plots = []
     if {"run", "subj", "hidden_dim", "num_sessions", "tag"} <= recon_config.keys():
-        for feat in ("c", *recon_config.get("feats", []), *(["z"] if recon_config.get("z") == "scores" else [])):
+        for feat in features_of(recon_config):
             name = run_of(recon_config, feat)
             file = paths.run(name) / "metrics.jsonl"
             if file.exists():

@@ -89,6 +89,22 @@ def format_table(results):
     return "\n".join(lines + [f"{', '.join(names)}: missing, {why}" for why, names in missing.items()])
 
 
+def format_explained(results, explained):
+    """R2 of each feature, on validation images beside a ridge's, as aligned text; '' where nothing is known.
+
+    explained: {feature: {prediction: R2}}.
+    """
+    columns = [name for name in ("ridge", "network", "scored") if any(name in found for found in explained.values())]
+    if not columns:
+        return ""
+    lines = [f"{'R2':<26}" + "".join(f"{name:>10}" for name in columns) + f"{'test':>10}"]
+    for feat, found in explained.items():
+        values = [found.get(name) for name in columns] + [results.get(f"r2_{feat}", {}).get("value")]
+        lines.append(f"{feat:<26}" + "".join(f"{'-' if value is None else written(value):>10}" for value in values))
+    lines.append("(of validation images; test: of the scored images, as the pictures were drawn from them)")
+    return "\n".join(lines) + "\n"
+
+
 def format_absent(absent):
     """A line for each reason why some sets were not measured, {label: why}."""
     labels = {}
