@@ -18,9 +18,9 @@ correlation, betas and the GNet of --gnet_run. Beside the images it writes
     compared.json          each --compare and control: its values, and the difference, images paired
     report/index.html      all of it, to browse  contact_sheet.png       seen and reconstructed
 Values of several samples of one image are averaged first. Intervals: 95 %, bootstrap over images; exact for rates that
-are 0 or 1 of every image. The results before are replaced; --outdir keeps both. What was extracted is kept in
-outputs_all/.features, by content; an interrupted one continues. A folder or file is looked for from the current folder,
-then from --root. Protocol, controls and how to read a report: docs/evaluation.md.
+are 0 or 1 of every image. The results before are replaced; --outdir keeps both. What was extracted is kept, by
+content (outputs_all/.features, --cache_gb); an interrupted one continues. A folder or file is looked for from the
+current folder, then from --root. Protocol, controls and how to read a report: docs/evaluation.md.
 """
 
 import argparse
@@ -69,6 +69,8 @@ def get_parser():
                         help="measure null controls and ceilings too")
     parser.add_argument("--subjects", type=options.subject, nargs="+", metavar="S",
                         help="evaluate each of these, in the folders that the other flags name, and their mean")
+    parser.add_argument("--cache_gb", type=float, default=20.0, metavar="GB",
+                        help="extracted features to keep in outputs_all/.features, those used last; 0 empties it")
     parser.add_argument("--sheet_images", type=options.whole, default=40, metavar="IMAGES", help="size of the sheet")
     parser.add_argument("--batch_size", type=options.whole, default=16, metavar="IMAGES")
     options.add_compute(parser)
@@ -85,6 +87,8 @@ def main(argv=None):
     for name in ("batch_size", "sheet_images"):
         if getattr(args, name) < 1:
             raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
+    if args.cache_gb < 0:
+        raise utils.UserError(f"--cache_gb {args.cache_gb:g}: wanted at least 0, which keeps nothing")
     paths = Paths.from_args(args)
     if not args.subjects:
         evaluate(args, paths)
@@ -182,6 +186,8 @@ def evaluate(args, paths):
                         explained, tuple(filter(None, remarks)))
     folders = {label: paths.as_recorded(other.folder) for label, other in (compared | drawn).items()}
     write(outdir, findings, folders, sheet, note, paths, args)
+    kept = store.trim(args.cache_gb * 1e9)
+    print(f"kept features  {store.folder}, {utils.in_bytes(kept)} of --cache_gb {args.cache_gb:g} (0 empties it)")
     return found
 
 

@@ -11,7 +11,7 @@ from disk.scores import save_scores
 from evaluation import controls
 from evaluation.networks import FeatureStore
 from evaluation.picture_sets import PictureSet
-from nsd.rows import open_stimuli
+from nsd.rows import Rows, open_stimuli
 from nsd.trials import load_trials
 from tiny_nsd import N_IMAGES, SHARED, SIDE, write_tiny_nsd
 from tiny_sd import write_tiny_sd
@@ -55,6 +55,12 @@ def test_each_control_is_what_its_name_says(world, monkeypatch):
         np.testing.assert_array_equal(sets["control: nearest training image"].read(i, 0), stimuli[[image_id]][0])
     mean = np.mean([stimuli[[image_id]][0] for image_id in train], axis=0)
     np.testing.assert_array_equal(sets["control: mean image"].read(1, 0), np.round(mean).astype(np.uint8))
+    with monkeypatch.context() as without:  # once made, no training image is read again
+        without.setattr(Rows, "batches", None)
+        without.setattr(controls, "AT_ONCE", None)
+        again, _ = controls.without_decoder(seen_of(paths), run, None, paths, "c", store_of(paths), CPU)
+        for label in list(controls.PLAIN)[:2]:
+            np.testing.assert_array_equal(again[label].read(0, 0), sets[label].read(0, 0))
 
     vae = AutoencoderKL.from_pretrained(sd, subfolder="vae").eval()
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shlex
 from types import SimpleNamespace
@@ -485,6 +486,22 @@ def test_an_evaluation_keeps_what_it_extracted(root, clip, monkeypatch):
     Image.fromarray(stimuli_of(root)[IDS[0]]).save(images_of(root) / "00000.png")
     run(root, *words)
     assert calls[4:] == [4, 2] and metrics_in(images_of(root))["pixcorr"]["value"] > first["pixcorr"]["value"]
+
+
+def test_kept_features_have_a_limit_and_are_emptied_when_asked(root, clip, capsys):
+    words, folder = ["--subj", 1, "--eval_clip", clip], root / "outputs_all/.features"
+    run(root, *words)
+    kept = {file: file.stat().st_size for file in folder.glob("*.npy")}
+    assert f"{utils.in_bytes(sum(kept.values()))} of --cache_gb 20 (0 empties it)" in capsys.readouterr().out
+    oldest = max(kept, key=kept.get)
+    os.utime(oldest, (0, 0))
+    store = networks.FeatureStore(folder, 4)
+    assert store.trim(sum(kept.values()) - 1) == sum(kept.values()) - kept[oldest]
+    assert set(folder.glob("*.npy")) == kept.keys() - {oldest}
+    first = metrics_in(images_of(root))
+    run(root, *words, "--cache_gb", 0)
+    assert not list(folder.glob("*.npy")) and metrics_in(images_of(root))["clip_two_way"] == first["clip_two_way"]
+    assert utils.run_cli(evaluate.main, ["--root", str(root), "--cache_gb", "-1"]) == 2
 
 
 def test_wandb_gets_values_table_and_sheet(root, monkeypatch):

@@ -5,16 +5,19 @@ image (no brain at all) and the training image nearest to the brain's embedding 
 drawings from the true features, and what the VAE makes of the seen images themselves (the generator's own ceiling).
 """
 
+import hashlib
+
 import numpy as np
 import torch
 
 import utils
+from disk.files import write_npy
 from disk.names import scores_name
 from disk.scores import load_scores, retrieval_stem
 from evaluation.decoded import folder_with
 from evaluation.networks import weights_hash
 from evaluation.picture_sets import PictureSet, as_float, unlike
-from nsd.rows import open_feature, open_stimuli
+from nsd.rows import open_feature, open_stimuli, sample_hash
 from nsd.trials import load_trials
 from sampling.folders import read_images
 
@@ -64,8 +67,8 @@ def without_decoder(seen, run, no_run, paths, feat, store, device):
     are retrieved; store: a FeatureStore, for what is expensive to make. Returns {label: PictureSet}, {label: why not}.
     """
     makers = dict(zip(PLAIN, (
-        lambda label: mean_image(label, seen, run, paths),
-        lambda label: nearest_image(label, seen, run, paths, feat),
+        lambda label: mean_image(label, seen, run, paths, store),
+        lambda label: nearest_image(label, seen, run, paths, feat, store),
         lambda label: vae_round_trip(label, seen, run["sd_model"], paths, store, device)), strict=True))
     if run is None:
         return {}, dict.fromkeys(makers, no_run)
@@ -83,35 +86,49 @@ def training_images(run, paths):
     return np.unique(load_trials(paths, run["subj"], "train", run["num_sessions"])["image_id"])
 
 
-def mean_image(label, seen, run, paths):
-    """The same picture for every image: the mean of the training images."""
-    stimuli, total, ids = open_stimuli(paths), 0.0, training_images(run, paths)
-    ids = np.setdiff1d(ids, seen.image_ids)
-    for pictures in stimuli.batches(ids, AT_ONCE):
-        total = total + pictures.sum(axis=0, dtype=np.float64)
-    mean = (total / len(ids)).round().astype(np.uint8)
+def mean_image(label, seen, run, paths, store):
+    """The same picture for every image: the mean of the training images, which is made once."""
+    stimuli = open_stimuli(paths)
+    ids = np.setdiff1d(training_images(run, paths), seen.image_ids)
+
+    def make(file):
+        total = 0.0
+        for pictures in stimuli.batches(ids, AT_ONCE):
+            total = total + pictures.sum(axis=0, dtype=np.float64)
+        write_npy((total / len(ids)).round().astype(np.uint8))(file)
+
+    mean = np.array(store.kept("mean_image", sample_hash(stimuli) + hash_of(ids), make))
     return PictureSet(label, seen.image_ids, lambda i, k: mean)
 
 
-def nearest_image(label, seen, run, paths, feat):
+def nearest_image(label, seen, run, paths, feat, store):
     """For each image the training image whose feature is most similar (cosine) to the brain's embedding."""
-    stimuli = open_stimuli(paths)
+    stimuli, feature = open_stimuli(paths), open_feature(paths, feat)
     folder = paths.scores(run["subj"], scores_name(run, feat), feat)
     ids, brain = load_scores(folder, retrieval_stem(folder))
     missing = np.setdiff1d(seen.image_ids, ids)
     if missing.size:
         raise utils.UserError(f"{folder}: no embedding for image id {missing[0]}")
-    brain = torch.from_numpy(np.array(brain[np.searchsorted(ids, seen.image_ids)])).flatten(1)
-    feature = open_feature(paths, feat)
+    brain = np.array(brain[np.searchsorted(ids, seen.image_ids)])
     candidates = np.setdiff1d(training_images(run, paths), seen.image_ids)
-    best, nearest = torch.full((len(brain),), -torch.inf), torch.zeros(len(brain), dtype=torch.int64)
-    for start in utils.progress(range(0, len(candidates), AT_ONCE), desc=label, unit="batch", delay=2):
-        part = candidates[start:start + AT_ONCE]
-        rows = torch.from_numpy(feature[part].astype(np.float32)).flatten(1)
-        similarity, index = (brain @ torch.nn.functional.normalize(rows).T).max(dim=1)
-        nearest = torch.where(similarity > best, torch.from_numpy(part)[index], nearest)
-        best = torch.maximum(best, similarity)
-    return PictureSet(label, seen.image_ids, lambda i, k: stimuli[nearest[[i]].numpy()][0])
+
+    def make(file):
+        queries = torch.from_numpy(brain).flatten(1)
+        best, nearest = torch.full((len(brain),), -torch.inf), torch.zeros(len(brain), dtype=torch.int64)
+        for start in utils.progress(range(0, len(candidates), AT_ONCE), desc=label, unit="batch", delay=2):
+            part = candidates[start:start + AT_ONCE]
+            rows = torch.from_numpy(feature[part].astype(np.float32)).flatten(1)
+            similarity, index = (queries @ torch.nn.functional.normalize(rows).T).max(dim=1)
+            nearest = torch.where(similarity > best, torch.from_numpy(part)[index], nearest)
+            best = torch.maximum(best, similarity)
+        write_npy(nearest.numpy())(file)
+
+    nearest = np.array(store.kept("nearest", sample_hash(feature) + hash_of(brain) + hash_of(candidates), make))
+    return PictureSet(label, seen.image_ids, lambda i, k: stimuli[nearest[[i]]][0])
+
+
+def hash_of(array):
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def vae_round_trip(label, seen, sd_model, paths, store, device):

@@ -136,7 +136,21 @@ class FeatureStore:
         if not file.exists():
             with atomic_path(file) as temporary:
                 make(temporary)
+        file.touch()  # by its time `trim` knows what was used last
         return load_npy(file, "kept features", "evaluate again", mmap_mode="r")
+
+
+    def trim(self, limit):
+        """Remove what was not used for longest until no more than `limit` bytes are kept; returns how many are."""
+        files = sorted(self.folder.glob("*.npy"), key=lambda file: file.stat().st_mtime)
+        sizes = [file.stat().st_size for file in files]
+        kept = sum(sizes)
+        for file, size in zip(files, sizes, strict=True):
+            if kept <= limit:
+                break
+            file.unlink(missing_ok=True)
+            kept -= size
+        return kept
 
 
 def load_clip(name):
