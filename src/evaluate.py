@@ -59,7 +59,7 @@ def get_parser():
     parser.add_argument("--eval_clip", default=sources.EVAL_CLIP, metavar="NAME|DIR",
                         help="the CLIP that judges; none: leave it out")
     parser.add_argument("--weights_dir", metavar="DIR",
-                        help="torch.hub's folder, with weights (checkpoints/*.pth), SwAV's code and perhaps a folder "
+                        help="torch.hub's folder, with weights (checkpoints/*.pth) and perhaps a folder "
                              "clip-vit-large-patch14 (torch's own, ~/.cache/torch/hub)")
     parser.add_argument("--retrieval_feat", type=options.feature, default="c", metavar="FEAT",
                         help="feature whose brain embeddings are retrieved")

@@ -25,13 +25,16 @@ def hub(tmp_path):
         file = tmp_path / "checkpoints" / weights.url.rsplit("/", 1)[-1]
         file.parent.mkdir(exist_ok=True)
         torch.save(getattr(models, name)(**more).state_dict(), file)
+    swav = {f"module.{key}": value for key, value in models.resnet50().state_dict().items() if key[:2] != "fc"}
+    heads = {"module.projection_head.0.weight": torch.zeros(2, 2), "module.prototypes.weight": torch.zeros(2, 2)}
+    torch.save(swav | heads, tmp_path / "checkpoints" / networks.SWAV_WEIGHTS.rsplit("/", 1)[-1])
     return tmp_path
 
 
 def test_layers_and_sizes_are_the_protocols(hub, monkeypatch):
     from torchvision.models import _api, resnet50
 
-    monkeypatch.setattr(torch.hub, "load", lambda *args, **kwargs: resnet50())  # SwAV's code makes torchvision's ResNet
+    monkeypatch.setattr(torch.hub, "load", None)  # nobody's code is fetched
     monkeypatch.setattr(_api.WeightsEnum, "get_state_dict",  # the file name's hash is of the published weights
                         lambda self, *args, **kwargs: torch.load(
                             f"{torch.hub.get_dir()}/checkpoints/{self.url.rsplit('/', 1)[-1]}"))
@@ -51,6 +54,13 @@ def test_layers_and_sizes_are_the_protocols(hub, monkeypatch):
         torch.testing.assert_close(judges["alexnet2_two_way"](images),
                                    plain.eval().features[:5]((images - mean) / std).flatten(1))
     assert not any(p.requires_grad for p in alexnet.parameters())
+    swav = resnet50()
+    published = torch.load(hub / "checkpoints" / networks.SWAV_WEIGHTS.rsplit("/", 1)[-1])
+    swav.load_state_dict({key[7:]: value for key, value in published.items()}, strict=False)  # as SwAV's own code does
+    swav.fc = torch.nn.Identity()
+    with torch.no_grad():
+        wanted = swav.eval()((networks.metrics.resize(images, 224) - mean) / std)
+    torch.testing.assert_close(judges["swav_distance"](images), wanted)
 
 
 def test_a_clip_of_the_weights_folder_is_taken(clip, tmp_path):  # noqa: F811
@@ -59,6 +69,16 @@ def test_a_clip_of_the_weights_folder_is_taken(clip, tmp_path):  # noqa: F811
     assert judges["clip_two_way"](torch.rand(2, 3, 256, 256)).shape == (2, 24)
     with pytest.raises(utils.UserError, match="--weights_dir"):
         networks.load_networks("none", torch.device("cpu"), tmp_path / "nowhere")
+
+
+def test_weights_without_a_published_checksum_stay_what_they_were(tmp_path):
+    file = tmp_path / "weights.pth.tar"
+    file.write_bytes(b"one")
+    networks.check_unchanged(file)
+    networks.check_unchanged(file)
+    file.write_bytes(b"two")
+    with pytest.raises(OSError, match="weights.pth.tar: SHA-256 .*when it was first used"):
+        networks.check_unchanged(file)
 
 
 def test_other_weights_are_other_features():

@@ -7,15 +7,17 @@ they cannot be had, `load_networks` says which metric is missing and why. Featur
 import hashlib
 import os
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import utils
-from disk.files import atomic_path, load_npy, remove_leftovers
+from disk.files import atomic_path, file_hash, load_npy, remove_leftovers
 from evaluation import metrics
 
+SWAV_WEIGHTS = "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -67,7 +69,7 @@ def load_networks(eval_clip, device, weights_dir=None):
     Files of weights are read without running what a pickle may hold. weights_dir: torch.hub's folder; a CLIP lying
     there under the last part of its name is preferred.
     """
-    os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # torchvision and the hub's code do not ask for it
+    os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # torchvision does not ask for it
     if weights_dir is not None:
         folder = utils.require(weights_dir, "--weights_dir: the folder of the judges' weights", "check its name")
         torch.hub.set_dir(str(folder))
@@ -188,7 +190,29 @@ def load_effnet():
 
 
 def load_swav():
-    import torchvision  # noqa: F401  the hub's code imports it: fail before anything is downloaded
+    """SwAV's ResNet-50 (Caron et al. 2020, arXiv 2006.09882): torchvision's, with the weights its authors published."""
+    from torchvision.models import resnet50
 
-    model = torch.hub.load("facebookresearch/swav:main", "resnet50", trust_repo=True, verbose=False)
+    state = torch.hub.load_state_dict_from_url(SWAV_WEIGHTS, map_location="cpu", progress=False, weights_only=True)
+    check_unchanged(os.path.join(torch.hub.get_dir(), "checkpoints", SWAV_WEIGHTS.rsplit("/", 1)[-1]))
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    heads = ("projection_head.", "prototypes.")  # of its training; what is judged by comes before them
+    model = resnet50()
+    model.fc = torch.nn.Identity()
+    model.load_state_dict({name: value for name, value in state.items() if not name.startswith(heads)})
     return Network(Layer(model, "avgpool"), side=224)
+
+
+def check_unchanged(file):
+    """Refuse a file that is not what it was when it was first used; OSError, which says so.
+
+    SwAV's authors publish no checksum. So the one of the file that came first is written beside it.
+    """
+    known, found = f"{file}.sha256", file_hash(file, digits=None)
+    if not os.path.exists(known):
+        with atomic_path(Path(known)) as temporary:
+            temporary.write_text(found)
+    wanted = Path(known).read_text().strip()
+    if found != wanted:
+        raise OSError(f"{file}: SHA-256 {found[:12]}, was {wanted[:12]} when it was first used: delete both and let it "
+                      "be fetched again")
