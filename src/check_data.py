@@ -26,6 +26,7 @@ WEIGHTS = {"sd": "sd_model", "taesd": "guidance_decoder", "clip": "clip_model", 
 def get_parser():
     parser = options.Parser(__doc__)
     options.add_paths(parser)
+    options.add_regions(parser)
     parser.add_argument("--subj", "--subject", dest="subjects", nargs="+", type=options.subject,
                         default=sources.SUBJECTS, metavar="1..8",
                         help="whose data (all eight, which pretraining needs)")

@@ -255,6 +255,13 @@ def add_guidance_folder(parser):
                         "agrees best with the decoded g_k, or, through GNet, with the measured response")
 
 
+def add_regions(parser):
+    """Where regions of interest are read from: disk.names.Paths keeps it."""
+    parser.add_argument("--roi_source", choices=["masks", "volumes"],
+                        help="read regions from brain_region_masks.hdf5 or from NSD's volumes; without it from what is "
+                             "there, and where both are they must agree")
+
+
 def add_gnet(parser):
     """Flags that say whether a brain encoding model guides, and which."""
     parser.add_argument("--use_gnet", action=argparse.BooleanOptionalAction, default=False,
@@ -266,6 +273,7 @@ def add_gnet(parser):
                              "to CLIP; 0 only logs")
     parser.add_argument("--gnet_run", type=tag, metavar="RUN",
                         help="the encoding model: a folder of train_logs, such as gnet_published (gnet_<subj>)")
+    add_regions(parser)
 
 
 # --- whole parsers ------------------------------------------------------------------------------------------------

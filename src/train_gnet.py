@@ -22,6 +22,7 @@ import utils
 def get_parser():
     parser = options.Parser(__doc__)
     options.add_paths(parser)
+    options.add_regions(parser)
     options.add_subject(parser)
     options.add_sessions(parser)
     options.add_compute(parser)

@@ -5,7 +5,9 @@ import nibabel
 import numpy as np
 import pytest
 
+import train_gnet
 import utils
+from disk.names import Paths
 from nsd.regions import roi_masks
 
 
@@ -54,6 +56,16 @@ def test_volumes_in_another_order_of_axes_are_refused(paths):
     write_volumes(paths, "subj01", [1, 2, 0, 0, 0, 0, 0], transposed=True)
     with pytest.raises(utils.UserError, match="V1 of subj01 has 2 voxels"):
         roi_masks(paths, "subj01")
+
+
+def test_one_of_two_that_disagree_can_be_named(paths):
+    write_volumes(paths, "subj01", [0, 0, 1, 2, 0, 0, 0])
+    with pytest.raises(utils.UserError, match="of which .* says so of 0.*--roi_source masks.volumes"):
+        roi_masks(paths, "subj01")
+    for source, voxels in (("masks", [0, 1]), ("volumes", [2, 3])):
+        words = ["--root", str(paths.root), "--data_path", str(paths.data_path), "--roi_source", source]
+        named = Paths.from_args(train_gnet.get_parser().parse_args(words))
+        assert np.flatnonzero(roi_masks(named, "subj01")["V1"]).tolist() == voxels
 
 
 def test_volumes_of_another_subject_or_damaged_are_refused(paths):

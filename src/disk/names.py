@@ -15,6 +15,7 @@ class Paths:
 
     root: Path
     data_path: Path
+    roi_source: str | None = None  # "masks" or "volumes": where regions are read from; None: from all that is there
 
     @classmethod
     def from_args(cls, args):
@@ -23,7 +24,7 @@ class Paths:
         if not root.is_dir():
             raise UserError(f"--root {args.root}: no such folder; give the folder that holds nsddata/ and MindEyeV2/")
         data_path = Path(args.data_path).expanduser().resolve() if args.data_path else root / "MindEyeV2/mindeyev2"
-        return cls(root, data_path)
+        return cls(root, data_path, getattr(args, "roi_source", None))
 
     def find(self, given):
         """Return the path that a flag names: from the current folder, or, where there is no such thing, from the root.

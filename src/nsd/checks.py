@@ -214,8 +214,10 @@ def look_at_masks(paths, subj):
     if empty:
         raise utils.UserError(f"regions of {subj}: {', '.join(empty)} have no voxels")
     found = ", ".join(f"{name} {mask.sum()}" for name, mask in masks.items())
-    if not (paths.rois(subj) / "nsdgeneral.nii.gz").exists():
+    if not paths.roi_source and not (paths.rois(subj) / "nsdgeneral.nii.gz").exists():
         raise Doubt(f"{found}; not checked against NSD's volumes, {paths.rois(subj)} has none")
+    if paths.roi_source:
+        return f"{found}; from the {paths.roi_source} alone, as --roi_source says"
     return f"{found}; as in NSD's volumes" if (paths.data_path / "brain_region_masks.hdf5").exists() else \
         f"{found}; from NSD's volumes"
 

@@ -14,11 +14,12 @@ def roi_masks(paths, subj):
     """Read the regions of interest of a subject: {name: (V,) bool} over the voxels of its betas.
 
     From MindEye2's brain_region_masks.hdf5, or from NSD's own volumes where that file is missing. Where both are there
-    they must agree: UserError otherwise, since the betas' voxels are then in another order than one of them.
+    they must agree: UserError otherwise, since the betas' voxels are then in another order than one of them. With
+    paths.roi_source one of them is taken at its word.
     """
     file = paths.data_path / "brain_region_masks.hdf5"
     volumes = paths.rois(subj) / "nsdgeneral.nii.gz"
-    if not file.exists() and volumes.exists():
+    if paths.roi_source == "volumes" or (paths.roi_source is None and not file.exists() and volumes.exists()):
         return _masks_of_volumes(paths, subj)
     utils.require(file, "ROI masks", f"{DOWNLOAD}, check --data_path, or put NSD's {volumes.name} and "
                   f"prf-visualrois.nii.gz into {volumes.parent}")
@@ -35,14 +36,14 @@ def roi_masks(paths, subj):
         if mask.shape != (n_voxels,):
             raise utils.UserError(f"{file}: mask {name} of {subj} has shape {mask.shape}, its betas {n_voxels} voxels; "
                                   "check that both are of one data set")
-    if volumes.exists():
+    if paths.roi_source is None and volumes.exists():
         others = _masks_of_volumes(paths, subj)
         for name in PRF_LABELS:
             if name in masks and not np.array_equal(masks[name], others[name]):
                 raise utils.UserError(
                     f"{file}: {name} of {subj} has {masks[name].sum()} voxels, of which {volumes.parent} says so of "
                     f"{(masks[name] & others[name]).sum()} (its own {name} has {others[name].sum()}), wanted the same; "
-                    "check that both are of one data set")
+                    "check that both are of one data set, or say which to believe (--roi_source masks|volumes)")
     return masks
 
 
