@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from functools import partial
 
@@ -238,9 +239,18 @@ def add_tracking(parser):
     group.add_argument("--wandb_project", default="neuraldiffuser", metavar="NAME")
 
 
+def control(text):
+    """'shuffle', 'noise', 'mean' or 'bottleneck<K>'."""
+    if text not in ("shuffle", "noise", "mean") and not re.fullmatch(r"bottleneck[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a control; wanted shuffle, noise, mean or bottleneck<K>, "
+                                         "such as bottleneck5")
+    return text
+
+
 def add_control(parser):
-    parser.add_argument("--control", choices=["shuffle", "noise", "mean"],
-                        help="null control: decode trial-shuffled fMRI, noise, or the mean response instead")
+    parser.add_argument("--control", type=control, metavar="CONTROL",
+                        help="shuffle, noise or mean: decode trial-shuffled fMRI, noise, or the mean response instead "
+                             "(null controls); bottleneck<K>, such as bottleneck5: the response squeezed to K numbers")
 
 
 def add_guidance_folder(parser):

@@ -329,7 +329,11 @@ def brain_guide(args, paths, image_ids, team, posterior):
     from encoding.encoder import load_encoder
     from encoding.guide import BrainGuide, read_target
     from nsd.repeats import responses_to
+    from training.bottleneck import numbers_left
 
+    if numbers_left(args.control):
+        raise utils.UserError(f"--control {args.control} with --use_gnet or --select gnet: the encoding model would "
+                              "read the whole response; leave one of them out")
     encoder = load_encoder(paths, args.subj, args.gnet_run, args.seed, team.device)
     if args.target_fmri_npy:
         targets = read_target(Path(args.target_fmri_npy), image_ids, len(encoder.val_r))

@@ -14,10 +14,14 @@ import train_c
 import train_g
 import train_z
 import utils
-from models import Decoder
+from disk.scores import load_scores
+from models import Decoder, restore
 from nsd.components import open_components
+from nsd.repeats import load_test_set
 from nsd.rows import open_feature
+from tiny_nsd import SHARED
 from tiny_runs import SMALL, checkpoint, copy_world, flags_of, stopped_at, train, write_world
+from training.bottleneck import fit_bottleneck
 from training.objectives import ComponentObjective
 
 NETWORK = ["--model", "components", "--num_epochs", 3, "--max_lr", 1e-2, "--clip_scale", 0.1]
@@ -192,6 +196,27 @@ def test_fine_tuning_takes_its_network_from_the_pretrained_run(trained, tmp_path
     assert "auto: there are multisubject_subj01_ext1_c_8_mlp, multisub" in capsys.readouterr().err
     assert finetune("--tag", "b", "--hidden_dim", 7) == 2
     assert "--hidden_dim 8" in capsys.readouterr().err and not list(paths.run("").glob("*_b"))
+
+
+def test_scores_through_a_bottleneck_are_the_networks_of_squeezed_responses(trained, capsys):
+    assert score(trained, "--no-stack") == 0 and score(trained, "--no-stack", "--control", "bottleneck1") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "(through --control bottleneck1)"
+    whole, squeezed = (folder_of(trained, score_c, suffix) for suffix in ("", "_bottleneck1"))
+    rows = load_scores(squeezed)[1].reshape(len(SHARED), -1)
+    state = checkpoint(trained, RUNS[train_c])
+    held_out = (3, state["config"]["val_fraction"], state["config"]["seed"])
+    squeeze = fit_bottleneck(trained, "subj01", held_out, 1)
+    network = restore(state, "c").eval()
+    responses = torch.from_numpy(squeeze(load_test_set(trained, "subj01").betas))
+    known = open_components(trained, "c")
+    with torch.no_grad():
+        coefficients = network({"subj01": responses})[0]["c"].numpy() * known.total**0.5
+    np.testing.assert_allclose(rows, known.mean + coefficients @ known.basis[:coefficients.shape[1]], atol=1e-3)
+    assert not np.allclose(rows, load_scores(whole)[1].reshape(rows.shape), atol=1e-2)
+    errors = [np.load(folder / "errors.npy") for folder in (whole, squeezed)]
+    assert not np.allclose(*errors)  # measured through the same bottleneck: the sampler is told how little is known
+    assert score(trained, "--control", "bottleneck999") == 2
+    assert "--control bottleneck999: wanted 1 to 7 numbers" in capsys.readouterr().err
 
 
 def test_missing_components_are_one_line(tmp_path, capsys):

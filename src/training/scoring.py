@@ -24,6 +24,7 @@ from nsd.components import Components, open_components, source_of
 from nsd.repeats import average_repeats, load_test_set
 from nsd.rows import open_betas, open_feature, sample_hash
 from nsd.trials import split_trials
+from training.bottleneck import fit_bottleneck, numbers_left
 from training.loop import fit
 from training.objectives import OBJECTIVES, ComponentObjective
 from training.origins import changed, inputs_there
@@ -102,14 +103,28 @@ class Trained:
     def test(self):
         """The TestSet that is scored."""
         wanted = self.request
-        return load_test_set(wanted.paths, wanted.subj, wanted.control, wanted.seed, self.held_out, wanted.test_split,
-                             wanted.repeats)
+        null = None if numbers_left(wanted.control) else wanted.control
+        return self._squeezed(load_test_set(wanted.paths, wanted.subj, null, wanted.seed, self.held_out,
+                                            wanted.test_split, wanted.repeats))
 
     @cached_property
     def validation(self):
-        """The TestSet of the images that the training held out."""
+        """The TestSet of the images that the training held out. Squeezed like those that are scored: the errors that
+        are measured on it say how far the scores can be trusted."""
         paths, subj = self.request.paths, self.request.subj
-        return average_repeats(open_betas(paths, subj), split_trials(paths, subj, *self.held_out)[1])
+        return self._squeezed(average_repeats(open_betas(paths, subj), split_trials(paths, subj, *self.held_out)[1]))
+
+    def _squeezed(self, responses):
+        """A TestSet through the bottleneck that --control asks for."""
+        if self._bottleneck is None:
+            return responses
+        return responses._replace(betas=self._bottleneck(responses.betas))
+
+    @cached_property
+    def _bottleneck(self):
+        wanted = self.request
+        k = numbers_left(wanted.control)
+        return fit_bottleneck(wanted.paths, wanted.subj, self.held_out, k) if k else None
 
     @cached_property
     def network(self):
@@ -466,7 +481,7 @@ def score(request, feats, finish=None, **settings):
 
 
 def print_r2(found, control=None):
-    """Print R2 on validation images, {feature: {prediction: R2}}, as a table; control: of the scores, not of these."""
+    """Print R2 on validation images, {feature: {prediction: R2}}, as a table; control: of the scores."""
     columns = list(dict.fromkeys(name for values in found.values() for name in values))
     if not columns:
         return
@@ -478,4 +493,5 @@ def print_r2(found, control=None):
     if "restandardised" in columns:
         print("restandardised: z brought back to the latents' spread, for the start of the drawing")
     if control:
-        print(f"(of the subject's own responses; --control {control} is applied to the test images)")
+        print(f"(through --control {control})" if numbers_left(control) else
+              f"(of the subject's own responses; --control {control} is applied to the test images)")
