@@ -107,7 +107,16 @@ def evaluate(args, paths):
     """Measure one folder and write all results beside it; returns {metric: entry}."""
     from disk.hub import find_model
     from evaluation import controls
-    from evaluation.decoded import check_rows, effective_ranks, features_of, retrieval, run_behind, variance_explained
+    from evaluation.curves import curves_of
+    from evaluation.decoded import (
+        check_rows,
+        effective_ranks,
+        features_of,
+        retrieval,
+        run_behind,
+        variance_explained,
+        voxels_of,
+    )
     from evaluation.gallery import sheet_of
     from evaluation.measuring import Findings, Scale, brain_of, unmeasured
     from evaluation.networks import FeatureStore, load_networks
@@ -173,6 +182,8 @@ def evaluate(args, paths):
     measured |= {label: scale.measure(pictures) for label, pictures in whole.items()}
     differences = {label: scale.differences(measured[made.label], measured[label]) for label in whole}
 
+    curves = curves_of(images, {label: other for label, other in (compared | drawn).items() if label in whole},
+                       made.label, voxels_of(run, paths))
     for label, other in compared.items():
         if label in whole and (how := unlike(images, other)):
             remarks.append(f"{label}: drawn otherwise than what is evaluated: {how}")
@@ -183,7 +194,7 @@ def evaluate(args, paths):
     sheet = sheet_of(name_of(images.folder), seen, shown, found, args.sheet_images)
     note = brain.note((images.config or {}).get("gnet_run")) if brain else None
     findings = Findings(images, {SEEN: seen, made.label: made, **whole}, measured, differences, absent | lacking,
-                        explained, tuple(filter(None, remarks)))
+                        explained, tuple(filter(None, remarks)), tuple(curves))
     folders = {label: paths.as_recorded(other.folder) for label, other in (compared | drawn).items()}
     write(outdir, findings, folders, sheet, note, paths, args)
     kept = store.trim(args.cache_gb * 1e9)

@@ -20,6 +20,7 @@ from evaluation.picture_sets import PictureSet, as_float, unlike
 from nsd.rows import open_feature, open_stimuli, sample_hash
 from nsd.trials import load_trials
 from sampling.folders import read_images
+from training.bottleneck import numbers_left
 
 AT_ONCE = 200  # training images whose features are read together
 
@@ -45,7 +46,7 @@ def drawn(images, known):
     {label: how to get it}.
     """
     sets, absent = {}, {}
-    for label, changed in DRAWN.items():
+    for label, changed in (DRAWN | bottlenecks(images)).items():
         folder = folder_with(images, changed)
         if folder is None or not (folder / "index.csv").exists():
             flag = " ".join(f"--{key} {value}" for key, value in changed.items())
@@ -58,6 +59,14 @@ def drawn(images, known):
             else:
                 sets[label] = found
     return sets, absent
+
+
+def bottlenecks(images):
+    """{label: what differs} of the drawings through a bottleneck that lie beside `images`, the narrowest first."""
+    folder = folder_with(images, {})
+    beside = () if folder is None else folder.parents[1].parent.glob(f"{folder.parents[1].name}_bottleneck*")
+    widths = sorted(filter(None, (numbers_left(other.name.rpartition("_")[2]) for other in beside)))
+    return {f"bottleneck: {k} number{'s' * (k > 1)}": {"control": f"bottleneck{k}"} for k in widths}
 
 
 def without_decoder(seen, run, no_run, paths, feat, store, device):

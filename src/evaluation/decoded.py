@@ -14,7 +14,7 @@ from disk.scores import load_scores, retrieval_stem
 from evaluation import metrics
 from evaluation.measuring import summarise
 from nsd.components import open_components
-from nsd.rows import open_feature
+from nsd.rows import open_betas, open_feature
 
 AT_ONCE = 100  # images whose features are read together
 # what names the scores behind the images
@@ -36,6 +36,13 @@ def run_behind(images):
 def features_of(config):
     """The features that pictures were drawn from, by their config.json."""
     return ["c", *config.get("feats", []), *(["z"] if config.get("z") == "scores" else [])]
+
+
+def voxels_of(run, paths):
+    """Number of voxels of the responses that were decoded; None where they are not there."""
+    if run is None or not paths.betas(run["subj"]).exists():
+        return None
+    return open_betas(paths, run["subj"]).shape[1]
 
 
 def scored_since(run, paths, feat):

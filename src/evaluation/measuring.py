@@ -44,6 +44,7 @@ class Findings(NamedTuple):
     absent: dict  # label -> why that set was not measured
     explained: dict = {}  # feature -> {"ridge", "network", "scored"}: R2 on validation images
     remarks: tuple = ()  # what a reader must know, a line each
+    curves: tuple = ()  # curves.Curve, of sets that grow with what their decoder was given
 
     @property
     def label(self):
