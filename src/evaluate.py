@@ -206,11 +206,13 @@ def write(outdir, findings, folders, sheet, note, paths, args):
     """Everything that was found: to files, to the report, to W&B and to the terminal."""
     from evaluation import report
     from evaluation.results import format_absent, format_explained, format_sets, format_table, table_of, write_results
+    from nsd.rows import open_stimuli
     from sampling.folders import name_of
     from training.tracking import Tracker
 
     folder, results = findings.images.folder, findings.results
     config = {"protocol": "mindeye2", "images": str(folder), "n_samples": findings.n_samples,
+              "stimuli": len(open_stimuli(paths)),
               "git_commit": utils.git_commit(), "options": vars(args), "brain_correlation": note}
     write_results(outdir, findings, config, sheet, folders)
     report.write(outdir / "report", findings, config, paths)

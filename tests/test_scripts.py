@@ -72,6 +72,23 @@ def test_a_name_that_is_nearly_a_knobs_is_refused(call, name, value, wanted):
     assert done.stderr == f"error: {name}: no such knob; wanted {wanted}\n"
 
 
+def test_curves_draw_through_bottlenecks_and_from_few_sessions_and_compare_them(call, tmp_path):
+    folder = tmp_path / "outputs_all/subj02/sessions4/30/0.8"
+    folder.mkdir(parents=True)
+    (folder / "index.csv").touch()
+    done = call("curves", "--seed", "3", SUBJ="2", FEATS="c", BOTTLENECKS="1 20", SESSIONS="4")
+    assert done.returncode == 0, done.stderr
+    assert names(done.calls) == ["score_c.py", "recon.py"] * 2 + ["train_c.py"] * 2 + ["score_c.py", "recon.py",
+                                                                                      "evaluate.py"]
+    drawn = [words for words in done.calls if names([words]) == ["recon.py"]]
+    assert [after(words, "--control") for words in drawn[:2]] == [["bottleneck1"], ["bottleneck20"]]
+    assert all(after(words, "--seed") == ["3"] for words in drawn)
+    assert after(drawn[2], "--num_sessions") == ["4"] and after(drawn[2], "--method") == ["sessions4"]
+    assert after(done.calls[-1], "--compare") == [f"sessions 4={folder}"]
+    done = call("curves", BOTTLENECKS="a few")
+    assert done.returncode == 2 and not done.calls and "BOTTLENECKS: a few are no numbers" in done.stderr
+
+
 def test_what_other_programs_export_is_let_through(call):
     others = {"FEATURES": "sandbox ccache", "STAGE": "prod", "SUBJECT": "bert", "SUBJECTS_DIR": "/data", "JOB": "dbus",
               "SLURM_JOB_ID": "7", "FEAT": "/opt/fsl/feat", "SUB": "sub-02"}
