@@ -178,7 +178,7 @@ def evaluate(args, paths):
     sheet = sheet_of(name_of(images.folder), seen, shown, found, args.sheet_images)
     note = brain.note((images.config or {}).get("gnet_run")) if brain else None
     findings = Findings(images, {SEEN: seen, made.label: made, **whole}, measured, differences, absent | lacking,
-                        tuple(filter(None, remarks)))
+                        tuple(filter(None, remarks)), scale.kinds)
     folders = {label: paths.as_recorded(other.folder) for label, other in (compared | drawn).items()}
     write(outdir, findings, folders, sheet, note, paths, args)
     return found

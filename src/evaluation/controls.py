@@ -104,7 +104,8 @@ def nearest_image(label, seen, run, paths, feat):
         similarity, index = (brain @ torch.nn.functional.normalize(rows).T).max(dim=1)
         nearest = torch.where(similarity > best, torch.from_numpy(part)[index], nearest)
         best = torch.maximum(best, similarity)
-    return PictureSet(label, seen.image_ids, lambda i, k: stimuli[nearest[[i]].numpy()][0])
+    nearest = nearest.numpy()
+    return PictureSet(label, seen.image_ids, lambda i, k: stimuli[nearest[[i]]][0], shows=nearest)
 
 
 def vae_round_trip(label, seen, sd_model, paths, store, device):

@@ -43,6 +43,8 @@ class Findings(NamedTuple):
     differences: dict  # label -> {metric: entry}, reconstructions minus that set, images paired
     absent: dict  # label -> why that set was not measured
     remarks: tuple = ()  # what a reader must know, a line each
+    kinds: np.ndarray | None = None  # (N,) number of each image's kind of scene
+    ratings: dict = {}  # label -> entry: how often people chose the reconstruction over that set's picture
 
     @property
     def label(self):
@@ -71,6 +73,7 @@ class Scale:
         """brain: Brain or None."""
         self.seen, self.networks, self.store, self.brain, self.seed = seen, networks, store, brain, seed
         self.reals = {name: store.features(name, network, seen) for name, network in networks.items()}
+        self.kinds = kinds_of(self.reals["clip_two_way"]) if "clip_two_way" in networks else None
 
     def measure(self, pictures):
         """All metrics of a PictureSet of the same images, Measured."""
@@ -171,8 +174,13 @@ def compare_features(name, real, preds, per_image, tables):
         rank = np.array([metrics.ranks_of(successes["rec_to_gt"]) for successes in found])  # (samples, N)
         per_image["clip_median_rank"] = rank.mean(axis=0)
         per_image |= {"clip_top1": (rank <= 1).mean(axis=0), "clip_top5": (rank <= 5).mean(axis=0)}
-        clusters = metrics.clusters_of(real, round((len(real) / 2) ** 0.5))
-        per_image["clip_two_way_same_cluster"] = metrics.within_clusters(tables[name], clusters)
+        per_image["clip_similarity"] = np.mean([metrics.paired_correlation(real, pred) for pred in preds], axis=0)
+        per_image["clip_two_way_same_cluster"] = metrics.within_clusters(tables[name], kinds_of(real))
+
+
+def kinds_of(real):
+    """Number of the kind of scene (N,) that each image is of, by CLIP's features (N, D)."""
+    return metrics.clusters_of(real, max(1, round((len(real) / 2) ** 0.5)))
 
 
 def summarise(statistic, n, seed, shares=None):
