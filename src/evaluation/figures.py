@@ -31,7 +31,7 @@ def comparison(title, rows, chance, published, lower_is_better, scale=1):
     shown, 100 for percent.
     """
     height = len(rows) + bool(published)
-    axis = new_axis(4.2, 0.62 + 0.21 * height)
+    axis = new_axis(4.0, 0.62 + 0.21 * height)
     for y, (_, kind, entry) in enumerate(rows):
         marker, edge, face = MARKS[kind]
         if entry["ci_low"] is not None:

@@ -27,6 +27,7 @@ from training.tracking import load_rows
 NSD_IMAGES = 73000
 MEAN, NEAREST, VAE = PLAIN  # labels of what no decoder draws
 IN_STRIP = 10  # images
+DRAWN_OTHERWISE = ": drawn otherwise than "  # remarks about the settings of other sets, which can wait
 TITLES = {
     "pixcorr": "PixCorr", "ssim": "SSIM", "alexnet2_two_way": "Alex(2)", "alexnet5_two_way": "Alex(5)",
     "inception_two_way": "Incep", "clip_two_way": "CLIP", "effnet_distance": "Eff-B", "swav_distance": "SwAV",
@@ -77,7 +78,8 @@ def write(folder, findings, config, paths):
     page = render(
         "report", paths, title=title_of_page(findings, drawn), folder=name_of(findings.images.folder),
         lead=lead_of(findings, drawn), facts=facts_of(findings, config, drawn, paths),
-        remarks=findings.remarks, strip=strip_of(findings, columns, score), score=title_of(score),
+        remarks=[remark for remark in findings.remarks if DRAWN_OTHERWISE not in remark],
+        unlike=[remark for remark in findings.remarks if DRAWN_OTHERWISE in remark], strip=strip_of(findings, columns, score), score=title_of(score),
         headline=headline_of(findings, kinds, n_stimuli), ratings=ratings_of(findings),
         panels=panels_of(findings, kinds, n_stimuli), tables=tables_of(findings),
         published=published_table(findings, drawn, n_stimuli), comparable=comparable(n_stimuli),
@@ -151,7 +153,6 @@ def facts_of(findings, config, drawn, paths):
                  drawn.get("repeats")),
              "Voxels": n_voxels(drawn, paths),
              "Guidance": guidance_of(drawn),
-             "Protocol": config["protocol"],
              "Evaluated": datetime.date.today().isoformat(),
              "Commit": commits_of(config, drawn)}
     return [(name, fact) for name, fact in facts.items() if fact is not None]
@@ -199,6 +200,7 @@ def columns_of(findings, kinds):
         for k in range(pictures.n_samples if label == findings.label else 1):
             kind = "seen" if label == SEEN else kinds[label]
             columns.append({"label": f"sample {k + 1}" if k else label, "set": label, "sample": k, "kind": kind,
+                            "shows": None if pictures.shows is None else pictures.shows.tolist(),
                             "large": k == 0 and kind in ("seen", "main"),
                             "on": label not in (MEAN, VAE)})
     return columns
@@ -215,12 +217,10 @@ def strip_of(findings, columns, score):
 
 def data_of(findings, columns, paths):
     """What report.js shows: pictures, captions, kinds of scene and every value of every image."""
-    nearest = next((pictures.shows for pictures in findings.sets.values() if pictures.shows is not None), None)
     ids = findings.images.image_ids
     return {
         "ids": ids.tolist(), "columns": columns, "captions": captions_of(ids, paths),
         "kinds": None if findings.kinds is None else findings.kinds.tolist(),
-        "nearest": None if nearest is None else nearest.tolist(),
         "values": {label: {metric: [None if np.isnan(value) else float(f"{value:.4g}") for value in values]
                            for metric, values in measured.per_image.items()}
                    for label, measured in findings.measured.items()},
@@ -247,17 +247,17 @@ def headline_of(findings, kinds, n_stimuli):
     if metric is None:
         return None
     entry, chance = found[metric], chance_of(metric, n)
-    bars = [bar(findings.label, "main", entry["value"], metric)]
+    bars = [bar(findings.label, "main", "", entry["value"], metric)]
     for label in beside(kinds):
         if other := findings.measured[label].results.get(metric):
-            bars.append(bar(label, kinds[label], other["value"], metric))
+            bars.append(bar(label, kinds[label], words_of(label, findings), other["value"], metric))
     if chance is not None:
-        bars.append(bar("chance", "chance", chance, metric))
+        bars.append(bar("chance", "chance", "guessing", chance, metric))
     if n_stimuli == NSD_IMAGES and metric in PROTOCOL:
         values = {label: row[PROTOCOL.index(metric)] for label, row in PUBLISHED.items()}
         best = max(values, key=values.get)
-        bars.insert(1, bar(f"best published: {best}", "published", values[best] / (100 if is_rate(metric) else 1),
-                           metric))
+        bars.insert(1, bar(best, "published", "best published, mean of four subjects",
+                           values[best] / (100 if is_rate(metric) else 1), metric))
     harder = [f"{number(found[name]['value'], name)} {words} (chance {number(chance_of(name, n), name)})"
               for name, words in (("clip_two_way_same_cluster", "among pictures of the same kind of scene only"),
                                   ("clip_top1", f"first among all {n}"))
@@ -276,8 +276,20 @@ def beside(kinds):
     return [*ceilings[:1], *retrieved, *others[:1]]
 
 
-def bar(label, kind, value, metric):
-    return {"label": label.removeprefix("control: ").removeprefix("ceiling: "), "kind": kind,
+def words_of(label, findings):
+    """What a control or a ceiling is, in a few words."""
+    config = findings.sets[label].config or {}
+    if config.get("run") == "ground_truth":
+        return "ceiling: drawn from the true features"
+    drawn_from = {"shuffle": "responses to other pictures", "noise": "noise", "mean": "the mean response"}
+    return {MEAN: "control: no brain at all", NEAREST: "control: looked up, not drawn",
+            VAE: "ceiling: what the VAE alone loses"}.get(
+        label, f"control: drawn from {drawn_from.get(config.get('control'), 'no right response')}")
+
+
+def bar(label, kind, says, value, metric):
+    """A line beside the one number; says: what it is."""
+    return {"label": label.removeprefix("control: ").removeprefix("ceiling: "), "kind": kind, "says": says,
             "text": number(value, metric), "percent": round(100 * float(np.clip(value, 0, 1)), 1)}
 
 

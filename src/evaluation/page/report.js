@@ -53,13 +53,13 @@ function found(i) {
 function tile(column, i) {
   const cell = element("span");
   const picture = element("img", undefined, { loading: "lazy", src: column.files[i], alt: `${column.label}, image ${data.ids[i]}` });
-  cell.append(picture, element("span", titleOf(column, i), { title: titleOf(column, i) }));
+  cell.append(picture, element("span", titleOf(column, i), { title: column.label }));
   return cell;
 }
 
 function titleOf(column, i) {
-  const name = column.label.replace(/^(control|ceiling): /, "");
-  return column.label === "control: nearest training image" && data.nearest ? `${name} ${data.nearest[i]}` : name;
+  if (column.kind === "seen") return "seen";
+  return column.shows ? `nearest: ${column.shows[i]}` : column.label.replace(/^(control|ceiling): /, "");
 }
 
 function pictures(i, columns) {
