@@ -57,7 +57,7 @@ def comparison(title, rows, chance, published, lower_is_better, scale=1):
 def histogram(title, values, others, label, scale=1):
     """How many images have which value; values (N,), NaN for none; others: (N,) of a control called `label`, or None."""
     shown = [scale * x[~np.isnan(x)] for x in (values, others) if x is not None]
-    axis = new_axis(2.5, 1.75)
+    axis = new_axis(2.9, 1.75)
     everything = np.concatenate(shown)
     low, high = everything.min(), everything.max()
     edges = np.linspace(low, high, 21) if high > low else np.array([low - 0.5, low + 0.5])
@@ -70,8 +70,8 @@ def histogram(title, values, others, label, scale=1):
     return svg_of(axis, title, said)
 
 
-def curves(title, unit, lines):
-    """Train and validation losses on one scale; unit: what is plotted, lines: {name: [(epoch, value), ...]}."""
+def curves(title, run, unit, lines):
+    """Train and validation losses of a run on one scale; unit: what is plotted, lines: {name: [(epoch, value), ...]}."""
     axis = new_axis(3.4, 2.4)
     for (name, points), (style, colour) in zip(lines.items(), (("-", MAIN), ("--", INK)), strict=False):
         axis.plot(*zip(*points, strict=True), style, color=colour, marker="." if len(points) < 3 else None, label=name)
@@ -81,7 +81,7 @@ def curves(title, unit, lines):
     axis.set_ylabel(unit)
     axis.legend(frameon=False, fontsize=8)
     ends = ", ".join(f"{name} {points[-1][1]:.3g}" for name, points in lines.items())
-    return svg_of(axis, title, f"losses of {title}: in the end {ends}")
+    return svg_of(axis, title, f"losses of {run}: in the end {ends}")
 
 
 def shortened(label):

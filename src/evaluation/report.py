@@ -77,7 +77,7 @@ def write(folder, findings, config, paths):
     score = next(metric for metric in (*SCORES, *findings.per_image) if metric in findings.per_image)
     page = render(
         "report", paths, title=title_of_page(findings, drawn), folder=name_of(findings.images.folder),
-        lead=lead_of(findings, drawn), facts=facts_of(findings, config, drawn, paths),
+        lead=lead_of(findings, drawn), facts=facts_of(findings, config, drawn, n_stimuli, paths),
         remarks=[remark for remark in findings.remarks if DRAWN_OTHERWISE not in remark],
         unlike=[remark for remark in findings.remarks if DRAWN_OTHERWISE in remark], strip=strip_of(findings, columns, score), score=title_of(score),
         headline=headline_of(findings, kinds, n_stimuli), ratings=ratings_of(findings),
@@ -142,17 +142,18 @@ def lead_of(findings, drawn):
     return f"{what}. {source}; a diffusion model drew the pictures from that alone.{guided}"
 
 
-def facts_of(findings, config, drawn, paths):
+def facts_of(findings, config, drawn, n_stimuli, paths):
     """What a reader asks first: [(name, text)]."""
     n_samples = findings.n_samples
     facts = {"Subject": subject_of(drawn).removeprefix("subject ") if "subj" in drawn else None,
              "Images": f"{len(findings.images.image_ids)}, {n_samples} picture{'s' * (n_samples > 1)} of each",
-             "Decoders": drawn.get("run"),
-             "Sessions": drawn.get("num_sessions"),
+             "Decoders": f"{drawn['run']}, {drawn['num_sessions']} sessions" if {"run", "num_sessions"} <= drawn.keys()
+             else None,
              "Responses": {"mean": "mean of an image's repeats", "single": "one look at each image"}.get(
                  drawn.get("repeats")),
              "Voxels": n_voxels(drawn, paths),
              "Guidance": guidance_of(drawn),
+             "Data": "NSD" if n_stimuli == NSD_IMAGES else f"a world of {n_stimuli:,} images, not NSD",
              "Evaluated": datetime.date.today().isoformat(),
              "Commit": commits_of(config, drawn)}
     return [(name, fact) for name, fact in facts.items() if fact is not None]
@@ -176,7 +177,7 @@ def guidance_of(drawn):
 
 def commits_of(config, drawn):
     """Of the code that drew and of the code that measured."""
-    drew, measured = (str(commit)[:10] if commit else None for commit in (drawn.get("commit"), config["git_commit"]))
+    drew, measured = (str(commit)[:8] if commit else None for commit in (drawn.get("commit"), config["git_commit"]))
     return measured if drew in (None, measured) else f"{drew} drew, {measured} measured"
 
 
@@ -336,9 +337,12 @@ def cell(entry, percent):
     if entry is None or not entry.get("n"):
         return None
     scale, digits = (100, 1) if percent else (1, 3)
-    interval = None if entry["ci_low"] is None else (
-        f"{scale * entry['ci_low']:.{digits}f} … {scale * entry['ci_high']:.{digits}f}")
-    return {"value": f"{entry['value']:.6g}", "text": f"{scale * entry['value']:.{digits}f}", "interval": interval}
+
+    def written(value):
+        return f"{round(scale * value, digits) + 0.0:.{digits}f}"  # no minus before a zero
+
+    interval = None if entry["ci_low"] is None else f"{written(entry['ci_low'])} … {written(entry['ci_high'])}"
+    return {"value": f"{entry['value']:.6g}", "text": written(entry["value"]), "interval": interval}
 
 
 def tables_of(findings):
@@ -364,9 +368,11 @@ def tables_of(findings):
 
 
 def missing_of(findings):
-    """What was not measured: [(what, why)]."""
-    missing = {metric: entry["missing"] for metric, entry in findings.results.items() if "missing" in entry}
-    return [(title_of(what), why) for what, why in (missing | findings.absent).items()]
+    """What was not measured: {why: [what]}."""
+    reasons, missing = {}, {metric: entry["missing"] for metric, entry in findings.results.items() if "missing" in entry}
+    for what, why in (missing | findings.absent).items():
+        reasons.setdefault(why, []).append(title_of(what))
+    return reasons
 
 
 def published_table(findings, drawn, n_stimuli):
@@ -445,19 +451,20 @@ def training_of(drawn, paths):
     if not {"run", "subj", "hidden_dim", "num_sessions", "tag"} <= drawn.keys():
         return []
     feats = ["c", *(["z"] if drawn.get("z") == "scores" else []), *drawn.get("feats", [])]
-    names = dict.fromkeys(name for feat in feats for name in runs_of(drawn, feat))  # all layers of g are one run
-    files = {name: paths.run(name) / "metrics.jsonl" for name in names}
-    plots = [curve(name, list(load_rows(file))) for name, file in files.items() if file.exists()]
+    runs = {name: title for feat in feats  # all layers of g may be one run
+            for name, title in zip(runs_of(drawn, feat), (feat.partition("_")[0], feat), strict=False)}
+    files = {name: paths.run(name) / "metrics.jsonl" for name in runs}
+    plots = [curve(runs[name], name, list(load_rows(file))) for name, file in files.items() if file.exists()]
     return [plot for plot in plots if plot is not None]
 
 
-def curve(name, rows):
+def curve(title, name, rows):
     """The loss that judges a run, in training and in validation; rows: of its metrics.jsonl. None where it has none."""
     for loss, unit in LOSSES.items():
         lines = {said: [(row["step"], row[f"{part}/{loss}"]) for row in rows if f"{part}/{loss}" in row]
                  for part, said in (("train", "training"), ("val", "validation"))}
         if all(lines.values()):
-            return figures.curves(name, unit, lines)
+            return figures.curves(title, name, unit, lines)
     return None
 
 

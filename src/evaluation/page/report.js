@@ -4,9 +4,9 @@ const data = JSON.parse(document.getElementById("report-data").textContent);
 const at = name => document.getElementById(name);
 const [gallery, sort, of, order, filter, kind, more, viewer] =
   ["gallery", "sort", "of", "order", "filter", "kind", "more", "viewer"].map(at);
-const PAGE = 60, SETS = Object.keys(data.values), MAIN = SETS[0];
+const FIRST = 12, MORE = 60, SETS = Object.keys(data.values), MAIN = SETS[0];
 const visible = data.columns.map(column => column.on);
-let shown = PAGE, chosen = [], open = null;
+let shown = FIRST, chosen = [], open = null;
 
 function element(tag, text, properties = {}) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -89,7 +89,7 @@ function readable(value) { return value === null ? "–" : Number.isInteger(valu
 
 function draw() {
   const metric = data.titles[sort.value] !== undefined;
-  of.disabled = order.disabled = !metric;
+  at("of-label").hidden = order.hidden = !metric;
   chosen = data.ids.map((_, i) => i).filter(found).sort(sortedBy());
   gallery.replaceChildren(...chosen.slice(0, shown).map(card));
   at("count").textContent = `${Math.min(shown, chosen.length)} shown, ${chosen.length} of ${data.ids.length} images found`;
@@ -150,7 +150,7 @@ viewer.addEventListener("close", () => {  // to where the walk ended, if that is
 
 // --- controls ---
 
-function redraw() { shown = PAGE; draw(); }
+function redraw() { shown = FIRST; draw(); }
 sort.addEventListener("change", () => { offer(); redraw(); });
 for (const control of [of, kind]) control.addEventListener("change", redraw);
 filter.addEventListener("input", redraw);
@@ -160,7 +160,7 @@ order.addEventListener("click", () => {
   order.textContent = worst ? "worst first" : "best first";
   redraw();
 });
-more.addEventListener("click", () => { shown += PAGE; draw(); });
+more.addEventListener("click", () => { shown += MORE; draw(); });
 
 data.columns.forEach((column, k) => {
   if (column.large) return;
