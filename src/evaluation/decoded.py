@@ -126,4 +126,5 @@ def scored(ids):
 
 
 def ratio(hits, drawn, index):
-    return hits[index].sum() / drawn[index].sum()
+    """Hits over draws of drawn images, as a statistic for `bootstrap_ci`."""
+    return hits[index].sum(axis=-1) / drawn[index].sum(axis=-1)

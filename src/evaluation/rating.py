@@ -6,12 +6,14 @@ the page's hash. evaluate.py draws order and sides again and resolves the answer
 """
 
 import hashlib
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 import utils
 from disk.files import atomic_path, load_json
+from evaluation.decoded import ratio
 from evaluation.gallery import remove_others, save_copy
 from evaluation.measuring import summarise
 from evaluation.pages import render
@@ -108,8 +110,5 @@ def share(chosen, shown, seed):
     """The share of choices, as an entry of metrics.json; chosen, shown (N,): how often, of each image."""
     rated = shown > 0
     chosen, shown = chosen[rated], shown[rated]
-
-    def statistic(index):
-        return chosen[index].sum(axis=-1) / shown[index].sum(axis=-1)
-
-    return summarise(statistic, len(shown), seed, chosen / shown) | {"trials": int(shown.sum())}
+    entry = summarise(partial(ratio, chosen, shown), len(shown), seed, chosen / shown)
+    return entry | {"trials": int(shown.sum())}
