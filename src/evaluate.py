@@ -67,8 +67,8 @@ def get_parser():
     parser.add_argument("--compare", nargs="+", default=[], metavar="[LABEL=]DIR",
                         help="further reconstructions of the same images: measured, compared image by image, shown")
     parser.add_argument("--rating_page", metavar="LABEL",
-                        help="write rating/index.html, too: blinded trials, is the reconstruction or that set's picture "
-                             "nearer to the seen one?")
+                        help="write rating/index.html, too: blinded trials, whether the reconstruction or that set's "
+                             "picture is nearer to the seen one")
     parser.add_argument("--ratings", nargs="+", default=[], metavar="FILE",
                         help="answers that people saved from a rating page, a file for each")
     parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True,

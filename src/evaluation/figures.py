@@ -55,7 +55,7 @@ def comparison(title, rows, chance, published, lower_is_better, scale=1):
 
 
 def histogram(title, values, others, label, scale=1):
-    """How many images have which value; values (N,), NaN for none; others: (N,) of a control called `label`, or None."""
+    """How many images have which value; values (N,), NaN for none; others (N,) of a control, `label`, or None."""
     shown = [scale * x[~np.isnan(x)] for x in (values, others) if x is not None]
     axis = new_axis(2.9, 1.75)
     everything = np.concatenate(shown)
@@ -71,7 +71,7 @@ def histogram(title, values, others, label, scale=1):
 
 
 def curves(title, run, unit, lines):
-    """Train and validation losses of a run on one scale; unit: what is plotted, lines: {name: [(epoch, value), ...]}."""
+    """Train and validation losses of a run on one scale; unit: what is plotted; lines: {name: [(epoch, value)]}."""
     axis = new_axis(3.4, 2.4)
     for (name, points), (style, colour) in zip(lines.items(), (("-", MAIN), ("--", INK)), strict=False):
         axis.plot(*zip(*points, strict=True), style, color=colour, marker="." if len(points) < 3 else None, label=name)

@@ -7,7 +7,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 HERE = Path(__file__).resolve().parent / "page"
-ABSOLUTE = re.compile(r"(?<![\w./~…-])(?:/[^\s/'\"<>|:;,()]+)*(/[^\s/'\"<>|:;,()]+)/?")
+ABSOLUTE = re.compile(r"(?<![\w./~…<-])(?:/[^\s/'\"<>|:;,()]+)*(/[^\s/'\"<>|:;,()]+)/?")
 
 
 def render(name, paths, **values):
@@ -15,6 +15,7 @@ def render(name, paths, **values):
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
                               finalize=lambda value: portable(value, paths))
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the order of sets means something
     style, script = (Markup((HERE / f"{name}.{kind}").read_text()) for kind in ("css", "js"))
     return environment.get_template(f"{name}.html.j2").render(style=style, script=script, **values)
 
@@ -30,6 +31,8 @@ def portable(value, paths):
         value = str(value)
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
+    if value.startswith("/") and not re.search(r"[:;,]\s", value) and not value.startswith(str(paths.root)):
+        return "…/" + value.rstrip("/").rpartition("/")[2]  # a path and nothing else, which may have spaces
     root = re.escape(str(paths.root))
     text = re.sub(rf"(?<![\w./~-]){root}(/|(?![\w.-]))", lambda found: "" if found[1] else "ROOT", value)
     return ABSOLUTE.sub(r"…\1", text)

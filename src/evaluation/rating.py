@@ -58,7 +58,7 @@ def write_page(folder, seen, made, other, seed, paths):
 
 
 def load_answers(files):
-    """Read the files that rating pages saved: [(file, page's hash, {trial: side})]. Raises UserError for what is none."""
+    """Read files that rating pages saved: [(file, page's hash, {trial: side})]. Raises UserError for what is none."""
     found = []
     for file in files:
         answers = load_json(file, "answers of a rating page", "save them from its page")
@@ -91,8 +91,8 @@ def resolve(answers, seen, made, others, seed):
     chosen, shown, raters = {}, {}, {}
     for file, page, sides in answers:
         if page not in pages:
-            raise utils.UserError(f"--ratings {file}: answers to page {page}, wanted that of {', '.join(others) or '-'} "
-                                  "with these pictures; give --images, --compare and --seed as when it was written")
+            raise utils.UserError(f"--ratings {file}: answers to page {page}, wanted that of "
+                                  f"{', '.join(others) or 'a compared set'} with these pictures; give --images, --compare and --seed as when it was written")
         label, trials = pages[page]
         if not 0 <= min(sides) <= max(sides) < len(trials.images):
             raise utils.UserError(f"--ratings {file}: trials {min(sides)}..{max(sides)}, wanted 0.."

@@ -8,7 +8,6 @@ import datetime
 import json
 
 import numpy as np
-from markupsafe import Markup
 
 import utils
 from disk.files import atomic_path, load_json
@@ -50,11 +49,10 @@ PUBLISHED = {
     "MindTuner 2025": (.322, .421, 95.8, 98.8, 95.6, 93.8, .612, .340),
     "Brain-IT 2026": (.386, .486, 98.4, 99.5, 97.3, 96.4, .564, .320),
 }
-
 # MindEye2's brain correlations (its paper, table 3)
 PUBLISHED_BRAIN = {"nsd_general": .373, "V1": .364, "V2": .352, "V3": .342, "V4": .327, "higher_vis": .368}
-# The one number, the first of these that was measured. CLIP's two-way rate: everyone publishes it, it asks for what is in
-# a picture and not for its pixels (which blur pleases), and its chance is 50 % for any number of images.
+# The one number, the first of these that was measured. CLIP's two-way rate: everyone publishes it, it asks for what is
+# in a picture and not for its pixels (which blur pleases), and its chance is 50 % for any number of images.
 HEADLINES = ("clip_two_way", "alexnet5_two_way", "inception_two_way", "alexnet2_two_way", "pixcorr", "ssim")
 SCORES = ("clip_similarity", "clip_two_way", "pixcorr", "ssim")  # what images are ordered by, the first measured
 ON_CARDS = ("clip_similarity", "clip_median_rank", "pixcorr", "ssim")
@@ -75,19 +73,23 @@ def write(folder, findings, config, paths):
     for column, names in zip(columns, files, strict=True):
         column["files"] = names
     score = next(metric for metric in (*SCORES, *findings.per_image) if metric in findings.per_image)
+    unlike = [remark for remark in findings.remarks if DRAWN_OTHERWISE in remark]
     page = render(
-        "report", paths, title=title_of_page(findings, drawn), folder=name_of(findings.images.folder),
-        lead=lead_of(findings, drawn), facts=facts_of(findings, config, drawn, n_stimuli, paths),
-        remarks=[remark for remark in findings.remarks if DRAWN_OTHERWISE not in remark],
-        unlike=[remark for remark in findings.remarks if DRAWN_OTHERWISE in remark], strip=strip_of(findings, columns, score), score=title_of(score),
-        headline=headline_of(findings, kinds, n_stimuli), ratings=ratings_of(findings),
-        panels=panels_of(findings, kinds, n_stimuli), tables=tables_of(findings),
-        published=published_table(findings, drawn, n_stimuli), comparable=comparable(n_stimuli),
-        missing=missing_of(findings), note=config["brain_correlation"], brain=brain_of(findings, kinds, n_stimuli),
-        histograms=histograms_of(findings, kinds), training=training_of(drawn, paths),
-        decoded=decoded_table(drawn, paths), blocks=portable(settings_of(config, drawn, paths), paths),
+        "report", paths, folder=name_of(findings.images.folder),
+        # the first screen
+        title=title_of_page(findings, drawn), lead=lead_of(findings, drawn),
+        facts=facts_of(findings, config, drawn, n_stimuli, paths), strip=strip_of(findings, columns, score),
+        score=title_of(score), headline=headline_of(findings, kinds, n_stimuli), ratings=ratings_of(findings),
+        remarks=[remark for remark in findings.remarks if remark not in unlike],
+        # results and the gallery
+        panels=panels_of(findings, kinds, n_stimuli), comparable=comparable(n_stimuli),
         sorts=[(metric, title_of(metric)) for metric in dict.fromkeys((score, *findings.per_image))],
-        data=portable(data_of(findings, columns, paths), paths))
+        data=data_of(findings, columns, paths),
+        # what is read by some
+        tables=tables_of(findings), published=published_table(findings, drawn, n_stimuli), unlike=unlike,
+        missing=missing_of(findings), note=config["brain_correlation"], brain=brain_of(findings, kinds, n_stimuli),
+        histograms=histograms_of(findings, kinds), decoded=decoded_table(drawn, paths),
+        training=training_of(drawn, paths), blocks=settings_of(config, drawn, paths))
     with atomic_path(folder / "index.html") as temporary:
         temporary.write_text(page)
 
@@ -369,7 +371,8 @@ def tables_of(findings):
 
 def missing_of(findings):
     """What was not measured: {why: [what]}."""
-    reasons, missing = {}, {metric: entry["missing"] for metric, entry in findings.results.items() if "missing" in entry}
+    missing = {metric: entry["missing"] for metric, entry in findings.results.items() if "missing" in entry}
+    reasons = {}
     for what, why in (missing | findings.absent).items():
         reasons.setdefault(why, []).append(title_of(what))
     return reasons
@@ -473,7 +476,8 @@ def settings_of(config, drawn, paths):
     blocks = {"of this evaluation": config, "of the reconstructions, with hashes of the scores": drawn}
     blocks |= {f"of the scores of {feat}, with the checkpoint's hash": block
                for feat, block in scores_behind(drawn, paths).items()}
-    return {title: json.loads(json.dumps(block, default=str)) for title, block in blocks.items()}
+    return {title: json.dumps(portable(block, paths), indent=1, ensure_ascii=False, default=str)
+            for title, block in blocks.items()}
 
 
 # --- for a paper -------------------------------------------------------------------------------------------------
