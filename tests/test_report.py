@@ -3,8 +3,6 @@
 import html
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import h5py
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import browser
 from disk.files import save_json
 from disk.names import Paths, run_name
 from evaluation import figures, gallery, pages, report
@@ -21,10 +20,6 @@ from evaluation.picture_sets import SEEN, PictureSet
 from sampling.folders import ImageSet
 
 IDS = [3, 20, 47]
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-BROWSER = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-           "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-           "--virtual-time-budget=4000"]
 OTHER = "<!--<script> $a_b$ {{ c }}"  # a label with which a page could break, or a figure
 REGION = "brain_correlation_V1 onfocus=alert(1) x"
 SHUFFLED = "my shuffled"
@@ -226,20 +221,6 @@ def test_a_latex_row_has_the_protocols_order():
     assert header.count("&") == row.count(" & ") - 1 == 7
 
 
-def in_browser(page, script, profile, *flags):
-    """Run a script at the end of a page's folder's index.html; returns what it left in `found`, and fails if the
-    console has a line."""
-    text = (page / "index.html").read_text()
-    script = f"<script>(async () => {{ const found = {{}}; {script}\ndocument.body.dataset.found = " \
-             "JSON.stringify(found); })()</script>"
-    (page / "clicked.html").write_text(text.replace("</body>", script + "</body>"))
-    done = subprocess.run([CHROMIUM, *BROWSER, f"--user-data-dir={profile}", *flags, "--dump-dom",
-                           f"file://{page / 'clicked.html'}"], capture_output=True, text=True, timeout=120)
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert not console, console
-    return json.loads(html.unescape(re.search(r'data-found="([^"]*)"', done.stdout)[1]))
-
-
 # Clicks and types, and writes down what the page then shows.
 SCRIPT = """
 const all = selector => [...document.querySelectorAll(selector)];
@@ -286,9 +267,9 @@ found.too_wide = document.documentElement.scrollWidth - document.documentElement
 """
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@browser.needs_browser
 def test_the_gallery_works_in_a_browser(page, tmp_path):
-    found = in_browser(page, SCRIPT, tmp_path / "profile", "--window-size=500,900")
+    found = browser.found_by(SCRIPT, page / "index.html", tmp_path / "profile", "--window-size=500,900")
     assert sorted(found["random"].split(",")) == ["20", "3", "47"] and found["id"] == "3,20,47"
     assert (found["best"], found["worst"]) == ("47,3,20", "20,3,47")
     assert found["missing_last"] == "3,20,47" and found["rank"] == "3,47,20"
@@ -304,14 +285,13 @@ def test_the_gallery_works_in_a_browser(page, tmp_path):
     assert found["injected"] == 0 and found["too_wide"] <= 0
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@browser.needs_browser
 def test_a_screenshot_shows_something_on_light_and_on_dark(page, tmp_path):
     shades = []
     for scheme in (1, 0):  # Blink's numbers of light and dark
         shot = tmp_path / f"{scheme}.png"
-        subprocess.run([CHROMIUM, *BROWSER, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}",
-                        f"--blink-settings=preferredColorScheme={scheme}", "--window-size=500,1600",
-                        f"file://{page / 'index.html'}"], capture_output=True, timeout=120)
+        browser.run(page / "index.html", tmp_path / "profile", f"--screenshot={shot}", "--window-size=500,1600",
+                    f"--blink-settings=preferredColorScheme={scheme}")
         gray = np.asarray(Image.open(shot).convert("L"))
         assert gray.std() > 10
         shades.append(np.median(gray))

@@ -91,8 +91,9 @@ def resolve(answers, seen, made, others, seed):
     chosen, shown, raters = {}, {}, {}
     for file, page, sides in answers:
         if page not in pages:
-            raise utils.UserError(f"--ratings {file}: answers to page {page}, wanted that of "
-                                  f"{', '.join(others) or 'a compared set'} with these pictures; give --images, --compare and --seed as when it was written")
+            there = ", ".join(others) or "a compared set"
+            raise utils.UserError(f"--ratings {file}: answers to page {page}, wanted that of {there} with these "
+                                  "pictures; give --images, --compare and --seed as when it was written")
         label, trials = pages[page]
         if not 0 <= min(sides) <= max(sides) < len(trials.images):
             raise utils.UserError(f"--ratings {file}: trials {min(sides)}..{max(sides)}, wanted 0.."

@@ -446,7 +446,7 @@ def decoded_table(drawn, paths):
              "cells": [cell({"value": values[step], "n": 1, "ci_low": None}, False) if step in values else None
                        for values in r2.values()]} for step in steps]
     return {"title": "Variance explained of validation images' features", "first": "decoder", "columns": list(r2),
-            "rows": rows, "note": "1: all of it, 0: no better than the mean. Scored: what the pictures were drawn from."}
+    """The loss that judges a run, in training and validation, of the rows of its metrics.jsonl; None where it has none."""
 
 
 def training_of(drawn, paths):
@@ -462,7 +462,7 @@ def training_of(drawn, paths):
 
 
 def curve(title, name, rows):
-    """The loss that judges a run, in training and in validation; rows: of its metrics.jsonl. None where it has none."""
+    """The loss that judges a run, in training and validation; rows: of its metrics.jsonl. None where it has none."""
     for loss, unit in LOSSES.items():
         lines = {said: [(row["step"], row[f"{part}/{loss}"]) for row in rows if f"{part}/{loss}" in row]
                  for part, said in (("train", "training"), ("val", "validation"))}
