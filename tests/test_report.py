@@ -140,12 +140,13 @@ def test_the_script_gets_every_value_of_every_set(page):
 
 
 def test_copies_get_smaller_where_there_are_many_and_leave_nothing_behind(tmp_path):
-    assert [gallery.side_of_copies(n) for n in (100, 1000, 6000, 12000, 90000)] == [512, 512, 384, 256, 192]
+    found = [gallery.sides_of_copies(2 * n, m * n) for n, m in ((100, 10), (1000, 0), (1000, 9), (1000, 15), (9000, 3))]
+    assert found == [(512, 512), (512, 512), (384, 256), (384, 192), (192, 192)]
     (tmp_path / "pictures").mkdir()
     for name in ("00003_7.webp", "0_00003_0.png", "mine.txt"):
         (tmp_path / "pictures" / name).touch()
     picture = np.random.default_rng(0).integers(0, 256, (20, 10, 3), np.uint8)
-    (names,) = gallery.save_copies(tmp_path, [(PictureSet("a", [5], lambda i, k: picture), 0)])
+    (names,) = gallery.save_copies(tmp_path, [(PictureSet("a", [5], lambda i, k: picture), 0, True)])
     assert sorted(file.name for file in (tmp_path / "pictures").iterdir()) == ["00005_0.webp", "mine.txt"]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / names[0])), picture)  # small: as it is
 
@@ -253,8 +254,9 @@ press("ArrowRight"); found.right = title();
 press("ArrowRight"); found.end = title();
 press("ArrowLeft"); press("ArrowLeft"); found.left = title();
 found.values = at("viewer-values").querySelectorAll("tbody tr").length;
+const closed = new Promise(done => viewer.addEventListener("close", done));
 viewer.close();
-await new Promise(done => setTimeout(done));
+await closed;
 found.focus = document.activeElement.getAttribute("aria-label");
 found.rows = rows();
 const buttons = all("#tables table")[0].querySelectorAll("thead button");

@@ -12,7 +12,7 @@ from evaluation.picture_sets import MADE, SEEN
 TILE, GAP, MARGIN = 136, 8, 28  # pixels
 BAND_GAP, CAPTION, LABEL_WIDTH = 22, 22, 138
 INK, FAINT, PAPER, SEEN_BACKGROUND = "#1c1e21", "#6b7178", "#ffffff", "#e3e9f2"
-# copies on pages: of these sides the largest with which all of them take about so many bytes
+# copies on pages: the largest sides with which all of them take about so many bytes
 SIDES, ALL_COPIES, BYTES_PER_PIXEL = (512, 384, 256, 192), 140e6, 0.15  # a photograph as WebP of quality 80
 LOSSLESS = 128  # pixels: smaller pictures are kept as they are
 COPY_NAME = re.compile(r"\d+(_[a-z0-9]+)*\.(webp|png|jpg)")
@@ -39,9 +39,11 @@ def sheet_of(title, seen, sets, results, at_most):
     return contact_sheet(rows, [f"{i}" for i in ids], title, "   ·   ".join([which, *shown]))
 
 
-def side_of_copies(n):
-    """The side, in pixels, that n copies may have on a page."""
-    return next((side for side in SIDES if n * side**2 * BYTES_PER_PIXEL <= ALL_COPIES), SIDES[-1])
+def sides_of_copies(n_large, n_small):
+    """The sides, in pixels, that copies may have on a page: of those shown large, and of those shown small."""
+    pairs = [(large, small) for small in SIDES for large in SIDES if large >= small]
+    fitting = (pair for pair in pairs if (n_large * pair[0]**2 + n_small * pair[1]**2) * BYTES_PER_PIXEL <= ALL_COPIES)
+    return next(fitting, pairs[-1])
 
 
 def save_copy(picture, file, side):
@@ -56,19 +58,21 @@ def save_copy(picture, file, side):
 def save_copies(folder, columns):
     """Copies of pictures for a page, in its folder pictures/; what an earlier page left there goes.
 
-    columns: [(PictureSet, sample)]. Returns for each a list of names from `folder`, one for each image it has; a
-    picture that is the same for several images is saved once.
+    columns: [(PictureSet, sample, whether it is shown large)]. Returns for each a list of names from `folder`, one for
+    each image it has; a picture that is the same for several images is saved once.
     """
-    side = side_of_copies(sum(len(pictures.image_ids) for pictures, _ in columns))
+    n_large, n_small = (sum(len(pictures.image_ids) for pictures, _, large in columns if large == wanted)
+                        for wanted in (True, False))
+    sides = dict(zip((True, False), sides_of_copies(n_large, n_small), strict=True))
     found, known = [], {}
-    for number, (pictures, sample) in enumerate(columns):
+    for number, (pictures, sample, large) in enumerate(columns):
         names = []
         for i, image_id in enumerate(pictures.image_ids):
             picture = pictures.read(i, sample)
             key = number, hashlib.sha256(picture.tobytes()).digest()
             if key not in known:
                 known[key] = f"pictures/{image_id:05d}_{number}.webp"
-                save_copy(picture, folder / known[key], side)
+                save_copy(picture, folder / known[key], sides[large])
             names.append(known[key])
         found.append(names)
     remove_others(folder, set(known.values()))

@@ -13,7 +13,7 @@ import utils
 from disk.files import atomic_path, load_json
 from disk.names import runs_of, scores_name
 from evaluation import figures
-from evaluation.controls import PLAIN
+from evaluation.controls import DRAWN, PLAIN
 from evaluation.gallery import save_copies
 from evaluation.metrics import LOWER_IS_BETTER, chance_of, is_rate
 from evaluation.pages import portable, render
@@ -69,7 +69,8 @@ def write(folder, findings, config, paths):
     kinds = {label: kind_of(label, findings) for label in findings.measured}
     n_stimuli = len(open_stimuli(paths))
     columns = columns_of(findings, kinds)
-    files = save_copies(folder, [(findings.sets[column["set"]], column["sample"]) for column in columns])
+    files = save_copies(folder, [(findings.sets[column["set"]], column["sample"], column["large"])
+                                 for column in columns])
     for column, names in zip(columns, files, strict=True):
         column["files"] = names
     score = next(metric for metric in (*SCORES, *findings.per_image) if metric in findings.per_image)
@@ -128,7 +129,7 @@ def lead_of(findings, drawn):
     if findings.label == SEEN:
         return "Every metric's best value on these images: nothing was reconstructed."
     n = len(findings.images.image_ids)
-    what = f"{n} {SPLITS.get(drawn.get('test_split'), 'images')}"
+    what = f"{n:,} {SPLITS.get(drawn.get('test_split'), 'images')}"
     if not drawn:
         return f"Reconstructions of {what}, compared with what was seen. How they were drawn is not recorded."
     signals = [SIGNALS["c"], *([SIGNALS["z"]] if drawn.get("z") == "scores" else []),
@@ -148,7 +149,7 @@ def facts_of(findings, config, drawn, n_stimuli, paths):
     """What a reader asks first: [(name, text)]."""
     n_samples = findings.n_samples
     facts = {"Subject": subject_of(drawn).removeprefix("subject ") if "subj" in drawn else None,
-             "Images": f"{len(findings.images.image_ids)}, {n_samples} picture{'s' * (n_samples > 1)} of each",
+             "Images": f"{len(findings.images.image_ids):,}, {n_samples} picture{'s' * (n_samples > 1)} of each",
              "Decoders": f"{drawn['run']}, {drawn['num_sessions']} sessions" if {"run", "num_sessions"} <= drawn.keys()
              else None,
              "Responses": {"mean": "mean of an image's repeats", "single": "one look at each image"}.get(
@@ -259,13 +260,13 @@ def headline_of(findings, kinds, n_stimuli):
     if n_stimuli == NSD_IMAGES and metric in PROTOCOL:
         values = {label: row[PROTOCOL.index(metric)] for label, row in PUBLISHED.items()}
         best = max(values, key=values.get)
-        bars.insert(1, bar(best, "published", "best published, mean of four subjects",
+        bars.insert(1, bar(best, "published", "best published, mean of 4 subjects",
                            values[best] / (100 if is_rate(metric) else 1), metric))
     harder = [f"{number(found[name]['value'], name)} {words} (chance {number(chance_of(name, n), name)})"
               for name, words in (("clip_two_way_same_cluster", "among pictures of the same kind of scene only"),
-                                  ("clip_top1", f"first among all {n}"))
+                                  ("clip_top1", f"first among all {n:,}"))
               if found.get(name, {}).get("n") and metric == "clip_two_way"]
-    return {"value": number(entry["value"], metric), "title": title_of(metric), "two_way": "two_way" in metric, "n": n,
+    return {"value": number(entry["value"], metric), "title": title_of(metric), "two_way": "two_way" in metric, "n": f"{n:,}",
             "low": number(entry["ci_low"], metric), "high": number(entry["ci_high"], metric), "bars": bars,
             "harder": "; ".join(harder), "no_control": "control" not in kinds.values()}
 
@@ -281,7 +282,7 @@ def beside(kinds):
 
 def words_of(label, findings):
     """What a control or a ceiling is, in a few words."""
-    config = findings.sets[label].config or {}
+    config = (findings.sets[label].config or {}) | DRAWN.get(label, {})
     if config.get("run") == "ground_truth":
         return "ceiling: drawn from the true features"
     drawn_from = {"shuffle": "responses to other pictures", "noise": "noise", "mean": "the mean response"}
@@ -391,7 +392,7 @@ def comparable(n):
     if n == NSD_IMAGES:
         return ("", "MindEye2 scores 1,000 images of the new split; tables made with another scikit-image, another "
                     "antialiasing or other weights differ.")
-    return ("Not comparable with the results above", f": those are of a world of {n} images, not of NSD's "
+    return ("Not comparable with the results above", f": those are of a world of {n:,} images, not of NSD's "
             f"{NSD_IMAGES:,}.")
 
 
