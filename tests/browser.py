@@ -25,10 +25,10 @@ def run(page, profile, *flags):
 def found_by(script, page, profile, *flags):
     """Run a script after those of a page; returns what it put into `found`, and fails if the console has a line."""
     text = page.read_text()
-    script = f"<script>(async () => {{ const found = {{}}; {script}\ndocument.body.dataset.found = " \
-             "JSON.stringify(found); })()</script>"
+    script = f"{{ const found = {{}}; {script}\ndocument.body.dataset.found = JSON.stringify(found); }}"
+    assert "</body>" in text
     clicked = page.with_name("clicked.html")
-    clicked.write_text(text.replace("</body>", script + "</body>"))
+    clicked.write_text(text.replace("</body>", f"<script>{script}</script></body>"))
     stdout, stderr = run(clicked, profile, "--dump-dom", *flags)
     console = [line for line in stderr.splitlines() if "CONSOLE" in line]
     assert not console, console

@@ -254,9 +254,8 @@ press("ArrowRight"); found.right = title();
 press("ArrowRight"); found.end = title();
 press("ArrowLeft"); press("ArrowLeft"); found.left = title();
 found.values = at("viewer-values").querySelectorAll("tbody tr").length;
-const closed = new Promise(done => viewer.addEventListener("close", done));
 viewer.close();
-await closed;
+viewer.dispatchEvent(new Event("close"));  // which the browser sends too, but later
 found.focus = document.activeElement.getAttribute("aria-label");
 found.rows = rows();
 const buttons = all("#tables table")[0].querySelectorAll("thead button");

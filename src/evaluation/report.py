@@ -266,9 +266,9 @@ def headline_of(findings, kinds, n_stimuli):
               for name, words in (("clip_two_way_same_cluster", "among pictures of the same kind of scene only"),
                                   ("clip_top1", f"first among all {n:,}"))
               if found.get(name, {}).get("n") and metric == "clip_two_way"]
-    return {"value": number(entry["value"], metric), "title": title_of(metric), "two_way": "two_way" in metric, "n": f"{n:,}",
-            "low": number(entry["ci_low"], metric), "high": number(entry["ci_high"], metric), "bars": bars,
-            "harder": "; ".join(harder), "no_control": "control" not in kinds.values()}
+    return {"value": number(entry["value"], metric), "title": title_of(metric), "two_way": "two_way" in metric,
+            "n": f"{n:,}", "low": number(entry["ci_low"], metric), "high": number(entry["ci_high"], metric),
+            "bars": bars, "harder": "; ".join(harder), "no_control": "control" not in kinds.values()}
 
 
 def beside(kinds):
