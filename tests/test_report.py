@@ -42,7 +42,7 @@ def written(tmp_path_factory):
     per_image = {"pixcorr": np.array([0.5, 0.9, 0.1]), "ssim": np.array([0.2, 0.3, np.nan]),
                  "clip_two_way": np.array([1.0, 0.5, 1.0]), "clip_similarity": np.array([0.3, 0.2, 0.8]),
                  "clip_median_rank": np.array([1.0, 3.0, 2.0]), REGION: np.array([0.1, 0.2, 0.3])}
-    halves = {name: values / 2 for name, values in per_image.items()} | {"pixcorr": np.array([0.0, 0.8, 0.08])}
+    halves = {name: values / 2 for name, values in per_image.items()} | {"pixcorr": np.array([0.0, 0.8, 0.0812])}
     measured = {"reconstructed": Measured(per_image, {}, 0), OTHER: Measured(halves, {}, 0),
                 SHUFFLED: Measured({"clip_two_way": np.array([0.5, 0.0, 1.0])}, {}, 0),
                 PLAIN[1]: Measured({"pixcorr": np.zeros(3), "clip_two_way": np.array([1.0, 0.0, 1.0])}, {}, 0)}
@@ -128,7 +128,7 @@ def test_on_nsd_itself_published_rows_are_beside_it(written, tmp_path, monkeypat
 def test_the_script_gets_every_value_of_every_set(page):
     data = data_of(page)
     assert data["ids"] == IDS and data["values"]["reconstructed"]["ssim"] == [0.2, 0.3, None]
-    assert data["values"][OTHER]["pixcorr"] == [0.0, 0.8, 0.08] and data["kinds"] == [0, 1, 0]
+    assert data["values"][OTHER]["pixcorr"] == [0.0, 0.8, 0.0812] and data["kinds"] == [0, 1, 0]
     assert data["captions"][1] == ["a dog and thing 20", "two <b>cats</b>"]
     assert [column["set"] for column in data["columns"]] == [SEEN, "reconstructed", OTHER, SHUFFLED, PLAIN[1]]
     assert data["columns"][-1]["shows"] == [8, 9, 10]
