@@ -103,10 +103,10 @@ def svg_of(axis, title, says):
         spine.set_color(LINE)
     axis.patch.set_alpha(0)
     axis.figure.patch.set_alpha(0)
+    for text in axis.figure.findobj(lambda part: hasattr(part, "set_parse_math")):
+        text.set_parse_math(False)  # a label may have dollars
     buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False}):
-        for text in axis.figure.findobj(lambda part: hasattr(part, "set_parse_math")):
-            text.set_parse_math(False)  # a label may have dollars
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
         axis.figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg[svg.index("<svg"):])  # every figure has the same ones

@@ -42,7 +42,7 @@ class Trials(NamedTuple):
 
 
 def write_page(folder, seen, made, other, seed, paths):
-    """Write a rating page into `folder`: index.html and its pictures, all of one size and format."""
+    """Write a rating page into `folder`: index.html and its pictures, first samples, all of one size and format."""
     trials = Trials.draw(seen, made, other, seed)
     side = min(LARGEST, *(max(pictures.read(0, 0).shape) for pictures in (seen, made, other)))
     names = []

@@ -268,7 +268,8 @@ def headline_of(findings, kinds, n_stimuli):
               if found.get(name, {}).get("n") and metric == "clip_two_way"]
     return {"value": number(entry["value"], metric), "title": title_of(metric), "two_way": "two_way" in metric,
             "n": f"{n:,}", "low": number(entry["ci_low"], metric), "high": number(entry["ci_high"], metric),
-            "bars": bars, "harder": "; ".join(harder), "no_control": "control" not in kinds.values()}
+            "bars": bars, "harder": "; ".join(harder),
+            "no_control": findings.label != SEEN and "control" not in kinds.values()}
 
 
 def beside(kinds):
