@@ -17,6 +17,7 @@ correlation, betas and the GNet of --gnet_run. Beside the images it writes
     metrics.csv            every row of the table   metrics.tex          a line for a paper
     compared.json          each --compare and control: its values, and the difference, images paired
     report/index.html      all of it, to browse  contact_sheet.png       seen and reconstructed
+    rating/index.html      with --rating_page: blinded trials for people, whose answers --ratings reads
 Values of several samples of one image are averaged first. Intervals: 95 %, bootstrap over images; exact for rates that
 are 0 or 1 of every image. The results before are replaced; --outdir keeps both. What was extracted is kept, by
 content (outputs_all/.features, --cache_gb); an interrupted one continues. A folder or file is looked for from the
@@ -65,6 +66,11 @@ def get_parser():
                         help="feature whose brain embeddings are retrieved")
     parser.add_argument("--compare", nargs="+", default=[], metavar="[LABEL=]DIR",
                         help="further reconstructions of the same images: measured, compared image by image, shown")
+    parser.add_argument("--rating_page", metavar="LABEL",
+                        help="write rating/index.html, too: blinded trials, whether the reconstruction or that set's "
+                             "picture is nearer to the seen one")
+    parser.add_argument("--ratings", nargs="+", default=[], metavar="FILE",
+                        help="answers that people saved from a rating page, a file for each")
     parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True,
                         help="measure null controls and ceilings too")
     parser.add_argument("--subjects", type=options.subject, nargs="+", metavar="S",
@@ -106,7 +112,7 @@ def main(argv=None):
 def evaluate(args, paths):
     """Measure one folder and write all results beside it; returns {metric: entry}."""
     from disk.hub import find_model
-    from evaluation import controls
+    from evaluation import controls, rating
     from evaluation.curves import curves_of
     from evaluation.decoded import (
         check_rows,
@@ -140,6 +146,10 @@ def evaluate(args, paths):
         eval_clip = find_model(eval_clip, paths, "--eval_clip", hint)
     for folder in (outdir, outdir / "report"):
         check_writable(folder)
+    if args.rating_page and args.rating_page not in (*compared, *controls.LABELS):
+        raise utils.UserError(f"--rating_page {args.rating_page}: wanted the label of a set: "
+                              f"{', '.join((*compared, *controls.LABELS))}; --compare it")
+    answers = rating.load_answers([paths.find(file) for file in args.ratings])
     remarks = [no_longer_compared(outdir, compared)]
     what = "the seen images" if args.seen else "pictures"
     print(f"{images.folder}: {what} of {len(images.image_ids)} images, compared with what was seen", flush=True)
@@ -179,6 +189,12 @@ def evaluate(args, paths):
             absent["baseline: ridge"] = "score and draw it with --run ridge --method ridge, and --compare it"
     others = {label: PictureSet.of_folder(label, other) for label, other in (compared | drawn).items()} | plain
     whole, lacking = of_the_same_images(others, images.image_ids)
+    if args.rating_page:
+        if args.rating_page not in whole:
+            why = (absent | lacking).get(args.rating_page, "these images are that set")
+            raise utils.UserError(f"--rating_page {args.rating_page}: not there to be rated: {why}")
+        rating.write_page(outdir / "rating", seen, made, whole[args.rating_page], args.seed, paths)
+    ratings = rating.resolve(answers, seen, made, whole, args.seed)
     measured |= {label: scale.measure(pictures) for label, pictures in whole.items()}
     differences = {label: scale.differences(measured[made.label], measured[label]) for label in whole}
 
@@ -194,7 +210,7 @@ def evaluate(args, paths):
     sheet = sheet_of(name_of(images.folder), seen, shown, found, args.sheet_images)
     note = brain.note((images.config or {}).get("gnet_run")) if brain else None
     findings = Findings(images, {SEEN: seen, made.label: made, **whole}, measured, differences, absent | lacking,
-                        explained, tuple(filter(None, remarks)), tuple(curves))
+                        tuple(filter(None, remarks)), scale.kinds, ratings, explained, tuple(curves))
     folders = {label: paths.as_recorded(other.folder) for label, other in (compared | drawn).items()}
     write(outdir, findings, folders, sheet, note, paths, args)
     kept = store.trim(args.cache_gb * 1e9)
@@ -229,8 +245,13 @@ def write(outdir, findings, folders, sheet, note, paths, args):
     if note:
         print(f"brain_correlation: {note}")
     print(format_absent(findings.absent), end="")
+    for label, entry in findings.ratings.items():
+        print(f"rated nearer than {label}: {entry['value']:.3f} ({entry['ci_low']:.3f} .. {entry['ci_high']:.3f}) of "
+              f"{entry['trials']} choices, {entry['n']} images; chance 0.5")
     for remark in findings.remarks:
         print(remark)
+    if args.rating_page:
+        print(f"rating page    {outdir / 'rating/index.html'}")
     print(f"metrics        {outdir / 'metrics.json'}\ncontact sheet  {outdir / 'contact_sheet.png'}\n"
           f"report         {outdir / 'report/index.html'}")
     tracker.finish()

@@ -364,7 +364,7 @@ def test_a_report_that_is_replaced_says_what_it_no_longer_compares(root, capsys)
     assert "no longer compared" not in capsys.readouterr().out
     run(root, *words)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("no longer compared"))
-    assert line in (images_of(root) / "report/index.html").read_text().replace("&#x27;", "'")
+    assert line in (images_of(root) / "report/index.html").read_text().replace("&#39;", "'")
     run(root, *words, *shlex.split(line.partition("keep with ")[2]))  # as it says
     assert "the best" in json.loads((images_of(root) / "compared.json").read_text())
     assert "no longer compared" not in capsys.readouterr().out

@@ -133,7 +133,7 @@ def nearest_image(label, seen, run, paths, feat, store):
         write_npy(nearest.numpy())(file)
 
     nearest = np.array(store.kept("nearest", sample_hash(feature) + hash_of(brain) + hash_of(candidates), make))
-    return PictureSet(label, seen.image_ids, lambda i, k: stimuli[nearest[[i]]][0])
+    return PictureSet(label, seen.image_ids, lambda i, k: stimuli[nearest[[i]]][0], shows=nearest)
 
 
 def hash_of(array):

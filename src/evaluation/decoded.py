@@ -173,4 +173,5 @@ def scored(ids):
 
 
 def ratio(hits, drawn, index):
-    return hits[index].sum(-1) / drawn[index].sum(-1)
+    """Hits over draws of drawn images, as a statistic for `bootstrap_ci`."""
+    return hits[index].sum(axis=-1) / drawn[index].sum(axis=-1)

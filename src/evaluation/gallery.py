@@ -1,14 +1,22 @@
-"""Pictures of results: the contact sheet of seen and reconstructed images."""
+"""Pictures of results: the contact sheet of seen and reconstructed images, and the copies that pages show."""
+
+import hashlib
+import re
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from disk.files import atomic_path
 from evaluation.metrics import written
 from evaluation.picture_sets import MADE, SEEN
 
 TILE, GAP, MARGIN = 136, 8, 28  # pixels
 BAND_GAP, CAPTION, LABEL_WIDTH = 22, 22, 138
 INK, FAINT, PAPER, SEEN_BACKGROUND = "#1c1e21", "#6b7178", "#ffffff", "#e3e9f2"
+# copies on pages: the largest sides with which all of them take about so many bytes
+SIDES, ALL_COPIES, BYTES_PER_PIXEL = (512, 384, 256, 192), 140e6, 0.15  # a photograph as WebP of quality 80
+LOSSLESS = 128  # pixels: smaller pictures are kept as they are
+COPY_NAME = re.compile(r"\d+(_[a-z0-9]+)*\.(webp|png|jpg)")
 
 
 def sheet_of(title, seen, sets, results, at_most):
@@ -30,6 +38,53 @@ def sheet_of(title, seen, sets, results, at_most):
              (("clip_two_way", "CLIP two-way"), ("pixcorr", "PixCorr"), ("ssim", "SSIM"))
              if results.get(metric, {}).get("n")]
     return contact_sheet(rows, [f"{i}" for i in ids], title, "   ·   ".join([which, *shown]))
+
+
+def sides_of_copies(n_large, n_small):
+    """The sides, in pixels, that copies may have on a page: of those shown large, and of those shown small."""
+    pairs = [(large, small) for small in SIDES for large in SIDES if large >= small]
+    fitting = (pair for pair in pairs if (n_large * pair[0]**2 + n_small * pair[1]**2) * BYTES_PER_PIXEL <= ALL_COPIES)
+    return next(fitting, pairs[-1])
+
+
+def save_copy(picture, file, side):
+    """Save a picture, (H, W, 3) uint8, as WebP that is at most `side` pixels wide and high."""
+    picture = Image.fromarray(picture)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    how = {"lossless": True} if max(picture.size) <= LOSSLESS else {"quality": 80}
+    with atomic_path(file) as temporary:
+        picture.save(temporary, format="WEBP", method=2, **how)
+
+
+def save_copies(folder, columns):
+    """Copies of pictures for a page, in its folder pictures/; what an earlier page left there goes.
+
+    columns: [(PictureSet, sample, whether it is shown large)]. Returns for each a list of names from `folder`, one for
+    each image it has; a picture that is the same for several images is saved once.
+    """
+    n_large, n_small = (sum(len(pictures.image_ids) for pictures, _, large in columns if large == wanted)
+                        for wanted in (True, False))
+    sides = dict(zip((True, False), sides_of_copies(n_large, n_small), strict=True))
+    found, known = [], {}
+    for number, (pictures, sample, large) in enumerate(columns):
+        names = []
+        for i, image_id in enumerate(pictures.image_ids):
+            picture = pictures.read(i, sample)
+            key = number, hashlib.sha256(picture.tobytes()).digest()
+            if key not in known:
+                known[key] = f"pictures/{image_id:05d}_{number}.webp"
+                save_copy(picture, folder / known[key], sides[large])
+            names.append(known[key])
+        found.append(names)
+    remove_others(folder, set(known.values()))
+    return found
+
+
+def remove_others(folder, names):
+    """Remove the copies in a page's folder pictures/ that are not among `names`."""
+    for file in (folder / "pictures").glob("*"):
+        if COPY_NAME.fullmatch(file.name) and f"pictures/{file.name}" not in names:
+            file.unlink()
 
 
 def contact_sheet(rows, names, title, subtitle="", columns=10):

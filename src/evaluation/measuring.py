@@ -42,8 +42,10 @@ class Findings(NamedTuple):
     measured: dict  # label -> Measured, the reconstructions first
     differences: dict  # label -> {metric: entry}, reconstructions minus that set, images paired
     absent: dict  # label -> why that set was not measured
-    explained: dict = {}  # feature -> {"ridge", "network", "scored"}: R2 on validation images
     remarks: tuple = ()  # what a reader must know, a line each
+    kinds: np.ndarray | None = None  # (N,) number of each image's kind of scene
+    ratings: dict = {}  # label -> entry: how often people chose the reconstruction over that set's picture
+    explained: dict = {}  # feature -> {"ridge", "network", "scored"}: R2 on validation images
     curves: tuple = ()  # curves.Curve, of sets that grow with what their decoder was given
 
     @property
@@ -73,6 +75,7 @@ class Scale:
         """brain: Brain or None."""
         self.seen, self.networks, self.store, self.brain, self.seed = seen, networks, store, brain, seed
         self.reals = {name: store.features(name, network, seen) for name, network in networks.items()}
+        self.kinds = kinds_of(self.reals["clip_two_way"]) if "clip_two_way" in networks else None
 
     def measure(self, pictures):
         """All metrics of a PictureSet of the same images, Measured."""
@@ -181,9 +184,14 @@ def compare_features(name, real, preds, per_image, tables):
         ranks, first = zip(*(metrics.ranks_of(successes["rec_to_gt"]) for successes in halved), strict=True)
         per_image["clip_median_rank"] = np.mean(ranks, axis=0)
         per_image |= {f"clip_top{k}": np.mean([shares[k] for shares in first], axis=0) for k in (1, 5)}
-        clusters = metrics.clusters_of(real, round((len(real) / 2) ** 0.5))
+        per_image["clip_similarity"] = np.mean([metrics.paired_correlation(real, pred) for pred in preds], axis=0)
         fair = np.mean([successes["rec_to_gt"] for successes in halved], axis=0)
-        per_image["clip_two_way_same_cluster"] = metrics.within_clusters(fair, clusters)
+        per_image["clip_two_way_same_cluster"] = metrics.within_clusters(fair, kinds_of(real))
+
+
+def kinds_of(real):
+    """Number of the kind of scene (N,) that each image is of, by CLIP's features (N, D)."""
+    return metrics.clusters_of(real, max(1, round((len(real) / 2) ** 0.5)))
 
 
 def summarise(statistic, n, seed, shares=None):

@@ -23,6 +23,13 @@ def is_rate(metric):
     return "two_way" in metric or "top1" in metric or "top5" in metric
 
 
+def chance_of(metric, n):
+    """What a metric is of pictures that have nothing to do with the n images; None where only a control can tell."""
+    if "two_way" in metric:
+        return 0.5
+    return {"clip_median_rank": (n + 1) / 2, "clip_top1": 1 / n, "clip_top5": min(5 / n, 1)}.get(metric)
+
+
 def resize(images, side):
     """Resize (N, 3, H, W) images to `side` pixels: bilinear, no antialiasing, as every resize of the protocol."""
     if images.shape[-2:] == (side, side):

@@ -22,9 +22,11 @@ class PictureSet:
     label: its name in tables; image_ids (N,): whose they are.
     """
 
-    def __init__(self, label, image_ids, read, n_samples=1):
-        """read: (number of the image, sample) -> (H, W, 3) uint8."""
+    def __init__(self, label, image_ids, read, n_samples=1, config=None, shows=None):
+        """read: (number of the image, sample) -> (H, W, 3) uint8; config: how they were drawn; shows (N,): ids of the
+        stimuli that stand in their place, where these are stimuli."""
         self.label, self.image_ids, self.read, self.n_samples = label, np.asarray(image_ids), read, n_samples
+        self.config, self.shows = config, shows
         self._keys = {}
 
     @classmethod
@@ -36,12 +38,14 @@ class PictureSet:
     @classmethod
     def of_folder(cls, label, images):
         """The pictures of an ImageSet."""
-        return cls(label, images.image_ids, lambda i, k: read_png(images.files[i][k]), len(images.files[0]))
+        return cls(label, images.image_ids, lambda i, k: read_png(images.files[i][k]), len(images.files[0]),
+                   images.config)
 
     def of_ids(self, image_ids):
         """The same pictures of fewer images."""
         at = np.searchsorted(self.image_ids, image_ids)
-        return PictureSet(self.label, image_ids, lambda i, k: self.read(at[i], k), self.n_samples)
+        shows = None if self.shows is None else self.shows[at]
+        return PictureSet(self.label, image_ids, lambda i, k: self.read(at[i], k), self.n_samples, self.config, shows)
 
     def batch(self, index, sample=0):
         """(B, 3, SIDE, SIDE) in [0, 1]: the protocol first brings both pictures of a pair to this side."""

@@ -32,6 +32,8 @@ PUBLISHED = [
     Published("MindTuner 2025", FOUR, 40, (.322, .421, 95.8, 98.8, 95.6, 93.8, .612, .340), TABLES),
     Published("Brain-IT 2026", FOUR, 40, (.386, .486, 98.4, 99.5, 97.3, 96.4, .564, .320), TABLES),
 ]
+# MindEye2's brain correlations (its paper, table 3)
+PUBLISHED_BRAIN = {"nsd_general": .373, "V1": .364, "V2": .352, "V3": .342, "V4": .327, "higher_vis": .368}
 # of one subject, or with other settings: for the ledger (benchmarks/ledger.py), not for the table of the report
 FURTHER = [
     Published("MindEye2 2024", "1", 40, (.374, .439, 97.9, 99.1, 96.0, 93.7, .607, .336),

@@ -1,289 +1,494 @@
 """The report: one folder with an index.html that opens anywhere, of what evaluate.py found.
 
-Relative links only, no server, nothing from elsewhere: the page can be moved, mailed and printed. report.css and
-report.js beside this file are written into it.
+Pictures first, then one number beside its chance, controls and ceiling, then everything else. Relative links only, no
+server, nothing from elsewhere: the page can be moved, mailed and printed. What it looks like is in page/report.*.
 """
 
-import io
+import datetime
 import json
-from html import escape
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+import utils
 from disk.files import atomic_path, load_json
-from disk.names import run_of, scores_name
+from disk.names import runs_of, scores_name
+from evaluation import figures
+from evaluation.controls import DRAWN, PLAIN
+from evaluation.curves import SHOWN
 from evaluation.decoded import features_of
-from evaluation.metrics import LOWER_IS_BETTER, is_rate
-from nsd.rows import open_stimuli
+from evaluation.gallery import save_copies
+from evaluation.metrics import LOWER_IS_BETTER, chance_of, is_rate, written
+from evaluation.pages import portable, render
+from evaluation.picture_sets import SEEN
+from evaluation.published import AGREES_WITH_PEOPLE, NSD_IMAGES, PUBLISHED, PUBLISHED_BRAIN
+from evaluation.published import METRICS as PROTOCOL
+from nsd.captions import load_captions
+from nsd.rows import open_betas, open_stimuli
 from sampling.folders import name_of
 from training.tracking import load_rows
 
-THUMBNAIL = 256  # pixels: larger pictures are made smaller, as JPEG
-NSD_IMAGES = 73000
+MEAN, NEAREST, VAE = PLAIN  # labels of what no decoder draws
+IN_STRIP = 10  # images
+DRAWN_OTHERWISE = ": drawn otherwise than "  # remarks about the settings of other sets, which can wait
 TITLES = {
     "pixcorr": "PixCorr", "ssim": "SSIM", "alexnet2_two_way": "Alex(2)", "alexnet5_two_way": "Alex(5)",
     "inception_two_way": "Incep", "clip_two_way": "CLIP", "effnet_distance": "Eff-B", "swav_distance": "SwAV",
     "clip_two_way_same_cluster": "CLIP, same cluster", "clip_two_way_gt_to_rec": "CLIP, seen to reconstructed",
     "clip_median_rank": "CLIP rank", "clip_top1": "CLIP top-1", "clip_top5": "CLIP top-5",
+    "clip_similarity": "CLIP similarity",
 }
-PROTOCOL = list(TITLES)[:8]  # the columns of published tables
-# mean of subjects 1, 2, 5, 7, 40 sessions, 982 to 1000 test images; two-way in %. Sources: tables of the MindEye2 paper
-# (recomputed by its authors) and the Brain-IT project page.
-PUBLISHED = {
-    "Takagi & Nishimoto 2023": (.246, .410, 78.9, 85.6, 83.8, 82.1, .811, .504),
-    "Brain-Diffuser 2023": (.273, .365, 94.4, 96.6, 91.3, 90.9, .728, .421),
-    "MindEye1 2023": (.319, .360, 92.8, 96.9, 94.6, 93.3, .648, .377),
-    "DREAM 2024": (.274, .328, 93.9, 96.7, 93.4, 94.1, .645, .418),
-    "UMBRAE 2024": (.283, .341, 95.5, 97.0, 91.7, 93.5, .700, .393),
-    "MindBridge 2024": (.151, .263, 87.7, 95.5, 92.4, 94.7, .712, .418),
-    "NeuroPictor 2024": (.229, .375, 96.5, 98.4, 94.5, 93.3, .639, .350),
-    "MindEye2 2024": (.322, .431, 96.1, 98.6, 95.4, 93.0, .619, .344),
-    "MindTuner 2025": (.322, .421, 95.8, 98.8, 95.6, 93.8, .612, .340),
-    "Brain-IT 2026": (.386, .486, 98.4, 99.5, 97.3, 96.4, .564, .320),
-}
+# The one number, the first of these that was measured. CLIP's two-way rate: everyone publishes it, it asks for what is
+# in a picture and not for its pixels (which blur pleases), and its chance is 50 % for any number of images.
+HEADLINES = ("clip_two_way", "alexnet5_two_way", "inception_two_way", "alexnet2_two_way", "pixcorr", "ssim")
+SCORES = ("clip_similarity", "clip_two_way", "pixcorr", "ssim")  # what images are ordered by, the first measured
+ON_CARDS = ("clip_similarity", "clip_median_rank", "pixcorr", "ssim")
+LOSSES = {"loss_mse": "squared error / variance", "loss_prior": "squared error of the prior",
+          "loss_l1": "mean absolute error", "loss": "what is minimised"}  # the first that a run has: what judges it
+SIGNALS = {"c": "c (what is in the picture)", "z": "z (where things are)", "g": "g (what they look like)"}
+SPLITS = {"new_test": "test images that no training saw", "test": "test images (MindEye1's) that no training saw",
+          "val": "validation images"}
 
 
 def write(folder, findings, config, paths):
     """Write the report of an evaluation's Findings into `folder`; config: what metrics_config.json holds."""
-    name, per_image = name_of(findings.images.folder), findings.per_image
-    recon_config = findings.images.config or {}
-    shown_sets = [label for label in findings.sets if not label.startswith(("control", "ceiling"))]
-    images = write_pictures(folder, findings.sets, shown_sets)
-    n = len(images)
-    for i, image in enumerate(images):
-        image["metrics"] = {metric: None if np.isnan(values[i]) else round(float(values[i]), 4)
-                            for metric, values in per_image.items()}
-        image["metrics"]["id"] = image["id"]
-    shown = [metric for metric in ("clip_two_way", "pixcorr", "ssim") if metric in per_image]
-    for_script = {"images": images, "shown": shown, "titles": {metric: title_of(metric) for metric in per_image},
-                  "lower_is_better": LOWER_IS_BETTER}
-    page = [
-        f"<h1>{escape(name)}</h1>",
-        f"<p class=faint>{n} images, {config['n_samples']} sample{'s' * (config['n_samples'] > 1)} of each · protocol "
-        f"{escape(config['protocol'])} · commit {escape(str(config['git_commit'])[:12])}</p>",
-        "<nav aria-label=Sections><a href=#results>Results</a><a href=#gallery-section>Gallery</a>"
-        + "<a href=#brain>Brain</a>" * bool(config["brain_correlation"])
-        + "<a href=#training>Training</a><a href=#settings>Settings</a></nav>",
-        results_section(findings, len(open_stimuli(paths))),
-        gallery_section(shown, per_image),
-        brain_section(findings.measured, config["brain_correlation"]),
-        training_section(recon_config, paths),
-        settings_section(config, recon_config, paths),
-    ]
-    here = Path(__file__).resolve().parent
-    embedded = json.dumps(for_script).replace("</", "<\\/")  # no label can end the script
-    text = (
-        "<!doctype html><html lang=en><head><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width, initial-scale=1'><link rel=icon href='data:,'>"
-        f"<title>{escape(name)}</title><style>{(here / 'report.css').read_text()}</style></head><body>"
-        + "\n".join(page)
-        + f"<script type=application/json id=report-data>{embedded}</script>"
-        + f"<script>{(here / 'report.js').read_text()}</script></body></html>\n")
+    drawn = findings.images.config or {}
+    kinds = {label: kind_of(label, findings) for label in findings.measured}
+    n_stimuli = len(open_stimuli(paths))
+    columns = columns_of(findings, kinds)
+    files = save_copies(folder, [(findings.sets[column["set"]], column["sample"], column["large"])
+                                 for column in columns])
+    for column, names in zip(columns, files, strict=True):
+        column["files"] = names
+    score = next(metric for metric in (*SCORES, *findings.per_image) if metric in findings.per_image)
+    unlike = [remark for remark in findings.remarks if DRAWN_OTHERWISE in remark]
+    page = render(
+        "report", paths, folder=name_of(findings.images.folder),
+        # the first screen
+        title=title_of_page(findings, drawn), lead=lead_of(findings, drawn),
+        facts=facts_of(findings, config, drawn, n_stimuli, paths), strip=strip_of(findings, columns, score),
+        score=title_of(score), headline=headline_of(findings, kinds, n_stimuli), ratings=ratings_of(findings),
+        remarks=[remark for remark in findings.remarks if remark not in unlike],
+        # results and the gallery
+        panels=panels_of(findings, kinds, n_stimuli), comparable=comparable(n_stimuli),
+        sorts=[(metric, title_of(metric)) for metric in dict.fromkeys((score, *findings.per_image))],
+        data=data_of(findings, columns, paths),
+        # what is read by some
+        tables=tables_of(findings), published=published_table(findings, drawn, n_stimuli), unlike=unlike,
+        missing=missing_of(findings), note=config["brain_correlation"], brain=brain_of(findings, kinds, n_stimuli),
+        histograms=histograms_of(findings, kinds), decoded=decoded_table(findings),
+        growth=growth_of(findings, kinds),
+        training=training_of(drawn, paths), blocks=settings_of(config, drawn, paths))
     with atomic_path(folder / "index.html") as temporary:
-        temporary.write_text(text)
+        temporary.write_text(page)
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------
-
-
-def write_pictures(folder, sets, labels):
-    """Copies of the pictures to show, small; [{"id", "pictures": [[label, file], ...]}] for each image."""
-    first = sets[labels[0]]
-    images = [{"id": int(image_id), "pictures": []} for image_id in first.image_ids]
-    for number, label in enumerate(labels):
-        for k in range(sets[label].n_samples):
-            title = label if k == 0 else f"sample {k + 1}"
-            for i, image in enumerate(images):
-                picture = Image.fromarray(sets[label].read(i, k))
-                small = max(picture.size) <= THUMBNAIL
-                file = folder / "pictures" / f"{number}_{image['id']:05d}_{k}.{'png' if small else 'jpg'}"
-                picture.thumbnail((THUMBNAIL, THUMBNAIL))
-                with atomic_path(file) as temporary:
-                    picture.save(temporary, format="PNG" if small else "JPEG", **({} if small else {"quality": 88}))
-                image["pictures"].append([title, f"pictures/{file.name}"])
-    return images
-
-
-# --- sections ----------------------------------------------------------------------------------------------------
+# --- words -------------------------------------------------------------------------------------------------------
 
 
 def title_of(metric):
     return TITLES.get(metric, metric.replace("brain_correlation_", "brain r, ").replace("_", " "))
 
 
-def cell(entry, percent=False):
+def titled(metric):
+    """The metric over a figure: its unit, its direction, and how far it agrees with people."""
+    people = AGREES_WITH_PEOPLE.get(metric)
+    return (title_of(metric) + " (%)" * is_rate(metric) + " (lower is better)" * (metric in LOWER_IS_BETTER)
+            + (f" · people: r {people:.2f}" if people else ""))
+
+
+def number(value, metric):
+    """A value of a metric as it is read: rates in percent."""
+    if is_rate(metric):
+        return f"{100 * value:.1f} %"
+    return f"{value:.1f}" if "rank" in metric else f"{value:.3f}"
+
+
+def subject_of(drawn):
+    """Whose brain, in words."""
+    return f"subject {int(drawn['subj'].removeprefix('subj'))}" if "subj" in drawn else "a subject"
+
+
+def title_of_page(findings, drawn):
+    if findings.label == SEEN:
+        return "The seen pictures, measured against themselves"
+    if drawn.get("run") == "ground_truth":
+        return "Pictures drawn from true features: the ceiling"
+    if drawn.get("control"):
+        return f"Null control ({drawn['control']}): pictures that owe the brain nothing"
+    return f"What {subject_of(drawn)} saw, reconstructed from brain activity (fMRI)"
+
+
+def lead_of(findings, drawn):
+    """What was done, in two sentences."""
+    if findings.label == SEEN:
+        return "Every metric's best value on these images: nothing was reconstructed."
+    n = len(findings.images.image_ids)
+    what = f"{n:,} {SPLITS.get(drawn.get('test_split'), 'images')}"
+    if not drawn:
+        return f"Reconstructions of {what}, compared with what was seen. How they were drawn is not recorded."
+    signals = [SIGNALS["c"], *([SIGNALS["z"]] if drawn.get("z") == "scores" else []),
+               *([SIGNALS["g"]] if drawn.get("feats") else [])]
+    signals = " and ".join(filter(None, (", ".join(signals[:-1]), signals[-1])))
+    if drawn.get("run") == "ground_truth":
+        source = f"From the true {signals} of each"
+    else:
+        whose = {"shuffle": "responses to other pictures", "noise": "noise in place of responses",
+                 "mean": "the mean response"}.get(drawn.get("control"), f"{subject_of(drawn)}'s responses")
+        source = f"From {whose}, decoders predicted {signals} of each"
+    guided = " The measured response guided the drawing, too." if drawn.get("use_gnet") else ""
+    return f"{what}. {source}; a diffusion model drew the pictures from that alone.{guided}"
+
+
+def facts_of(findings, config, drawn, n_stimuli, paths):
+    """What a reader asks first: [(name, text)]."""
+    n_samples = findings.n_samples
+    facts = {"Subject": subject_of(drawn).removeprefix("subject ") if "subj" in drawn else None,
+             "Images": f"{len(findings.images.image_ids):,}, {n_samples} picture{'s' * (n_samples > 1)} of each",
+             "Decoders": f"{drawn['run']}, {drawn['num_sessions']} sessions" if {"run", "num_sessions"} <= drawn.keys()
+             else None,
+             "Responses": {"mean": "mean of an image's repeats", "single": "one look at each image"}.get(
+                 drawn.get("repeats")),
+             "Voxels": n_voxels(drawn, paths),
+             "Guidance": guidance_of(drawn),
+             "Data": "NSD" if n_stimuli == NSD_IMAGES else f"a world of {n_stimuli:,} images, not NSD",
+             "Evaluated": datetime.date.today().isoformat(),
+             "Commit": commits_of(config, drawn)}
+    return [(name, fact) for name, fact in facts.items() if fact is not None]
+
+
+def n_voxels(drawn, paths):
+    """How many voxels were decoded from; None where the responses are not there."""
+    try:
+        return f"{open_betas(paths, drawn['subj']).shape[1]:,}" if "subj" in drawn else None
+    except utils.UserError:
+        return None
+
+
+def guidance_of(drawn):
+    """The rule and the strength; None where it is not known."""
+    if "guidance_rule" not in drawn:
+        return "none" if drawn else None
+    return "{} rule, {:g} over {:.0%} of the steps".format(
+        drawn["guidance_rule"], drawn.get("guidance_scale") or 0, drawn.get("guidance_strength") or 0)
+
+
+def commits_of(config, drawn):
+    """Of the code that drew and of the code that measured."""
+    drew, measured = (str(commit)[:8] if commit else None for commit in (drawn.get("commit"), config["git_commit"]))
+    return measured if drew in (None, measured) else f"{drew} drew, {measured} measured"
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------
+
+
+def kind_of(label, findings):
+    """What a set is to its reader: 'main', 'compared', 'control' or 'ceiling', by its label or by how it was drawn."""
+    config = findings.sets[label].config or {}
+    if label == findings.label:
+        return "main"
+    if label.startswith("control:") or config.get("control"):
+        return "control"
+    return "ceiling" if label.startswith("ceiling:") or config.get("run") == "ground_truth" else "compared"
+
+
+def columns_of(findings, kinds):
+    """What the gallery shows of every image: the seen one, all samples of the reconstructions, the first of others."""
+    columns = []
+    for label, pictures in findings.sets.items():
+        for k in range(pictures.n_samples if label == findings.label else 1):
+            kind = "seen" if label == SEEN else kinds[label]
+            columns.append({"label": f"sample {k + 1}" if k else label, "set": label, "sample": k, "kind": kind,
+                            "shows": None if pictures.shows is None else pictures.shows.tolist(),
+                            "large": k == 0 and kind in ("seen", "main"),
+                            "on": label not in (MEAN, VAE)})
+    return columns
+
+
+def strip_of(findings, columns, score):
+    """Images from the best to the worst at even ranks, none picked: [{"id", "files": (seen, reconstructed)}]."""
+    values = np.nan_to_num(findings.per_image[score], nan=-np.inf) * (-1 if score in LOWER_IS_BETTER else 1)
+    order = np.argsort(-values, kind="stable")
+    ranks = np.unique(np.linspace(0, len(order) - 1, min(len(order), IN_STRIP)).round().astype(int))
+    large = [column["files"] for column in columns if column["large"]]
+    return [{"id": findings.images.image_ids[i], "files": [files[i] for files in large]} for i in order[ranks]]
+
+
+def data_of(findings, columns, paths):
+    """What report.js shows: pictures, captions, kinds of scene and every value of every image."""
+    ids = findings.images.image_ids
+    return {
+        "ids": ids.tolist(), "columns": columns, "captions": captions_of(ids, paths),
+        "kinds": None if findings.kinds is None else findings.kinds.tolist(),
+        "values": {label: {metric: [None if np.isnan(value) else float(f"{value:.4g}") for value in values]
+                           for metric, values in measured.per_image.items()}
+                   for label, measured in findings.measured.items()},
+        "titles": {metric: title_of(metric) for metric in findings.per_image}, "lower_is_better": LOWER_IS_BETTER,
+        "on_cards": [metric for metric in ON_CARDS if metric in findings.per_image]}
+
+
+def captions_of(ids, paths):
+    """The captions of images, a list for each; None where this world has none."""
+    try:
+        captions = load_captions(paths)
+    except utils.UserError:
+        return None
+    return [captions[image_id] for image_id in ids]
+
+
+# --- the one number ----------------------------------------------------------------------------------------------
+
+
+def headline_of(findings, kinds, n_stimuli):
+    """The one number, and as bars what it must be seen beside; None where nothing was measured."""
+    found, n = findings.results, len(findings.images.image_ids)
+    metric = next((name for name in HEADLINES if found.get(name, {}).get("n")), None)
+    if metric is None:
+        return None
+    entry, chance = found[metric], chance_of(metric, n)
+    bars = [bar(findings.label, "main", "", entry["value"], metric)]
+    for label in beside(kinds):
+        if other := findings.measured[label].results.get(metric):
+            bars.append(bar(label, kinds[label], words_of(label, findings), other["value"], metric))
+    if chance is not None:
+        bars.append(bar("chance", "chance", "guessing", chance, metric))
+    if n_stimuli == NSD_IMAGES and metric in PROTOCOL:
+        values = {row.method: row.values[PROTOCOL.index(metric)] for row in PUBLISHED}
+        best = max(values, key=values.get)
+        bars.insert(1, bar(best, "published", "best published, mean of 4 subjects",
+                           values[best] / (100 if is_rate(metric) else 1), metric))
+    harder = [f"{number(found[name]['value'], name)} {words} (chance {number(chance_of(name, n), name)})"
+              for name, words in (("clip_two_way_same_cluster", "among pictures of the same kind of scene only"),
+                                  ("clip_top1", f"first among all {n:,}"))
+              if found.get(name, {}).get("n") and metric == "clip_two_way"]
+    return {"value": number(entry["value"], metric), "title": title_of(metric), "two_way": "two_way" in metric,
+            "n": f"{n:,}", "low": number(entry["ci_low"], metric), "high": number(entry["ci_high"], metric),
+            "bars": bars, "harder": "; ".join(harder),
+            "no_control": findings.label != SEEN and "control" not in kinds.values()}
+
+
+def beside(kinds):
+    """Labels of the sets that the one number needs beside it: the ceiling, retrieval, a control that was drawn."""
+    ceilings, controls = ([label for label in kinds if kinds[label] == kind] for kind in ("ceiling", "control"))
+    ceilings.sort(key=lambda label: label == VAE)  # the decoder's own ceiling first
+    retrieved = [label for label in controls if label == NEAREST]
+    others = sorted((label for label in controls if label != NEAREST), key=lambda label: label == MEAN)
+    return [*ceilings[:1], *retrieved, *others[:1]]
+
+
+def words_of(label, findings):
+    """What a control or a ceiling is, in a few words."""
+    config = (findings.sets[label].config or {}) | DRAWN.get(label, {})
+    if config.get("run") == "ground_truth":
+        return "ceiling: drawn from the true features"
+    drawn_from = {"shuffle": "responses to other pictures", "noise": "noise", "mean": "the mean response"}
+    return {MEAN: "control: no brain at all", NEAREST: "control: looked up, not drawn",
+            VAE: "ceiling: what the VAE alone loses"}.get(
+        label, f"control: drawn from {drawn_from.get(config.get('control'), 'no right response')}")
+
+
+def bar(label, kind, says, value, metric):
+    """A line beside the one number; says: what it is."""
+    return {"label": label.removeprefix("control: ").removeprefix("ceiling: "), "kind": kind, "says": says,
+            "text": number(value, metric), "percent": round(100 * float(np.clip(value, 0, 1)), 1)}
+
+
+def ratings_of(findings):
+    """What people chose, a sentence for each set."""
+    return [{"label": label, "share": f"{100 * found['value']:.1f} %",
+             "interval": f"{100 * found['ci_low']:.1f} to {100 * found['ci_high']:.1f} %", **found}
+            for label, found in findings.ratings.items()]
+
+
+# --- figures and tables ------------------------------------------------------------------------------------------
+
+
+def panels_of(findings, kinds, n_stimuli):
+    """A figure for each of the protocol's metrics: all sets, chance, published values."""
+    metrics = [metric for metric in PROTOCOL if metric in findings.per_image]
+    metrics += [metric for metric in ("clip_two_way_same_cluster",) if metric in findings.per_image]
+    return [panel(findings, kinds, metric, [row.values[PROTOCOL.index(metric)] for row in PUBLISHED]
+                  if metric in PROTOCOL and n_stimuli == NSD_IMAGES else ()) for metric in metrics]
+
+
+def panel(findings, kinds, metric, published):
+    """One metric of all sets as a figure; published: as in the tables."""
+    order = sorted(kinds, key=lambda label: ("main", "compared", "ceiling", "control").index(kinds[label]))
+    rows = [(label, kinds[label], findings.measured[label].results[metric]) for label in order
+            if findings.measured[label].results.get(metric, {}).get("n")]
+    lower = metric in LOWER_IS_BETTER
+    return figures.comparison(titled(metric), rows, chance_of(metric, len(findings.images.image_ids)), published, lower,
+                              100 if is_rate(metric) else 1)
+
+
+def table(title, rows, metrics, first, main=None, note=""):
+    """What the template's table shows; rows: {label: {metric: entry}}, main: the label of the row that stands out."""
+    columns = [title_of(metric) + " %" * is_rate(metric) + " ↓" * (metric in LOWER_IS_BETTER) for metric in metrics]
+    body = [{"label": label, "main": label == main,
+             "cells": [cell(entries.get(metric), is_rate(metric)) for metric in metrics]}
+            for label, entries in rows.items()]
+    return {"title": title, "first": first, "columns": columns, "rows": body, "note": note}
+
+
+def cell(entry, percent):
+    """A value with its interval, as text; None where there is none."""
     if entry is None or not entry.get("n"):
-        return "<td>–</td>"
+        return None
     scale, digits = (100, 1) if percent else (1, 3)
-    interval = ""
-    if entry["ci_low"] is not None:
-        interval = f"<small>{scale * entry['ci_low']:.{digits}f} … {scale * entry['ci_high']:.{digits}f}</small>"
-    return f"<td data-value={entry['value']:.6g}>{scale * entry['value']:.{digits}f}{interval}</td>"
+    text, *ends = (None if value is None else written(scale * value, digits)
+                   for value in (entry["value"], entry["ci_low"], entry.get("ci_high")))
+    return {"value": f"{entry['value']:.6g}", "text": text,
+            "interval": None if ends[0] is None else " … ".join(ends)}
 
 
-def table(rows, metrics, first="", main=None):
-    """rows: {label: {metric: entry}}."""
-    head = "".join(f"<th scope=col>{escape(title_of(metric))}{' %' * is_rate(metric)}"
-                   f"{' ↓' * (metric in LOWER_IS_BETTER)}</th>" for metric in metrics)
-    body = "".join(
-        f"<tr{' class=main' if label == main else ''}><td>{escape(label)}</td>"
-        + "".join(cell(entries.get(metric), is_rate(metric)) for metric in metrics) + "</tr>"
-        for label, entries in rows.items())
-    return (f"<div class=scroll><table class=sortable><thead><tr><th scope=col>{escape(first)}</th>{head}</tr></thead>"
-            f"<tbody>{body}</tbody></table></div>")
-
-
-def results_section(findings, n_stimuli):
-    """Tables of what was found, and of what others published; n_stimuli: images of the world it was found in."""
+def tables_of(findings):
+    """Tables of what was found."""
     main, found, per_image = findings.label, findings.results, findings.per_image
     here = [metric for metric in PROTOCOL if metric in per_image]
     beyond = [metric for metric in per_image if metric not in PROTOCOL and not metric.startswith("brain_correlation")]
     whole = [metric for metric in found if found[metric]["n"] and metric not in per_image]
     rows = {label: measured.results for label, measured in findings.measured.items()}
-    published = {label: {metric: {"value": value / 100 if is_rate(metric) else value, "n": 1, "ci_low": None}
-                         for metric, value in zip(PROTOCOL, values, strict=True)}
-                 for label, values in PUBLISHED.items()}
-    parts = ["<section id=results><h2>Results</h2>",
-             "<p class=faint>95 % intervals: bootstrap over images; exact for rates that are 0 or 1 of every image. "
-             "↓: lower is better. Two-way: chance is 50 %, and "
-             "high values flatter: see the ranks. <em>Same cluster</em>: rivals are images of the same kind of scene "
-             "(k-means of the seen images' CLIP features); knowing only the kind scores 50 % there.</p>",
-             *(f"<p class=faint>{escape(remark)}.</p>" for remark in findings.remarks),
-             table(rows, here, "set", main), "<h2>Beyond the protocol</h2>", table(rows, beyond, "set", main)]
+    tables = [table("The protocol's metrics", rows, here, "set", main)]
+    if beyond:
+        tables.append(table("Beyond the protocol", rows, beyond, "set", main))
     if whole:
         of = ", ".join(dict.fromkeys(found[metric]["of"] for metric in whole if "of" in found[metric]))
         galleries = [f"{title_of(metric)} among {found[metric]['gallery']}" for metric in whole
                      if "gallery" in found[metric]]
-        note = f"Measured on the decoded features, {of}, drawn or not; " + "; ".join(galleries)
-        parts += ["<h2>Retrieval and features</h2>", f"<p class=faint>{escape(note)}.</p>" if of else "",
-                  table({main: found}, whole, "set", main)]
+        note = f"Measured on the decoded features, {of}, drawn or not; " + "; ".join(galleries) + "." if of else ""
+        tables.append(table("Retrieval and features", {main: found}, whole, "set", main, note))
     if findings.differences:
-        parts += ["<h2>Reconstructions minus the other sets, images paired</h2>",
-                  table(findings.differences, here + beyond, "minus")]
-    missing = {metric: entry["missing"] for metric, entry in found.items() if "missing" in entry}
-    missing |= findings.absent
-    if missing:
-        parts += ["<h2>Not measured</h2><ul>", *(f"<li><strong>{escape(title_of(what))}</strong>: {escape(why)}</li>"
-                                                 for what, why in missing.items()), "</ul>"]
-    parts += ["<h2>Published on NSD</h2>",
-              "<p class=faint>Mean of subjects 1, 2, 5 and 7, 40 sessions, protocol mindeye2. "
-              f"{comparable(n_stimuli)}</p>",
-              table(published, PROTOCOL, "method"), "</section>"]
-    return "\n".join(parts)
+        tables.append(table("Reconstructions minus the other sets, images paired", findings.differences, here + beyond,
+                            "minus"))
+    return tables
+
+
+def missing_of(findings):
+    """What was not measured: {why: [what]}."""
+    missing = {metric: entry["missing"] for metric, entry in findings.results.items() if "missing" in entry}
+    reasons = {}
+    for what, why in (missing | findings.absent).items():
+        reasons.setdefault(why, []).append(title_of(what))
+    return reasons
+
+
+def published_table(findings, drawn, n_stimuli):
+    """Published rows, and above them these reconstructions, marked as what they are."""
+    rows = {row.method: {metric: {"value": value / 100 if is_rate(metric) else value, "n": 1, "ci_low": None}
+                         for metric, value in zip(PROTOCOL, row.values, strict=True)} for row in PUBLISHED}
+    ours = f"these, {subject_of(drawn)} alone" if n_stimuli == NSD_IMAGES else "these (NOT COMPARABLE)"
+    return table("Published on NSD", {ours: findings.results, **rows}, PROTOCOL, "method", ours)
 
 
 def comparable(n):
-    """Whether results on a world of n images may be compared with them."""
+    """Whether results on a world of n images may be compared with published ones; ("", caveat) or (no, why)."""
     if n == NSD_IMAGES:
-        return ("MindEye2 scores 1,000 images of the new split; tables made with another scikit-image, another "
-                "antialiasing or other weights differ.")
-    return (f"<strong>Not comparable with the results above</strong>: those are of a world of {n} images, not of NSD's "
+        return ("", "MindEye2 scores 1,000 images of the new split; tables made with another scikit-image, another "
+                    "antialiasing or other weights differ.")
+    return ("Not comparable with the results above", f": those are of a world of {n:,} images, not of NSD's "
             f"{NSD_IMAGES:,}.")
 
 
-def gallery_section(shown, per_image):
-    choices = "".join(f"<option value={escape(metric)}>{escape(title_of(metric))}</option>"
-                      for metric in (*shown, *(m for m in per_image if m not in shown)))
-    tabs = "".join(f"<button type=button data-tab={name} aria-pressed={'true' if name == 'all' else 'false'}>"
-                   f"{name.capitalize()}</button>" for name in ("all", "best", "worst", "random"))
-    return (f"<section id=gallery-section><h2>Gallery</h2><div class=controls>{tabs}"
-            f"<label>sort by <select id=sort><option value=id>id</option>{choices}</select></label>"
-            "<label>ids <input id=filter inputmode=numeric placeholder='all'></label>"
-            "<span class=faint id=count role=status></span></div><div id=gallery></div>"
-            "<p><button type=button id=more hidden>Show more</button></p></section>")
+def brain_of(findings, kinds, n_stimuli):
+    """Correlation with the measured response by region: figures and their table; None where it was not measured."""
+    rois = [metric for metric in findings.per_image if metric.startswith("brain_correlation_")]
+    if not rois:
+        return None
+    published = {roi: PUBLISHED_BRAIN.get(roi.removeprefix("brain_correlation_")) for roi in rois}
+    rows = {label: measured.results for label, measured in findings.measured.items() if rois[0] in measured.results}
+    return {"panels": [panel(findings, kinds, roi, [published[roi]] if published[roi] and n_stimuli == NSD_IMAGES
+                             else ()) for roi in rois],
+            "table": table("Brain correlation by region", rows, rois, "set", findings.label)}
 
 
-def brain_section(measured, note):
-    """Correlation with the measured response by region; note: what its reader must know, None: nothing was measured."""
-    if not note:
-        return ""
-    from matplotlib.figure import Figure
-
-    rois = [metric for metric in next(iter(measured.values())).per_image if metric.startswith("brain_correlation_")]
-    labels = [label for label in measured if rois[0] in measured[label].results]
-    figure = Figure(figsize=(max(6, 1.1 * len(rois) + 2), 3.4), layout="constrained")
-    axis = figure.subplots()
-    width = 0.8 / len(labels)
-    for i, label in enumerate(labels):
-        entries = [measured[label].results[roi] for roi in rois]
-        values = np.array([entry["value"] for entry in entries])
-        spread = np.abs(np.array([[entry["ci_low"], entry["ci_high"]] for entry in entries]).T - values)
-        axis.bar(np.arange(len(rois)) + (i - (len(labels) - 1) / 2) * width, values, width, yerr=spread, label=label,
-                 error_kw={"elinewidth": 0.8, "ecolor": "#808890"})
-    axis.set_xticks(range(len(rois)), [roi.removeprefix("brain_correlation_") for roi in rois])
-    axis.set_ylabel("brain correlation, r")
-    axis.legend(frameon=False, fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))  # above, off the bars
-    rows = {label: measured[label].results for label in labels}
-    return (f"<section id=brain><h2>Brain correlation</h2><p><strong>Not independent evidence:</strong> "
-            f"{escape(note)}.</p><p class=faint>Pearson's r across a region's voxels of the "
-            "response predicted for a picture with the one measured to the seen image, mean over images; not divided "
-            "by a noise ceiling. MindEye2 (paper, table 3; NSD): nsdgeneral .373, V1 .364, V2 .352, V3 .342, V4 .327, "
-            f"higher .368.</p><div class=plots>{svg_of(figure)}</div>{table(rows, rois, 'set', labels[0])}</section>")
-
-
-def training_section(recon_config, paths):
-    """Losses of the runs behind the pictures, where their metrics.jsonl are there."""
+def histograms_of(findings, kinds):
+    """A histogram for each metric, with that of the first control that has it."""
     plots = []
-    if {"run", "subj", "hidden_dim", "num_sessions", "tag"} <= recon_config.keys():
-        for feat in features_of(recon_config):
-            name = run_of(recon_config, feat)
-            file = paths.run(name) / "metrics.jsonl"
-            if file.exists():
-                plots.append(curve(feat, name, list(load_rows(file))))
-    if not plots:
-        return "<section id=training><h2>Training</h2><p class=faint>The runs have no metrics.jsonl.</p></section>"
-    return f"<section id=training><h2>Training</h2><div class=plots>{''.join(plots)}</div></section>"
+    for metric, values in findings.per_image.items():
+        if np.isnan(values).all():
+            continue
+        control = next((label for label, kind in kinds.items()
+                        if kind == "control" and metric in findings.measured[label].per_image), None)
+        others = None if control is None else findings.measured[control].per_image[metric]
+        plots.append(figures.histogram(title_of(metric) + " (%)" * is_rate(metric), values, others, control,
+                                       100 if is_rate(metric) else 1))
+    return plots
 
 
-def curve(feat, name, rows):
-    """Losses of one run; rows: those of its metrics.jsonl."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.4, 2.4), layout="constrained")
-    axis = figure.subplots()
-    for key, style in (("train/loss", "-"), ("val/loss", "--")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
-            axis.plot(*zip(*points, strict=True), style, marker="." if len(points) < 3 else None,
-                      label=key.split("/")[0])
-    axis.set_title(feat, fontsize=9)
-    axis.set_xlabel("epoch", fontsize=8)
-    axis.legend(frameon=False, fontsize=7)
-    return f"<figure><div role=img aria-label='losses of {escape(name)}'>{svg_of(figure)}</div></figure>"
+# --- where it came from --------------------------------------------------------------------------------------------
 
 
-def svg_of(figure):
-    """A figure as inline SVG that is legible on light and on dark."""
-    figure.patch.set_alpha(0)
-    for axis in figure.axes:
-        axis.patch.set_alpha(0)
-        axis.spines[["top", "right"]].set_visible(False)
-        for spine in axis.spines.values():
-            spine.set_color("#808890")
-        axis.tick_params(colors="#808890", labelsize=8)
-        legend = axis.legend_.get_texts() if axis.legend_ else ()
-        for text in (axis.title, axis.xaxis.label, axis.yaxis.label, *legend):
-            text.set_color("#808890")
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    text = buffer.getvalue()
-    return text[text.index("<svg"):]
-
-
-def settings_section(config, recon_config, paths):
-    """Everything that led here: settings of this evaluation, of the drawing, of the scores with their checkpoints."""
-    blocks = {"of this evaluation": config, "of the reconstructions, with hashes of the scores": recon_config}
-    if {"run", "subj", "head", "control", "test_split", "repeats"} <= recon_config.keys():
-        for feat in recon_config.get("score_hashes", {}):
+def scores_behind(drawn, paths):
+    """{feature: config.json of its scores}, of those behind the pictures that are there."""
+    found = {}
+    if {"run", "subj", "head", "control", "test_split", "repeats"} <= drawn.keys():
+        for feat in drawn.get("score_hashes", {}):
             if feat in ("c", "z") or feat.startswith("g_"):
-                file = paths.scores(recon_config["subj"], scores_name(recon_config, feat), feat) / "config.json"
+                file = paths.scores(drawn["subj"], scores_name(drawn, feat), feat) / "config.json"
                 if file.exists():
-                    blocks[f"of the scores of {feat}, with the checkpoint's hash"] = load_json(file)
-    return "<section id=settings><h2>Settings</h2>" + "".join(
-        f"<details><summary>{title}</summary><pre>{escape(json.dumps(block, indent=1, default=str))}</pre></details>"
-        for title, block in blocks.items()) + "</section>"
+                    found[feat] = load_json(file)
+    return found
+
+
+def decoded_table(findings):
+    """Share of each feature's variance that was decoded, beside a ridge's; None where it is not recorded."""
+    found = findings.explained
+    steps = [step for step in ("ridge", "network", "scored") if any(step in r2 for r2 in found.values())]
+    if not steps:
+        return None
+    rows = {f"{step}, validation images": {feat: {"value": r2[step], "n": 1, "ci_low": None}
+                                           for feat, r2 in found.items() if step in r2} for step in steps}
+    rows["as drawn from, test images"] = {feat: findings.results[f"r2_{feat}"] for feat in found
+                                          if f"r2_{feat}" in findings.results}
+    note = ("1: all of it, 0: no better than the mean. Scored: the network, averaged with the ridge where there is "
+            "one. z is then brought back to its spread, for the start of the drawing, which lowers its share.")
+    return {"title": "Variance explained of the features", "first": "decoder", "columns": list(found), "note": note,
+            "rows": [{"label": label, "main": label.startswith("scored"),
+                      "cells": [cell(entries.get(feat), False) for feat in found]} for label, entries in rows.items()]}
+
+
+def growth_of(findings, kinds):
+    """[(title, figures)] of sets that grow with what their decoder was given: findings.curves."""
+    floors = {}
+    for kind in ("control", "ceiling"):
+        label = next((label for label in beside(kinds) if kinds[label] == kind and label != NEAREST), None)
+        if label is not None:
+            floors[label] = findings.measured[label].results
+    return [(curve.title, [
+        figures.growth(titled(metric), curve.title.lower(),
+                       [(given, findings.measured[label].results[metric]) for label, given in curve.given.items()],
+                       {label: found[metric] for label, found in floors.items() if found.get(metric, {}).get("n")},
+                       100 if is_rate(metric) else 1)
+        for metric in SHOWN if findings.results.get(metric, {}).get("n")]) for curve in findings.curves]
+
+
+def training_of(drawn, paths):
+    """Curves of the runs behind the pictures, where their metrics.jsonl are there."""
+    if not {"run", "subj", "hidden_dim", "num_sessions", "tag"} <= drawn.keys():
+        return []
+    runs = {name: title for feat in features_of(drawn)  # all layers of g may be one run
+            for name, title in zip(runs_of(drawn, feat), (feat.partition("_")[0], feat), strict=False)}
+    files = {name: paths.run(name) / "metrics.jsonl" for name in runs}
+    plots = [curve(runs[name], name, list(load_rows(file))) for name, file in files.items() if file.exists()]
+    return [plot for plot in plots if plot is not None]
+
+
+def curve(title, name, rows):
+    """The loss that judges a run, in training and validation; rows: of its metrics.jsonl. None where it has none."""
+    for loss, unit in LOSSES.items():
+        lines = {said: [(row["step"], row[f"{part}/{loss}"]) for row in rows if f"{part}/{loss}" in row]
+                 for part, said in (("train", "training"), ("val", "validation"))}
+        if all(lines.values()):
+            return figures.curves(title, name, unit, lines)
+    return None
+
+
+def settings_of(config, drawn, paths):
+    """Everything that led here, as JSON: of this evaluation, of the drawing, of the scores with their checkpoints."""
+    blocks = {"of this evaluation": config, "of the reconstructions, with hashes of the scores": drawn}
+    blocks |= {f"of the scores of {feat}, with the checkpoint's hash": block
+               for feat, block in scores_behind(drawn, paths).items()}
+    return {title: json.dumps(portable(block, paths), indent=1, ensure_ascii=False, default=str)
+            for title, block in blocks.items()}
 
 
 # --- for a paper -------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ def write_results(outdir, findings, config, sheet, folders):
             for i, image_id in enumerate(findings.images.image_ids)]
     compared = {label: {"results": findings.measured[label].results, "difference": found}
                 | ({"folder": folders[label]} if label in folders else {})
+                | ({"ratings": findings.ratings[label]} if label in findings.ratings else {})
                 for label, found in findings.differences.items()}
     line = latex_row(config["options"]["method"], findings.results)
     save_together({
