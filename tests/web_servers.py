@@ -30,11 +30,12 @@ class Site:
         self.busy = Counter()  # path -> how often 503 is answered first
         self.claimed_size = {}  # path -> total of Content-Range
         self.instead = None  # (status, headers, text) that is answered to everybody, as by a network's login page,
-        self.clock, self.back_at = 0.0, float("inf")  # until this time of a clock that the test sets
+        self.instead_after = 0  # from this number of requests on
+        self.clock, self.back_at = 0.0, float("inf")  # and until this time of a clock that the test sets
         self.sent = Counter()  # path -> bytes of bodies, without the question for the size
         self.tokens = []  # (path, Authorization) of every request
-        self.addresses_last = 10**9  # answers of an address that the hub redirects to, before it runs out
-        self.used = Counter()  # such an address -> answers
+        self.run_out = 0  # how many of the addresses that the hub redirects to have run out when they are asked
+        self.at_once = self.most_at_once = 0  # bodies that are being sent
         self.lock = threading.Lock()
 
     def etag(self, content):
@@ -80,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
         with site.lock:
             site.asked.append((self.command, path, self.headers.get("Range")))
             site.tokens.append((path, self.headers.get("Authorization")))
-            if site.instead and site.clock < site.back_at:
+            if site.instead and len(site.asked) > site.instead_after and site.clock < site.back_at:
                 status, headers, text = site.instead
                 return self.plain(status, text if body else "", headers)
             busy = site.busy[path] > 0
@@ -112,18 +113,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.plain(404, headers={"X-Error-Code": "RepoNotFound"} if path.startswith("/api/") else {})
 
     def redirect(self, path, content):
-        """To where the file lies, which is another host, at an address that runs out."""
-        with self.site.lock:
-            number = len(self.site.asked)
-        address = f"http://localhost:{self.server.server_port}/signed/{number}{quote(path)}"
+        """To where the file lies, which is another host, at an address that may run out."""
+        address = f"http://localhost:{self.server.server_port}/signed{quote(path)}"
         self.plain(302, headers={"Location": address, "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(content)),
                                  "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"'})
 
     def answer_as_store(self, path, body):
-        name, file = re.fullmatch(r"/signed/\d+/(.+)/resolve/[^/]+/(.+)", path).groups()
+        name, file = re.fullmatch(r"/signed/(.+)/resolve/[^/]+/(.+)", path).groups()
         with self.site.lock:
-            self.site.used[path] += 1
-            has_run_out = self.site.used[path] > self.site.addresses_last
+            has_run_out = self.site.run_out > 0
+            self.site.run_out -= has_run_out
         if has_run_out or self.headers.get("Authorization"):  # S3 does not take both, either
             return self.plain(403 if has_run_out else 400)
         content = self.site.repositories[name][file]
@@ -162,9 +161,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if not body:
             return
+        with site.lock:
+            site.at_once += 1
+            site.most_at_once = max(site.most_at_once, site.at_once)
         if len(part) > 1:
             time.sleep(site.pause.get(path, 0))
         with site.lock:
+            site.at_once -= 1
             cut = site.drop_after is not None and len(part) > site.drop_after and site.drops > 0
             site.drops -= cut
             part = part[:site.drop_after] if cut else part

@@ -123,9 +123,9 @@ def probe(client, url, advice, path=None, size=None, stop=None):
     """Ask a server for a file's size and ETag, in a Remote; UserError, ending in `advice`, when it will not say.
 
     path: where the file goes. Where it, or a part of it, is there already, an answer that contradicts that is asked for
-    a second time, and not believed if it says less. size: bytes that the file is known to have.
+    a second time, and not believed if it says less. size: bytes that the file is known to have, whatever is there.
     """
-    known, last = _known(url, path), None
+    known, last = _known(url, path, size), None
 
     def ask():
         nonlocal last
@@ -143,7 +143,7 @@ def probe(client, url, advice, path=None, size=None, stop=None):
         return patiently(ask, url, stop or Stop())
 
 
-def _known(url, path):
+def _known(url, path, size):
     """What is known of a file from what is at its path, in a Remote whose ETag is "" if that is not known; or None."""
     if path is None:
         return None
@@ -151,7 +151,7 @@ def _known(url, path):
     kept = _read_journal(journal)
     if kept and kept["ranges"]:
         return Remote(url, kept["size"], kept["etag"], True)
-    return Remote(url, path.stat().st_size, "", True) if path.is_file() else None
+    return Remote(url, path.stat().st_size, "", True) if size is None and path.is_file() else None
 
 
 def _ask(client, url):
