@@ -9,9 +9,10 @@ Before: accept NSD's data access terms (https://naturalscenesdataset.org, the fo
 of Stable Diffusion v1.4 (https://huggingface.co/CompVis/stable-diffusion-v1-4, CreativeML OpenRAIL-M) and COCO's
 annotations (CC BY 4.0). The hub may ask for a login: `hf auth login`, or HF_TOKEN in the environment.
 
-The same command resumes an interrupted download: complete files are kept, partial ones continued. Sizes are checked
-always, checksums of what was just fetched (all files: --verify) where one is published: SHA-256 by the hub, MD5 by
-NSD's bucket for small files. Weights go to the hub's cache (HF_HOME), everything else under --root.
+The same command resumes an interrupted download: complete files are kept, partial ones continued. Busy servers, and
+answers that are not theirs (a network's login page), are asked again for half an hour. Sizes are checked always,
+checksums of what was just fetched (all files: --verify) where one is published: SHA-256 by the hub, MD5 by NSD's bucket
+for small files. Weights go to the hub's cache (HF_HOME), everything else under --root.
 """
 
 import sys

@@ -132,6 +132,8 @@ def list_files(repository, kind="model"):
         commit = HfApi().repo_info(repository, repo_type=kind, revision="main", timeout=ANSWER).sha
         tree = HfApi().list_repo_tree(repository, repo_type=kind, revision=commit, recursive=True)
         files = [entry for entry in tree if hasattr(entry, "size") and ".." not in entry.path.split("/")]
+        if not (commit and files):
+            raise LookupError
         return {file.path: HubFile(repository, kind, commit, file.path, file.size, file.lfs and file.lfs.sha256,
                                    file.blob_id) for file in files}
 
@@ -180,7 +182,7 @@ def _patiently(ask, what, stop):
             raise transfer.Again(reason, transfer.wanted_pause(error.response.headers)) from error
         except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:
             raise transfer.Again((str(error).strip() or type(error).__name__).splitlines()[0]) from error
-        except (ValueError, LookupError, TypeError) as error:  # a web page, which the client takes for the hub's answer
+        except (ValueError, LookupError, TypeError) as error:  # a login page, which the client took for an answer
             raise transfer.Again("an answer came that is not the hub's") from error
 
     return transfer.patiently(once, what, stop)
