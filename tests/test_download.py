@@ -283,11 +283,11 @@ def test_addresses_that_run_out_are_asked_for_anew(ask, site, world, pauses, sen
     assert site.run_out == 0 and not sent_twice()
 
 
-def test_the_token_is_for_the_hub_alone(ask, site, monkeypatch):
+def test_the_token_is_for_the_hub_alone(ask, site, pauses, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     ask("--subj", 1, "--what", "design", "betas", "taesd")
     told = {path for path, token in site.tokens if token}
-    assert {token for _, token in site.tokens} == {None, "Bearer hf_secret"}
+    assert {token for _, token in site.tokens} == {None, "Bearer hf_secret"} and site.clock == 0
     assert told and all(path.startswith("/api/") or "/resolve/" in path and "/signed" not in path for path in told)
     assert not [path for path, token in site.tokens if path.startswith("/api/") and not token]
 

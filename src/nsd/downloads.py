@@ -49,8 +49,10 @@ class Item(NamedTuple):
 
     @property
     def place(self):
-        """The file that is written: of weights, the content that the cache then gives its name."""
-        return self.path if self.origin in ("hub", "nsd", "coco") else self.remote.blob()
+        """The file that is fetched: of captions an archive, of weights what the cache then gives its name."""
+        if self.origin == "coco":
+            return self.path.with_name(Path(sources.COCO_CAPTIONS).name)
+        return self.path if self.origin in ("hub", "nsd") else self.remote.blob()
 
 
 def at_disk(folder):
@@ -130,10 +132,10 @@ def _plan_of_servers(wanted, paths, servers):
             if file.origin == "coco" and path.exists():  # made from the archive, which is not kept
                 yield Item(file.group, file.origin, None, path, path.stat().st_size, None, True)
                 continue
-            place = _archive(path) if file.origin == "coco" else path
-            remote = transfer.probe(servers.client, f"{url.rstrip('/')}/{file.remote}", advice, place)
-            yield Item(file.group, file.origin, remote, path, remote.size, transfer.md5_in(remote.etag),
-                       file.origin != "coco" and _has_size(path, remote.size))
+            item = Item(file.group, file.origin, None, path, 0, None, there=False)
+            remote = transfer.probe(servers.client, f"{url.rstrip('/')}/{file.remote}", advice, item.place)
+            yield item._replace(remote=remote, size=remote.size, checksum=transfer.md5_in(remote.etag),
+                                there=_has_size(path, remote.size))
 
 
 def _plan_of_weights(group):
@@ -166,11 +168,6 @@ def _has_size(path, size):
 def _is_about(path, size):
     """Whether a file is there, of about that size: published numbers leave out headers, and shards differ by trials."""
     return path.is_file() and abs(path.stat().st_size - size) < size / 3
-
-
-def _archive(path):
-    """Where COCO's archive goes, of which the captions at `path` are made."""
-    return path.with_name(Path(sources.COCO_CAPTIONS).name)
 
 
 def show(plan, groups):
@@ -232,11 +229,10 @@ def _fetch(item, paths, servers, parts, bar, stop=None):
     elif item.origin == "nsd":
         transfer.fetch(servers.client, item.remote, item.path, NSD_ADVICE, parts, bar, stop=stop)
     elif item.origin == "coco":
-        archive = _archive(item.path)
-        if not _has_size(archive, item.size):
-            transfer.fetch(servers.client, item.remote, archive, COCO_ADVICE, parts, bar, stop=stop)
-        write_captions(paths, archive)
-        archive.unlink()
+        if not _has_size(item.place, item.size):
+            transfer.fetch(servers.client, item.remote, item.place, COCO_ADVICE, parts, bar, stop=stop)
+        write_captions(paths, item.place)
+        item.place.unlink()
     else:
         with _hub_errors(item.origin, "model"):
             hub.fetch_to_cache(servers.hub_client, item.remote, parts, bar, stop)
