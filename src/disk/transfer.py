@@ -280,7 +280,10 @@ def _alone(part, path):
 
 
 def _is_file(file, path):
-    return path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 class Journal:
