@@ -9,9 +9,10 @@ Before: accept NSD's data access terms (https://naturalscenesdataset.org, the fo
 of Stable Diffusion v1.4 (https://huggingface.co/CompVis/stable-diffusion-v1-4, CreativeML OpenRAIL-M) and COCO's
 annotations (CC BY 4.0). The hub may ask for a login: `hf auth login`, or HF_TOKEN in the environment.
 
-The same command resumes an interrupted download: complete files are kept, partial ones continued. Sizes are checked
-always, checksums of what was just fetched (all files: --verify) where one is published: SHA-256 by the hub, MD5 by
-NSD's bucket for small files. Weights go to the hub's cache (HF_HOME), everything else under --root.
+The same command resumes an interrupted download: complete files are kept, partial ones continued. Busy servers, and
+answers that are not theirs (a network's login page), are asked again for half an hour. Sizes are checked always,
+checksums of what was just fetched (all files: --verify) where one is published: SHA-256 by the hub, MD5 by NSD's bucket
+for small files. Weights go to the hub's cache (HF_HOME), everything else under --root.
 """
 
 import sys
@@ -36,7 +37,7 @@ def get_parser():
     parser.add_argument("--verify", action="store_true", help="also check the checksums of files that are there; "
                                                               "those that differ are fetched again")
     parser.add_argument("--parts", type=options.whole, default=8, metavar="CONNECTIONS",
-                        help="in parallel, for a file of NSD's bucket")
+                        help="in parallel: parts of a large file, or small files")
     parser.add_argument("--nsd_url", default=sources.NSD_URL, metavar="URL", help="NSD's bucket, or a mirror of it")
     parser.add_argument("--coco_url", default=sources.COCO_URL, metavar="URL", help="COCO's server, or a mirror of it")
     return parser
@@ -48,14 +49,14 @@ def main(argv=None):
         raise utils.UserError(f"--parts {args.parts}: wanted at least 1")
     if args.to and args.data_path:
         raise utils.UserError("--to with --data_path: either names where the data set goes; give one of them")
-    utils.show_fetching()
-    from nsd import downloads, transfer
+    from disk import hub, transfer
+    from nsd import downloads
 
     root = Paths.from_args(args)
     disk = downloads.at_disk(args.to) if args.to else root
     groups = [group for group in sources.GROUPS if group in args.what]
-    with transfer.connect() as client:
-        servers = downloads.Servers(client, args.nsd_url, args.coco_url, args.parts)
+    with transfer.connect() as client, hub.connect() as hub_client:
+        servers = downloads.Servers(client, hub_client, args.nsd_url, args.coco_url, args.parts)
         if args.dry_run and (silent := downloads.silent_servers(groups, args.subjects, servers)):
             print(f"no answer from {', '.join(silent)}: sizes as published, files under 10 MB not counted")
             downloads.show(list(downloads.known_plan(groups, args.subjects, disk)), groups)

@@ -222,12 +222,6 @@ def quiet():
         logging.getLogger(name).addFilter(_worth_saying)
 
 
-def show_fetching():
-    """Let the hub's client show how far a file is, on a terminal: for a script whose work is to fetch."""
-    if sys.stderr.isatty():
-        os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
-
-
 def _worth_saying(record):
     return not re.search(NOISE[record.name], record.getMessage(), re.DOTALL)
 

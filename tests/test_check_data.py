@@ -86,6 +86,31 @@ def test_a_stage_asks_for_what_it_reads(paths, capsys):
     assert examine(paths, capsys, "--stages", "recon")[0] == 0
 
 
+@pytest.mark.parametrize(("settings", "words", "doubt"), [
+    ({}, "contiguous", None), ({"chunks": (1, 64, 64, 3)}, "chunks of (1, 64, 64, 3), not compressed", None),
+    ({"chunks": (1, 32, 33, 3), "compression": "gzip"}, "chunks of (1, 32, 33, 3), compressed (deflate)", None),
+    ({"chunks": (30, 12, 64, 1)}, "not compressed", "lies in 18 chunks, 34 times its bytes"),
+    ({"chunks": (240, 64, 64, 3), "compression": "lzf"}, "(lzf)", "lies in 1 chunks, 240 times its bytes")])
+def test_how_the_stimuli_lie_on_the_disk(paths, capsys, settings, words, doubt):
+    """Of 64 x 64 pixels. 30 rows of 6 x 3 chunks of 12 x 64 pixels: 30 * 72 / 64 times an image."""
+    edit_hdf5(paths.stimuli / "nsd_stimuli.hdf5", lambda file: file.create_dataset(
+        "new", data=np.ones((240, 64, 64, 3), np.uint8), **settings))
+    edit_hdf5(paths.stimuli / "nsd_stimuli.hdf5", lambda file: (file.pop("imgBrick"), file.move("new", "imgBrick")))
+    status, lines = examine(paths, capsys, "--stages", "evaluate", "--subj", "1")
+    (line,) = [line for line in lines if " stimuli " in line and "imag" not in line.split()[1]]
+    assert words in line and (doubt or "") in line and status == 0, line
+    assert line.startswith("warn" if doubt else "ok")
+
+
+def test_a_list_that_only_this_check_reads(paths, capsys):
+    (paths.data_path / "COCO_73k_subj_indices.hdf5").unlink()
+    status, lines = examine(paths, capsys, "--stages", "recon", "features")
+    found = [line for line in lines if "design: subj" in line]
+    assert status == 0 and len(found) == 2, lines
+    assert all(line.startswith("warn") and "COCO_73k_subj_indices.hdf5 would confirm: not there" in line for line in
+               found)
+
+
 def test_an_empty_root_is_one_line(tmp_path, capsys):
     paths = Paths(tmp_path, tmp_path / "MindEyeV2/mindeyev2")
     (tmp_path / "nsddata").mkdir()

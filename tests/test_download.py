@@ -4,27 +4,30 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, scan_cache_dir, snapshot_download, try_to_load_from_cache
 
 import check_data
 import download
 import img2feat
 import utils
+from disk import transfer
 from disk.names import Paths
 from nsd import sources
 from nsd.captions import load_captions, write_captions
 from nsd.trials import load_trials
 from sampling.pipeline import load_pipeline
-from web_servers import Site, serve
+from web_servers import COMMIT, Site, serve
 
 REPO = Path(__file__).resolve().parent.parent
 HUB = f"datasets/{sources.HUB_DATA}"
@@ -176,18 +179,196 @@ def test_what_is_damaged_is_fetched_again(ask, world):
     assert betas.read_bytes() == content and table.read_bytes() == text
 
 
-def test_a_dropped_connection_to_the_hub(ask, site, world):
-    site.drop_after, site.drops = 10_000, 1
+# --- interruptions ------------------------------------------------------------------------------------------------
+
+BETAS, BLOCK = "betas_all_subj01_fp32_renorm.hdf5", 40_000
+FOREIGN = {  # answers that are no server's of ours
+    "busy": (503, {}, ""), "login page": (200, {"Content-Type": "text/html"}, "<html>please log in</html>"),
+    "login data": (200, {"Content-Type": "application/json"}, '{"please": "log in"}'),
+    "part without ETag": (206, {"Content-Range": "bytes 0-5/6"}, "log in"), "redirected": (302, {"Location": "/"}, "")}
+
+
+@pytest.fixture
+def pauses(site, monkeypatch):
+    """Pauses take no time, but move the site's clock on; blocks are small. `.interrupt`: in the next one, Ctrl-C."""
+    taken = SimpleNamespace(interrupt=False, longest=0)
+
+    def wait(stop, seconds):
+        site.clock, taken.longest = site.clock + seconds, max(taken.longest, seconds)
+        if taken.interrupt:
+            taken.interrupt = False
+            raise KeyboardInterrupt
+        return stop.is_set()
+
+    monkeypatch.setattr(transfer.Stop, "wait", wait)
+    monkeypatch.setattr(transfer, "BLOCK", BLOCK)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
+    return taken
+
+
+@pytest.fixture
+def sent_twice(site):
+    """{file: bytes that were sent more than once}, of files that were sent whole."""
+    def count():
+        sizes = {name: len(content) for name, content in site.files.items()}
+        sizes |= {f"{name}/{file}": len(content) for name, files in site.repositories.items()
+                  for file, content in files.items()}
+        return {name: n - sizes[name] for name, n in site.sent.items() if n != sizes[name]}
+    return count
+
+
+def test_a_dropped_connection_to_the_hub(ask, site, world, pauses, sent_twice):
+    site.drop_after, site.drops = 2_000, 5
     ask("--subj", 1, "--what", "betas")
-    name = "betas_all_subj01_fp32_renorm.hdf5"
-    assert (ask.root / "MindEyeV2/mindeyev2" / name).read_bytes() == (world.data_path / name).read_bytes()
-    assert site.drops == 0 and len([path for method, path, _ in site.asked if method == "GET" and name in path]) == 2
+    assert (ask.root / "MindEyeV2/mindeyev2" / BETAS).read_bytes() == (world.data_path / BETAS).read_bytes()
+    assert site.drops == 0 and not sent_twice()
+
+
+@pytest.mark.parametrize(("kind", "begins"), [
+    ("login page", 0), ("busy", 3), ("login data", 5), ("busy", 30), ("part without ETag", 30), ("redirected", 30)])
+def test_ten_minutes_of_foreign_answers(ask, site, world, pauses, sent_twice, kind, begins):
+    """Of all servers: before the plan, in it, and while files are fetched."""
+    site.instead, site.instead_after, site.back_at = FOREIGN[kind], begins, 600
+    ask("--subj", 1, "--what", "design", "captions", "betas", "taesd", "--parts", 2)
+    assert len(site.asked) > begins + 20 and site.clock >= 600 and pauses.longest == 60
+    found, wanted = files_under(ask.root / "MindEyeV2/mindeyev2"), files_under(world.data_path)
+    assert same(found, {name: wanted[name] for name in wanted if name in found}) and BETAS in found
+    assert isinstance(try_to_load_from_cache(sources.TAESD, "config.json"), str)
+    assert all(n <= BLOCK for n in sent_twice().values()) and not list(ask.root.rglob(".*.part*"))
+
+
+@pytest.mark.parametrize("kind", ["login page", "part without ETag"])
+def test_foreign_answers_replace_nothing(ask, site, pauses, monkeypatch, kind):
+    """Files that are there, and parts of others, outlast a network that never lets through."""
+    monkeypatch.setattr(transfer, "PATIENCE", 200)
+    what = ("--subj", 1, "--what", "stimuli", "betas")
+    ask(*what)
+    betas = ask.root / "MindEyeV2/mindeyev2" / BETAS
+    betas.write_bytes(betas.read_bytes()[:-100])
+    site.drop_after, pauses.interrupt = 2_000, True
+    ask(*what, wanted=130)
+    there = {file: file.read_bytes() for file in ask.root.rglob("*") if file.is_file()}
+    assert sum(".part" in file.name for file in there) == 2 and len(there) == 4
+    site.instead, site.instead_after, site.drop_after = FOREIGN[kind], len(site.asked), None
+    for group in ("stimuli", "betas"):
+        assert "check the connection" in ask("--subj", 1, "--what", group, wanted=2)
+    assert {file: file.read_bytes() for file in ask.root.rglob("*") if file.is_file()} == there
+    site.instead = None
+    ask(*what)
+    assert betas.read_bytes() == site.repositories[HUB][BETAS]
+
+
+@pytest.mark.parametrize(("group", "block"), [("betas", 5_000), ("sd", 500_000)])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_an_interrupted_file_of_the_hub_goes_on(ask, site, pauses, sent_twice, tmp_path, monkeypatch, group, block,
+                                                parts):
+    monkeypatch.setattr(transfer, "BLOCK", block)
+    what = ("--subj", 1, "--what", group, "--parts", parts)
+    for _ in range(3):
+        site.drop_after, site.drops, pauses.interrupt = block - 1000, 1, parts == 1
+        with monkeypatch.context() as context:
+            if parts > 1:  # the pause is another thread's then
+                context.setattr(transfer.Stop, "wait", lambda stop, seconds: signal.raise_signal(signal.SIGINT))
+            ask(*what, wanted=130)
+        assert list(tmp_path.rglob(".*.part"))
+    ask(*what)
+    assert all(n <= 3 * parts * block for n in sent_twice().values())
+    assert parts > 1 or not sent_twice()
+    assert not list(tmp_path.rglob("*.part*")) and not list(tmp_path.rglob("*.incomplete"))
+
+
+def test_addresses_that_run_out_are_asked_for_anew(ask, site, world, pauses, sent_twice):
+    site.run_out = 3
+    ask("--subj", 1, "--what", "betas", "taesd")
+    assert site.run_out == 0 and not sent_twice()
+
+
+def test_the_token_is_for_the_hub_alone(ask, site, pauses, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    ask("--subj", 1, "--what", "design", "betas", "taesd")
+    told = {path for path, token in site.tokens if token}
+    assert {token for _, token in site.tokens} == {None, "Bearer hf_secret"} and site.clock == 0
+    assert told and all(path.startswith("/api/") or "/resolve/" in path and "/signed" not in path for path in told)
+    assert not [path for path, token in site.tokens if path.startswith("/api/") and not token]
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_small_files_come_many_at_once(ask, site, parts):
+    for name in site.repositories[HUB]:
+        site.pause[f"{HUB}/{name}"] = 0.1
+    ask("--subj", 1, 2, "--what", "trials", "--parts", parts)
+    assert site.most_at_once == parts
+
+
+def test_a_file_that_changed_on_the_hub_starts_anew(ask, site, pauses):
+    site.drop_after, pauses.interrupt = 2_000, True
+    ask("--subj", 1, "--what", "betas", "--parts", 1, wanted=130)
+    site.repositories[HUB][BETAS] = site.repositories[HUB][BETAS][::-1]
+    site.drop_after = None
+    ask("--subj", 1, "--what", "betas")
+    assert (ask.root / "MindEyeV2/mindeyev2" / BETAS).read_bytes() == site.repositories[HUB][BETAS]
+
+
+def test_what_does_not_have_its_checksum_is_not_kept(ask, site, monkeypatch):
+    """As where a proxy alters files."""
+    monkeypatch.setattr("web_servers._Handler.entry", staticmethod(lambda file, content: {
+        "type": "file", "path": file, "size": len(content), "oid": "1" * 40,
+        "lfs": {"oid": "2" * 64, "size": len(content), "pointerSize": 134}}))
+    assert f"wanted {'2' * 64}" in ask("--subj", 1, "--what", "betas", wanted=2)
+    assert not [file for file in ask.root.rglob("*") if file.is_file()]
+
+
+def test_weights_lie_in_the_cache_as_the_hubs_client_puts_them(ask, site, tmp_path, monkeypatch):
+    ask("--what", "clip", "taesd")
+    own = tmp_path / "own"
+    for model, patterns in ((sources.CLIP_MODEL, sources.CLIP_FILES), (sources.TAESD, sources.TAESD_FILES)):
+        snapshot_download(model, allow_patterns=patterns, cache_dir=own)
+
+    def tree(folder):
+        files = [file for file in folder.rglob("*") if file.is_file() and not {"trees", ".locks"} & {*file.parts}]
+        return {str(file.relative_to(folder)): (file.read_bytes(), file.is_symlink() and os.readlink(file))
+                for file in files}
+
+    assert same(tree(tmp_path / "cache"), tree(own))
+    assert not scan_cache_dir(tmp_path / "cache").warnings
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert try_to_load_from_cache(sources.TAESD, "config.json").endswith(f"snapshots/{COMMIT}/config.json")
+
+
+def test_damaged_weights_are_fetched_again(ask, site):
+    ask("--what", "taesd")
+    file = Path(try_to_load_from_cache(sources.TAESD, "diffusion_pytorch_model.safetensors"))
+    file.resolve().write_bytes(b"?" * file.stat().st_size)
+    assert "to fetch: 0 files" in ask("--what", "taesd")
+    assert "to fetch: 1 files" in ask("--what", "taesd", "--verify")
+    assert file.read_bytes() == site.repositories[sources.TAESD]["diffusion_pytorch_model.safetensors"]
+
+
+def test_a_full_disk_keeps_what_came(ask, site, pauses, sent_twice, monkeypatch):
+    real, taken = os.pwrite, []
+    monkeypatch.setattr(transfer, "BLOCK", 10_000)
+
+    def full(descriptor, content, at):
+        taken.append(len(content))
+        if sum(taken) > 30_000:
+            raise OSError(28, "No space left on device")
+        return real(descriptor, content, at)
+
+    what = ("--subj", 1, "--what", "betas", "design", "--parts", 2)
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "pwrite", full)
+        assert "No space left on device" in ask(*what, wanted=2)
+    ask(*what)
+    assert all(n <= 2 * 10_000 for n in sent_twice().values())
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("path", "status", "words"), [
-    ("/api/datasets/pscotti/mindeyev2/tree/main", 401, ["datasets/pscotti/mindeyev2", "401", "hf auth login"]),
-    ("/api/datasets/pscotti/mindeyev2/tree/main", 403, ["datasets/pscotti/mindeyev2", "403", "accept its terms"]),
-    ("/api/datasets/pscotti/mindeyev2/tree/main", 404, ["datasets/pscotti/mindeyev2", "not there", "by hand"]),
+    ("/api/datasets/pscotti/mindeyev2/revision/main", 401, ["datasets/pscotti/mindeyev2", "401", "hf auth login"]),
+    ("/api/datasets/pscotti/mindeyev2/revision/main", 403, ["datasets/pscotti/mindeyev2", "403", "accept its terms"]),
+    ("/api/datasets/pscotti/mindeyev2/revision/main", 404, ["datasets/pscotti/mindeyev2", "not there", "by hand"]),
     ("/nsddata/experiments/nsd/nsd_expdesign.mat", 403, ["nsd_expdesign.mat", "403", "form"]),
     ("/nsddata/experiments/nsd/nsd_expdesign.mat", 404, ["nsd_expdesign.mat", "404", "form"]),
     (f"/{sources.COCO_CAPTIONS}", 404, ["annotations_trainval2017.zip", "404", "--coco_url"]),
@@ -204,6 +385,12 @@ def test_what_the_hub_lost(ask, site):
     del site.repositories[HUB]["shared1000.npy"]
     line = ask("--subj", 1, "--what", "design", wanted=2)
     assert "shared1000.npy is not there any more" in line
+
+
+def test_a_file_that_only_check_data_reads_may_be_lost(ask, site):
+    del site.repositories[HUB]["COCO_73k_subj_indices.hdf5"]
+    assert "COCO_73k_subj_indices.hdf5 is not there any more; the plan goes on" in ask("--subj", 1, "--what", "design")
+    assert (ask.root / "MindEyeV2/mindeyev2/shared1000.npy").exists()
 
 
 def test_names_from_the_hub_stay_inside(ask, site, tmp_path):
@@ -335,6 +522,17 @@ def test_stable_diffusion_loads_from_the_hub_without_what_is_not_used(ask, site,
     asked = len(site.asked)
     load_pipeline(sources.SD_MODEL, torch.device("cpu"))
     assert len(site.asked) == asked  # what is there is not asked for again
+
+
+def test_stable_diffusion_that_is_interrupted_goes_on(ask, site, hub, pauses, sent_twice, tmp_path, monkeypatch):
+    """Without download.py, too: recon.py fetches what is not there."""
+    monkeypatch.setattr(transfer, "BLOCK", 300_000)
+    site.drop_after, pauses.interrupt = 250_000, True
+    with pytest.raises(KeyboardInterrupt):
+        load_pipeline(sources.SD_MODEL, torch.device("cpu"))
+    site.drop_after = None
+    assert load_pipeline(sources.SD_MODEL, torch.device("cpu")).vae is not None
+    assert all(n <= 8 * 300_000 for n in sent_twice().values()) and not list(tmp_path.rglob("*.part*"))
 
 
 def test_a_repository_of_pickles_alone_loads_too(ask, site, hub):

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 COMMIT = "0" * 40
 
@@ -29,6 +29,13 @@ class Site:
         self.pause = {}  # path -> seconds before the body
         self.busy = Counter()  # path -> how often 503 is answered first
         self.claimed_size = {}  # path -> total of Content-Range
+        self.instead = None  # (status, headers, text) that is answered to everybody, as by a network's login page,
+        self.instead_after = 0  # from this number of requests on
+        self.clock, self.back_at = 0.0, float("inf")  # and until this time of a clock that the test sets
+        self.sent = Counter()  # path -> bytes of bodies, without the question for the size
+        self.tokens = []  # (path, Authorization) of every request
+        self.run_out = 0  # how many of the addresses that the hub redirects to have run out when they are asked
+        self.at_once = self.most_at_once = 0  # bodies that are being sent
         self.lock = threading.Lock()
 
     def etag(self, content):
@@ -73,6 +80,10 @@ class _Handler(BaseHTTPRequestHandler):
         site, path = self.site, unquote(urlsplit(self.path).path)
         with site.lock:
             site.asked.append((self.command, path, self.headers.get("Range")))
+            site.tokens.append((path, self.headers.get("Authorization")))
+            if site.instead and len(site.asked) > site.instead_after and site.clock < site.back_at:
+                status, headers, text = site.instead
+                return self.plain(status, text if body else "", headers)
             busy = site.busy[path] > 0
             site.busy[path] -= busy
         if busy or path in site.status:
@@ -94,12 +105,28 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.plain(200, json.dumps([self.entry(file, content) for file, content in files.items()]))
             resolved = re.fullmatch(rf"/{name}/resolve/(?:main|{COMMIT})/(.+)", path)
             if resolved and resolved[1] in files:
-                content = files[resolved[1]]
-                etag = f'"{hashlib.sha256(content).hexdigest()}"'
-                return self.send_file(path, content, {"ETag": etag, "X-Repo-Commit": COMMIT}, body)
+                return self.redirect(path, files[resolved[1]])
             if resolved:
                 return self.plain(404, headers={"X-Error-Code": "EntryNotFound"})
+        if path.startswith("/signed/"):
+            return self.answer_as_store(path, body)
         self.plain(404, headers={"X-Error-Code": "RepoNotFound"} if path.startswith("/api/") else {})
+
+    def redirect(self, path, content):
+        """To where the file lies, which is another host, at an address that may run out."""
+        address = f"http://localhost:{self.server.server_port}/signed{quote(path)}"
+        self.plain(302, headers={"Location": address, "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(content)),
+                                 "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"'})
+
+    def answer_as_store(self, path, body):
+        name, file = re.fullmatch(r"/signed/(.+)/resolve/[^/]+/(.+)", path).groups()
+        with self.site.lock:
+            has_run_out = self.site.run_out > 0
+            self.site.run_out -= has_run_out
+        if has_run_out or self.headers.get("Authorization"):  # S3 does not take both, either
+            return self.plain(403 if has_run_out else 400)
+        content = self.site.repositories[name][file]
+        self.send_file(f"{name}/{file}", content, {"ETag": self.site.etag(content)}, body)
 
     @staticmethod
     def entry(file, content):
@@ -111,9 +138,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def plain(self, status, text="", headers=None):
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        for name, value in (headers or {}).items():
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(text)), **(headers or {})}
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(text.encode())
@@ -135,13 +161,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if not body:
             return
+        with site.lock:
+            site.at_once += 1
+            site.most_at_once = max(site.most_at_once, site.at_once)
         if len(part) > 1:
             time.sleep(site.pause.get(path, 0))
         with site.lock:
+            site.at_once -= 1
             cut = site.drop_after is not None and len(part) > site.drop_after and site.drops > 0
             site.drops -= cut
+            part = part[:site.drop_after] if cut else part
+            site.sent[path] += len(part) if asked != "bytes=0-0" else 0
         try:
-            self.wfile.write(part[:site.drop_after] if cut else part)
+            self.wfile.write(part)
         except ConnectionError:  # the client had enough
             cut = True
         if cut:

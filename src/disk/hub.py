@@ -4,11 +4,14 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from utils import UserError
+from disk import transfer
+from utils import UserError, progress
 
-PATIENCE = 3  # seconds for a server to answer
+PATIENCE = 3  # seconds for a server to say that it is there
+ANSWER = 60  # seconds for the hub to answer a question
 NOBODY_BEHIND = (502, 503, 504)  # what a proxy answers that reaches nobody
 
 
@@ -52,22 +55,140 @@ def snapshot(name, patterns, weights):
 
     A folder that has everything is taken without asking the hub, so that it is found without a network, too. patterns:
     the first is the name of a file. weights: {file: another that may stand in for it}; the latter are fetched only from
-    a repository that lacks the former. Raises OSError and errors of the hub's client.
+    a repository that lacks the former. Raises UserError, OSError and errors of the hub's client.
     """
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
-
-    def lacking_weights(folder):
-        return [file for pair in weights.items() if not any((folder / file).exists() for file in pair) for file in pair]
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.utils import filter_repo_objects
 
     cached = try_to_load_from_cache(name, patterns[0])
     if isinstance(cached, str):
         folder = Path(cached).parent
         if all(any(folder.glob(pattern)) for pattern in patterns if pattern not in weights) and \
-                not lacking_weights(folder):
+                all(any((folder / file).exists() for file in pair) for pair in weights.items()):
             return folder
-    folder = Path(snapshot_download(name, allow_patterns=patterns))
-    lacking = lacking_weights(folder)
-    return Path(snapshot_download(name, allow_patterns=[*patterns, *lacking])) if lacking else folder
+    listed = list_files(name)
+    others = [other for file, other in weights.items() if file not in listed]
+    wanted = [listed[file] for file in filter_repo_objects(listed, allow_patterns=[*patterns, *others])]
+    wanted = [file for file in wanted if not file.in_cache().exists()]
+    with connect() as client, progress(total=sum(file.size for file in wanted), desc=name, unit="B", unit_scale=True,
+                                       leave=False) as bar:
+        for file in wanted:
+            fetch_to_cache(client, file, bar=bar)
+    return cache_of(name) / "snapshots" / next(iter(listed.values())).commit
+
+
+# --- files on the hub ---------------------------------------------------------------------------------------------
+# The hub's own client begins an interrupted file again from 0, so files come by disk/transfer.py, and it is asked for
+# addresses, headers and lists, and to make its cache of what came.
+
+
+class HubFile(NamedTuple):
+    """A file of a repository on the hub, as it is listed there."""
+
+    repository: str
+    kind: str  # of repository: "model" or "dataset"
+    commit: str
+    name: str  # its path in the repository
+    size: int  # bytes
+    sha256: str | None  # of a large file
+    git_name: str  # Git's name of the content; of a large file, that of a pointer to it
+
+    @property
+    def checksum(self):
+        """As of transfer.differs."""
+        return f"sha256:{self.sha256}" if self.sha256 else f"git:{self.git_name}"
+
+    def in_cache(self):
+        """Where the hub's cache has the file of a model, under its name."""
+        return cache_of(self.repository) / "snapshots" / self.commit / self.name
+
+    def blob(self):
+        """Where the hub's cache has the content of that file."""
+        return cache_of(self.repository) / "blobs" / (self.sha256 or self.git_name)
+
+
+def cache_of(repository):
+    """The folder of a model in the hub's cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
+
+
+def connect():
+    """A client of disk/transfer.py for the hub, with the user's token."""
+    from huggingface_hub.utils import build_hf_headers
+
+    return transfer.connect(build_hf_headers())
+
+
+def list_files(repository, kind="model"):
+    """List the files of a repository's newest version, {name: HubFile}; kind: "model" or "dataset".
+
+    Raises errors of the hub's client where it refuses or may not ask, UserError where nothing comes for long.
+    """
+    from huggingface_hub import HfApi
+
+    def ask():
+        commit = HfApi().repo_info(repository, repo_type=kind, revision="main", timeout=ANSWER).sha
+        tree = HfApi().list_repo_tree(repository, repo_type=kind, revision=commit, recursive=True)
+        files = [entry for entry in tree if hasattr(entry, "size") and ".." not in entry.path.split("/")]
+        if not (commit and files):
+            raise LookupError
+        return {file.path: HubFile(repository, kind, commit, file.path, file.size, file.lfs and file.lfs.sha256,
+                                   file.blob_id) for file in files}
+
+    return _patiently(ask, page_of(repository, kind), transfer.Stop())
+
+
+def page_of(repository, kind):
+    """The page of a repository."""
+    return f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
+
+
+def fetch(client, file, path, parts=8, bar=None, stop=None):
+    """Fetch a HubFile to `path`: resumed, of the listed size and checksum, or UserError (transfer.fetch)."""
+    from huggingface_hub import hf_hub_url
+
+    url = hf_hub_url(file.repository, file.name, repo_type=file.kind, revision=file.commit)
+    advice = f"hf auth login (or HF_TOKEN), and accept the terms on {page_of(file.repository, file.kind)}"
+    remote = transfer.probe(client, url, advice, path, file.size, stop)
+    transfer.fetch(client, remote, path, advice, parts, bar, file.checksum, stop)
+
+
+def fetch_to_cache(client, file, parts=8, bar=None, stop=None):
+    """Fetch a HubFile of a model to where from_pretrained finds it: the hub's cache."""
+    from huggingface_hub import hf_hub_download
+
+    blob, stop = file.blob(), stop or transfer.Stop()
+    if not blob.is_file() or transfer.differs(blob, file.checksum):
+        fetch(client, file, blob, parts, bar, stop)
+    # finds the content, gives it its name and notes which version is the newest
+    _patiently(lambda: hf_hub_download(file.repository, file.name), page_of(file.repository, file.kind), stop)
+
+
+def _patiently(ask, what, stop):
+    """Call `ask`, which uses the hub's client, again as transfer.patiently does; refusals are raised as they are."""
+    from huggingface_hub import errors
+
+    def once():
+        try:
+            return ask()
+        except errors.OfflineModeIsEnabled:
+            raise
+        except errors.HfHubHTTPError as error:
+            if error.response.status_code in transfer.REFUSALS:
+                raise
+            reason = f"HTTP status {error.response.status_code}"
+            raise transfer.Again(reason, transfer.wanted_pause(error.response.headers)) from error
+        except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:
+            raise transfer.Again((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+        except (ValueError, LookupError, TypeError) as error:  # a login page, which the client took for an answer
+            raise transfer.Again("an answer came that is not the hub's") from error
+
+    return transfer.patiently(once, what, stop)
+
+
+# --- names --------------------------------------------------------------------------------------------------------
 
 
 def _is_hub_id(name):

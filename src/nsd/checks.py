@@ -3,6 +3,7 @@
 A look returns what it found as words; it raises UserError for a defect and Doubt for what can be tolerated.
 """
 
+import math
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import h5py
 import numpy as np
 
 import options
@@ -17,12 +19,13 @@ import utils
 from nsd import sources
 from nsd.captions import load_captions
 from nsd.components import open_components
-from nsd.design import check_shared_images, check_trial_images, load_stimulus_table
+from nsd.design import check_shared_images, check_trial_images, load_design, load_stimulus_table
 from nsd.regions import roi_masks
 from nsd.rows import open_betas, open_feature, open_stimuli
 from nsd.trials import load_trials
 
 SAMPLE = 16  # rows of a file that are looked at without --deep
+MANY_CHUNKS = 16  # that one image lies in, or as many times its bytes that are read for it
 # by --model: bytes at most of a run's pretraining and fine-tuning at --hidden_dim 1024 (benchmarks/stage_costs.py), and
 # of the main memory that training takes (benchmarks/bench_train.py)
 RUN_BYTES = {"components": 1.2e9, "mindeye2": 3e9, "ridge": 0.4e9}
@@ -120,6 +123,11 @@ def look_at_shared(world):
 
 def look_at_design(paths, subj):
     """NSD's and MindEye2's lists of a subject's trials agree."""
+    lists = [paths.data_path / name for name in sources.ONLY_CHECKED]
+    if lacking := [file for file in lists if not file.exists()]:
+        designed = len(load_design(paths, subj))
+        raise Doubt(f"{designed} trials in nsd_expdesign.mat, which {lacking[0]} would confirm: not there; no stage "
+                    "reads it")
     return f"{check_trial_images(paths, subj)} trials, the same images in both lists"
 
 
@@ -152,7 +160,26 @@ def look_at_stimuli(world, deep):
     if world.is_nsd:
         expect(stimuli.path, "pixels a side", stimuli.shape[1:3], (425, 425))
     look_at_rows(stimuli, deep)
-    return f"{stimuli.shape} {stimuli.dtype}, {looked(deep)}"
+    layout, n_chunks, cost = layout_of(stimuli.path, stimuli.key)
+    found = f"{stimuli.shape} {stimuli.dtype}, {layout}, {looked(deep)}"
+    if max(n_chunks, cost) > MANY_CHUNKS:
+        raise Doubt(f"{found}; one image lies in {n_chunks} chunks, {cost:.0f} times its bytes are read for it: "
+                    "features and GNet, which read single images, wait for the disk")
+    return found
+
+
+def layout_of(path, key):
+    """Say how a data set of an HDF5 file lies on the disk: (words, chunks that a row touches, their size in rows)."""
+    with h5py.File(path, "r") as file:
+        dataset = file[key]
+        if dataset.chunks is None:
+            return "contiguous", 0, 1
+        row, (n_rows, *chunk) = dataset.shape[1:], dataset.chunks
+        n_chunks = math.prod(-(-size // part) for size, part in zip(row, chunk, strict=True))
+        plist = dataset.id.get_create_plist()
+        filters = [plist.get_filter(i)[3].decode(errors="replace") for i in range(plist.get_nfilters())]
+        packed = f"compressed ({', '.join(filters)})" if filters else "not compressed"
+        return f"chunks of {dataset.chunks}, {packed}", n_chunks, n_rows * n_chunks * math.prod(chunk) / math.prod(row)
 
 
 def look_at_captions(paths):

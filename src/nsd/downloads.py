@@ -1,6 +1,6 @@
 """A plan of what to download, how large and where to; its files fetched, checked, and linked in from another disk.
 
-What there is to have is listed in nsd/sources.py, how a big file comes over HTTP is in nsd/transfer.py.
+What there is to have is listed in nsd/sources.py, how a big file comes over HTTP is in disk/transfer.py.
 """
 
 import fnmatch
@@ -13,10 +13,9 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import utils
-from disk.files import file_hash
-from disk.hub import silent
+from disk import hub, transfer
 from disk.names import Paths
-from nsd import sources, transfer
+from nsd import sources
 from nsd.captions import write_captions
 
 NSD_ADVICE = "sign NSD's data access form (https://naturalscenesdataset.org), check --nsd_url, or fetch it by hand"
@@ -25,12 +24,13 @@ COCO_ADVICE = "check --coco_url, or fetch it by hand (https://cocodataset.org)"
 
 @dataclass(frozen=True)
 class Servers:
-    """Where NSD's bucket and COCO's server are, and what asks them."""
+    """Where NSD's bucket and COCO's server are, and what asks them and the hub."""
 
     client: object  # of transfer.connect()
+    hub_client: object  # of hub.connect()
     nsd_url: str
     coco_url: str
-    parts: int  # connections at once, for a file of NSD's bucket
+    parts: int  # connections at once
 
 
 # --- the plan -----------------------------------------------------------------------------------------------------
@@ -41,11 +41,18 @@ class Item(NamedTuple):
 
     group: str  # of sources.GROUPS
     origin: str  # hub, nsd, coco, or a model's repository on the hub
-    remote: object  # path in the hub's data set or in the model's repository, or a transfer.Remote
+    remote: object  # a hub.HubFile or a transfer.Remote; of a plan without network, a path
     path: Path  # where to
     size: int  # bytes
-    checksum: str | None  # SHA-256, or an ETag that may be an MD5
+    checksum: str | None  # as of transfer.differs
     there: bool
+
+    @property
+    def place(self):
+        """The file that is fetched: of captions an archive, of weights what the cache then gives its name."""
+        if self.origin == "coco":
+            return self.path.with_name(Path(sources.COCO_CAPTIONS).name)
+        return self.path if self.origin in ("hub", "nsd") else self.remote.blob()
 
 
 def at_disk(folder):
@@ -72,12 +79,12 @@ def silent_servers(groups, subjects, servers):
     urls = {"hub": constants.ENDPOINT, "nsd": servers.nsd_url, "coco": servers.coco_url}
     urls = {origin: url for origin, url in urls.items() if origin in origins}
     offline = [urls.pop("hub")] if constants.HF_HUB_OFFLINE and "hub" in urls else []
-    return [urlsplit(url).hostname for url in offline + silent(urls.values())]
+    return [urlsplit(url).hostname for url in offline + hub.silent(urls.values())]
 
 
 def known_plan(groups, subjects, paths):
     """List the Items of some groups of files as published, without asking any server (sources.known_files)."""
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     for group in groups:
         for file in sources.files_of(group, subjects):
@@ -91,8 +98,8 @@ def known_plan(groups, subjects, paths):
             size = sources.SIZES.get(name, sources.SIZES.get(f"{repository}/{name}"))
             if size:
                 there = try_to_load_from_cache(repository, name)
-                folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots/main")
-                yield Item(group, repository, name, folder / name, size, None, isinstance(there, str))
+                path = hub.cache_of(repository) / "snapshots/main" / name
+                yield Item(group, repository, name, path, size, None, isinstance(there, str))
 
 
 def _plan_of_hub(wanted, paths):
@@ -100,20 +107,19 @@ def _plan_of_hub(wanted, paths):
     wanted = [file for file in wanted if file.origin == "hub"]
     if not wanted:
         return
-    from huggingface_hub import HfApi
-
     with _hub_errors(sources.HUB_DATA, "dataset"):
-        tree = HfApi().list_repo_tree(sources.HUB_DATA, repo_type="dataset", recursive=True)
-        listed = {entry.path: entry for entry in tree if hasattr(entry, "size") and ".." not in entry.path.split("/")}
+        listed = hub.list_files(sources.HUB_DATA, "dataset")
     for file in wanted:
         names = fnmatch.filter(listed, file.remote)
-        if not names:
-            raise utils.UserError(f"https://huggingface.co/datasets/{sources.HUB_DATA}: {file.remote} is not there any "
-                                  f"more; leave {file.group} out of --what, or put it into {paths.data_path} by hand")
+        lacking = f"{hub.page_of(sources.HUB_DATA, 'dataset')}: {file.remote} is not there any more"
+        if not names and file.remote in sources.ONLY_CHECKED:
+            print(f"{lacking}; the plan goes on without it: no stage reads it, check_data.py compares it with others")
+        elif not names:
+            raise utils.UserError(f"{lacking}; leave {file.group} out of --what, or put it into {paths.data_path} by "
+                                  "hand")
         for name in names:
-            entry, path = listed[name], paths.data_path / name
-            checksum = entry.lfs.sha256 if entry.lfs else None
-            yield Item(file.group, "hub", name, path, entry.size, checksum, _has_size(path, entry.size))
+            found, path = listed[name], paths.data_path / name
+            yield Item(file.group, "hub", found, path, found.size, found.checksum, _has_size(path, found.size))
 
 
 def _plan_of_servers(wanted, paths, servers):
@@ -126,29 +132,33 @@ def _plan_of_servers(wanted, paths, servers):
             if file.origin == "coco" and path.exists():  # made from the archive, which is not kept
                 yield Item(file.group, file.origin, None, path, path.stat().st_size, None, True)
                 continue
-            remote = transfer.probe(servers.client, f"{url.rstrip('/')}/{file.remote}", advice)
-            yield Item(file.group, file.origin, remote, path, remote.size, remote.etag,
-                       file.origin != "coco" and _has_size(path, remote.size))
+            item = Item(file.group, file.origin, None, path, 0, None, there=False)
+            remote = transfer.probe(servers.client, f"{url.rstrip('/')}/{file.remote}", advice, item.place)
+            yield item._replace(remote=remote, size=remote.size, checksum=transfer.md5_in(remote.etag),
+                                there=_has_size(path, remote.size))
 
 
 def _plan_of_weights(group):
     """The files of a model that from_pretrained reads, in the hub's cache."""
     if (weights := sources.weights_of(group)) is None:
         return
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.utils import filter_repo_objects
 
     repository, patterns = weights
     with _hub_errors(repository, "model"):
-        files = snapshot_download(repository, allow_patterns=patterns, dry_run=True)
-    if any(file.filename.endswith(".safetensors") for file in files):  # the same weights twice otherwise
-        files = [file for file in files if not file.filename.endswith(".bin")]
-    for file in files:
-        yield Item(group, repository, file.filename, Path(file.local_path), file.file_size or 0, None, file.is_cached)
+        listed = hub.list_files(repository)
+    names = list(filter_repo_objects(listed, allow_patterns=patterns))
+    if any(name.endswith(".safetensors") for name in names):  # the same weights twice otherwise
+        names = [name for name in names if not name.endswith(".bin")]
+    for file in map(listed.get, names):
+        path, found = file.in_cache(), try_to_load_from_cache(repository, file.name)
+        yield Item(group, repository, file, path, file.size, file.checksum, found == str(path))
 
 
 def without_damaged(plan):
     """Return the plan, with files whose checksum is not the published one marked as missing."""
-    return [item._replace(there=item.there and _is_intact(item)) for item in plan]
+    return [item._replace(there=item.there and not transfer.differs(item.path, item.checksum)) for item in plan]
 
 
 def _has_size(path, size):
@@ -158,15 +168,6 @@ def _has_size(path, size):
 def _is_about(path, size):
     """Whether a file is there, of about that size: published numbers leave out headers, and shards differ by trials."""
     return path.is_file() and abs(path.stat().st_size - size) < size / 3
-
-
-def _is_intact(item):
-    """Whether a file has its published checksum; True where there is none to compare."""
-    if item.origin == "hub" and item.checksum:
-        return file_hash(item.path, digits=None) == item.checksum
-    if item.origin == "nsd":
-        return transfer.md5_of(item.path, item.checksum) in (None, item.checksum.strip('"'))
-    return True
 
 
 def show(plan, groups):
@@ -196,10 +197,9 @@ def check_space(missing):
     """Raise UserError when a disk does not have the room for what goes there."""
     needed = {}
     for item in missing:
-        folder = next(parent for parent in item.path.parents if parent.is_dir())
-        part = item.path.with_name(f".{item.path.name}.part")
+        folder = next(parent for parent in item.place.parents if parent.is_dir())
         disk = needed.setdefault(os.stat(folder).st_dev, [folder, 0])
-        disk[1] += item.size - (part.stat().st_blocks * 512 if part.exists() else 0)
+        disk[1] += transfer.remaining(item.place, item.size)
     for folder, size in needed.values():
         free = shutil.disk_usage(folder).free
         if size > free:
@@ -211,42 +211,31 @@ def check_space(missing):
 
 
 def fetch_all(missing, paths, servers):
-    """Fetch each item to its place, complete or not at all."""
-    for item in utils.progress(missing, desc="files", unit="file", leave=False):
-        if item.origin == "hub":
-            _fetch_from_hub(item, paths)
-        elif item.origin == "nsd":
-            _fetch_from_server(item, item.path, NSD_ADVICE, servers)
-        elif item.origin == "coco":
-            archive = item.path.with_name(Path(sources.COCO_CAPTIONS).name)
-            if not _has_size(archive, item.size):
-                _fetch_from_server(item, archive, COCO_ADVICE, servers)
-            write_captions(paths, archive)
-            archive.unlink()
-        else:
-            from huggingface_hub import hf_hub_download
-
-            with _hub_errors(item.origin, "model"):
-                hf_hub_download(item.origin, item.remote)
+    """Fetch each item to its place, complete or not at all: small ones many at once, then large ones in parts."""
+    small, large = [], []
+    for item in missing:
+        (small if item.size <= transfer.BLOCK and item.origin != "coco" else large).append(item)
+    with utils.progress(total=sum(item.size for item in missing), desc=f"{len(missing)} files", unit="B",
+                        unit_scale=True, leave=False) as bar:
+        transfer.in_threads(lambda item, stop: _fetch(item, paths, servers, 1, bar, stop), small, servers.parts)
+        for item in large:
+            _fetch(item, paths, servers, servers.parts, bar)
 
 
-def _fetch_from_server(item, path, advice, servers):
-    with utils.progress(total=item.size, desc=path.name, unit="B", unit_scale=True, leave=False) as bar:
-        transfer.fetch(servers.client, item.remote, path, advice, servers.parts, bar)
-
-
-def _fetch_from_hub(item, paths):
-    """A file of MindEye2's data set; the hub's client resumes after a drop and checks sizes, we check the checksum."""
-    from huggingface_hub import hf_hub_download
-
-    damaged = item.path.exists()  # and yet to be fetched: the client keeps its own partial files elsewhere
-    with _hub_errors(sources.HUB_DATA, "dataset"):
-        hf_hub_download(sources.HUB_DATA, item.remote, repo_type="dataset", local_dir=paths.data_path,
-                        force_download=damaged)
-    if not (_has_size(item.path, item.size) and _is_intact(item)):
-        item.path.unlink()
-        raise utils.UserError(f"{item.path}: it does not have its published size and SHA-256; it was removed, "
-                              "run the same command again")
+def _fetch(item, paths, servers, parts, bar, stop=None):
+    """Fetch an item over so many connections."""
+    if item.origin == "hub":
+        hub.fetch(servers.hub_client, item.remote, item.path, parts, bar, stop)
+    elif item.origin == "nsd":
+        transfer.fetch(servers.client, item.remote, item.path, NSD_ADVICE, parts, bar, stop=stop)
+    elif item.origin == "coco":
+        if not _has_size(item.place, item.size):
+            transfer.fetch(servers.client, item.remote, item.place, COCO_ADVICE, parts, bar, stop=stop)
+        write_captions(paths, item.place)
+        item.place.unlink()
+    else:
+        with _hub_errors(item.origin, "model"):
+            hub.fetch_to_cache(servers.hub_client, item.remote, parts, bar, stop)
 
 
 @contextmanager
@@ -254,7 +243,7 @@ def _hub_errors(repository, kind):
     """Turn what the hub's client raises into one line; kind: of repository, "dataset" or "model"."""
     from huggingface_hub import errors
 
-    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
+    page = hub.page_of(repository, kind)
     try:
         yield
     except (errors.HTTPError, errors.EntryNotFoundError, OSError) as error:

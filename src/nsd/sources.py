@@ -9,8 +9,9 @@ import options
 
 DOWNLOAD = "download it (bash scripts/download.sh)"  # what to do about a file that is not there
 HUB_DATA = "pscotti/mindeyev2"  # MindEye2's prepared NSD, a data set on the hub
+ONLY_CHECKED = {"COCO_73k_subj_indices.hdf5"}  # files of it that no stage reads, only check_data.py
 NSD_URL = "https://natural-scenes-dataset.s3.amazonaws.com"
-COCO_URL = "http://images.cocodataset.org"
+COCO_URL = "https://s3.amazonaws.com/images.cocodataset.org"  # as images.cocodataset.org it has no certificate
 COCO_CAPTIONS = "annotations/annotations_trainval2017.zip"
 SD_MODEL = "CompVis/stable-diffusion-v1-4"
 TAESD = "madebyollin/taesd"  # a decoder of its latents, of a twentieth of the work
