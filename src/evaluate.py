@@ -201,7 +201,8 @@ def write(outdir, findings, folders, sheet, note, paths, args):
     report.write(outdir / "report", findings, config, paths)
 
     name = f"evaluate_{args.subj}_{name_of(folder)}".replace(" ", "_")
-    board = Dashboard(outdir, name, vars(args), Wandb.from_args(args).of("evaluate", args.method, args.control))
+    asked = Wandb.from_args(args).of("evaluate", name_of(folder).partition(" ")[0])
+    board = Dashboard(outdir, name, vars(args), asked)
     board.log(shown_values(results))
     board.log_table("eval/metrics", table_of(findings.measured))
     board.log_table("eval/images", rows_of_images(findings))

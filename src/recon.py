@@ -148,8 +148,8 @@ def main(argv=None):
     from sampling import drawing, folders
     from sampling.inputs import pick_rows, read_scores
     from sampling.selection import select
-    from training.team import Team
     from training.settings import Wandb
+    from training.team import Team
     from training.tracking import Dashboard, check_tracking
 
     check_tracking(args.wandb_log)

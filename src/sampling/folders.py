@@ -171,7 +171,7 @@ def pictures_hash(files):
 
 
 def set_hash(folder):
-    """Return a short hash of which pictures a folder holds and how they were drawn: of its index.csv and config.json."""
+    """Return a short hash of what a folder says of its pictures: index.csv, and config.json if there is one."""
     return pictures_hash([file for file in (folder / "index.csv", folder / "config.json") if file.exists()])
 
 

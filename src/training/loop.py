@@ -311,7 +311,8 @@ def start_records(run, loop, epoch=None):
         return Dashboard(run.folder, run.name, run.config, Wandb())
     save_json(run.folder / "config.json", run.config | {"git_commit": utils.git_commit()})
     asked = loop.wandb.of(run.config.get("stage"), run.feat, run.config.get("model"))
-    tracker = Tracker(run.folder, run.name, run.config, asked, epoch, run.lines)
+    n_steps = loop.num_epochs * len(run.train)
+    tracker = Tracker(run.folder, run.name, run.config, asked, epoch, n_steps, run.lines)
     if run.pretrained is not None:
         tracker.uses("checkpoint", run.pretrained, archive_hash)
     return tracker

@@ -11,8 +11,8 @@ from options import HIDDEN_DIM
 
 # what may differ between a run and its continuation: how it is run, not what it computes
 NOT_SCIENCE = {"root", "data_path", "device", "precision", "compile", "resume", "overwrite", "num_workers",
-               "ckpt_every", "ckpt_minutes", "wandb_log", "wandb_project", "wandb_group", "wandb_upload", "dry_run", "feat",
-               "tag"}
+               "ckpt_every", "ckpt_minutes", "wandb_log", "wandb_project", "wandb_group", "wandb_upload", "dry_run",
+               "feat", "tag"}
 
 # of a run's configuration, what its network is made of (clip_scale: whether it has heads for the contrast)
 ARCHITECTURE = ("model", "hidden_dim", "n_blocks", "dropout", "prior_depth", "decoder_channels", "clip_scale")

@@ -14,7 +14,8 @@ from disk.files import atomic_path
 from utils import UserError
 
 OFFLINE = ("offline", "dryrun")  # values of WANDB_MODE that keep runs on this disk
-STEPS_AT_ONCE = 50  # training steps whose scalars are fetched from the device together
+POINTS = 2000  # of a curve over a training's steps: as many as W&B draws; each costs 0.2 ms
+AT_ONCE = 20  # points whose scalars are fetched from the device together
 THUMBNAIL = 128  # pixels: the longer side of a picture in a table
 FOLDERS = ("train_logs", "scores_all", "outputs_all")  # what the lineage shows lies in one of these
 
@@ -50,10 +51,12 @@ class Dashboard:
         """asked: settings.Wandb; resume: go on with W&B's run of this name, where it has one."""
         check_tracking(asked.log)
         self.upload, self.wandb_run = asked.upload, None
+        self.every = 1  # step that is shown
         self.steps, self.fetched = [], Fetched([])  # scalars of the latest steps; of those before, on their way here
         if asked.log:
             import wandb
 
+            Path(folder).mkdir(parents=True, exist_ok=True)
             try:
                 self.wandb_run = wandb.init(project=asked.project, id=name, name=name, config=config, group=asked.group,
                                             job_type=asked.job_type, tags=asked.tags,
@@ -70,11 +73,12 @@ class Dashboard:
         self._to_wandb(lambda run: run.log(values))
 
     def log_step(self, metrics, step):
-        """Show scalars of a training step, as step/...: numbers, or tensors (), which nothing waits for."""
-        if self.wandb_run is None:
+        """Show scalars of a training step, as step/...: numbers, or tensors (), which nothing waits for. Of a long
+        training only some steps are shown."""
+        if self.wandb_run is None or step % self.every:
             return
         self.steps.append({"step": step} | {f"step/{name}": value for name, value in metrics.items()})
-        if len(self.steps) == STEPS_AT_ONCE:
+        if len(self.steps) == AT_ONCE:
             self._send_steps()
 
     def log_epoch(self, metrics, epoch):
@@ -158,15 +162,16 @@ class Dashboard:
 class Tracker(Dashboard):
     """The dashboard of a training, whose epochs are kept in metrics.jsonl in its folder too."""
 
-    def __init__(self, folder, name, config, asked, resume_after=None, lines=None):
+    def __init__(self, folder, name, config, asked, resume_after=None, n_steps=0, lines=None):
         """asked: settings.Wandb. resume_after: keep the rows of metrics.jsonl up to that epoch; None: start the file
-        over. lines: constants {key: value} that W&B draws beside every epoch's values."""
+        over. n_steps: of the whole training. lines: constants {key: value} that W&B draws beside an epoch's values."""
         check_tracking(asked.log)
         self.file, self.lines = Path(folder) / "metrics.jsonl", lines or {}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.file) as temporary:
             temporary.write_text("".join(self._rows_until(resume_after)))
         super().__init__(folder, name, config, asked, resume=bool(resume_after))
+        self.every = max(1, -(-n_steps // POINTS))
 
     def _rows_until(self, epoch):
         """Yield the lines of metrics.jsonl up to an epoch."""
