@@ -4,14 +4,12 @@ import contextlib
 import json
 import re
 import shlex
-from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-import wandb
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -446,22 +444,6 @@ def test_an_evaluation_keeps_what_it_extracted(root, clip, monkeypatch):
     Image.fromarray(stimuli_of(root)[IDS[0]]).save(images_of(root) / "00000.png")
     run(root, *words)
     assert calls[4:] == [4, 2] and metrics_in(images_of(root))["pixcorr"]["value"] > first["pixcorr"]["value"]
-
-
-def test_wandb_gets_values_table_and_sheet(root, monkeypatch):
-    """By its own classes, but without its service, which test_tracking.py starts."""
-    logged, finished = {}, []
-    begun = SimpleNamespace(log=lambda values, step: logged.update(values), finish=lambda: finished.append(True),
-                            settings=SimpleNamespace(mode="online"))
-    monkeypatch.setattr(wandb, "init", lambda **settings: begun)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    run(root, "--subj", 1, "--eval_clip", "none", "--wandb_log")
-    assert {"eval/pixcorr", "eval/ssim"} <= logged.keys() and finished
-    columns = logged["eval/metrics"].columns
-    assert columns[:3] == ["set", "metric", "value"]
-    assert logged["eval/metrics"].data[0][:2] == ["reconstructed", "pixcorr"]
-    (sheet,) = logged["eval/contact_sheet"]
-    assert sheet.image.size == Image.open(images_of(root) / "contact_sheet.png").size
 
 
 def test_features_read_in_parts_correlate_as_at_once():

@@ -14,7 +14,7 @@ from disk.files import atomic_path
 from utils import UserError
 
 OFFLINE = ("offline", "dryrun")  # values of WANDB_MODE that keep runs on this disk
-POINTS = 2000  # of a curve over a training's steps: as many as W&B draws; each costs 0.2 ms
+POINTS = 1000  # of a curve over a training's steps, at most: each costs half a millisecond
 AT_ONCE = 20  # points whose scalars are fetched from the device together
 THUMBNAIL = 128  # pixels: the longer side of a picture in a table
 FOLDERS = ("train_logs", "scores_all", "outputs_all")  # what the lineage shows lies in one of these
