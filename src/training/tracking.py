@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from disk.files import atomic_path
 from utils import UserError
@@ -51,8 +50,8 @@ class Dashboard:
         """asked: settings.Wandb; resume: go on with W&B's run of this name, where it has one."""
         check_tracking(asked.log)
         self.upload, self.wandb_run = asked.upload, None
-        self.every = 1  # step that is shown
-        self.steps, self.fetched = [], Fetched([])  # scalars of the latest steps; of those before, on their way here
+        self.every = 1  # so many steps one is shown
+        self.steps, self.fetched = [], Fetched([])  # scalars of the latest ones; of those before, on their way here
         if asked.log:
             import wandb
 
@@ -165,13 +164,11 @@ class Tracker(Dashboard):
     def __init__(self, folder, name, config, asked, resume_after=None, n_steps=0, lines=None):
         """asked: settings.Wandb. resume_after: keep the rows of metrics.jsonl up to that epoch; None: start the file
         over. n_steps: of the whole training. lines: constants {key: value} that W&B draws beside an epoch's values."""
-        check_tracking(asked.log)
-        self.file, self.lines = Path(folder) / "metrics.jsonl", lines or {}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        super().__init__(folder, name, config, asked, resume=bool(resume_after))
+        self.every, self.lines = max(1, -(-n_steps // POINTS)), lines or {}
+        self.file = Path(folder) / "metrics.jsonl"
         with atomic_path(self.file) as temporary:
             temporary.write_text("".join(self._rows_until(resume_after)))
-        super().__init__(folder, name, config, asked, resume=bool(resume_after))
-        self.every = max(1, -(-n_steps // POINTS))
 
     def _rows_until(self, epoch):
         """Yield the lines of metrics.jsonl up to an epoch."""
@@ -195,19 +192,22 @@ class Fetched:
 
     def __init__(self, steps):
         """steps: [{name: number, or tensor ()}]."""
-        self.steps, self.arrived = steps, None
-        scalars = [value.float() for step in steps for value in step.values() if torch.is_tensor(value)]
-        self.values = torch.stack(scalars).to("cpu", non_blocking=True) if scalars else None
-        if scalars and scalars[0].is_cuda:
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
+        self.steps, self.values, self.arrived = steps, None, None
+        scalars = [value.float() for step in steps for value in step.values() if not isinstance(value, int | float)]
+        if scalars:
+            import torch  # takes seconds, which those who show no steps do without
+
+            self.values = torch.stack(scalars).to("cpu", non_blocking=True)
+            if scalars[0].is_cuda:
+                self.arrived = torch.cuda.Event()
+                self.arrived.record()
 
     def rows(self):
         """Return the steps with numbers for tensors."""
         if self.arrived is not None:
             self.arrived.synchronize()
         values = iter([] if self.values is None else self.values.tolist())
-        return [{name: next(values) if torch.is_tensor(value) else value for name, value in step.items()}
+        return [{name: value if isinstance(value, int | float) else next(values) for name, value in step.items()}
                 for step in self.steps]
 
 
