@@ -13,6 +13,7 @@
 #   FEATS="c z g_2 g_4 g_6 g_8 g_10 g_12"    features to predict; g: all of its layers
 #   STAGES="pretrain finetune"               the last one decodes: pretrain, finetune, scratch or ridge; or gnet
 #   ROOT=<the repository>                    the folder that holds data and results
+#   WANDB_LOG=0                              1: log to W&B
 #   DRY_RUN=0                                1: show the configuration and the folders to write, and stop
 #   PYTHON=.venv/bin/python                  the Python to use
 #   SCORE_FLAGS="" SCORE_GNET_FLAGS=""       flags to put in front of yours
@@ -24,14 +25,14 @@ source "$(dirname "$0")/common.sh"
 decoding=""
 for stage in "${STAGES[@]}"; do [[ $stage == gnet ]] || decoding=$stage; done
 if [[ " ${STAGES[*]} " == *" gnet "* ]]; then
-    (preset SCORE_GNET && run "$PYTHON" "$REPO/src/score_gnet.py" --subj "$SUBJ" "${FLAGS[@]}" "$@")
+    (preset SCORE_GNET && run "$PYTHON" "$REPO/src/score_gnet.py" --subj "$SUBJ" "${LOGGED[@]}" "$@")
 fi
 [[ -n $decoding ]] || exit 0
-[[ $decoding == finetune ]] || FLAGS+=(--run "$decoding")
+[[ $decoding == finetune ]] || LOGGED+=(--run "$decoding")
 preset SCORE
 for feat in c z; do
-    if wants "$feat"; then run "$PYTHON" "$REPO/src/score_$feat.py" --subj "$SUBJ" "${FLAGS[@]}" "$@"; fi
+    if wants "$feat"; then run "$PYTHON" "$REPO/src/score_$feat.py" --subj "$SUBJ" "${LOGGED[@]}" "$@"; fi
 done
 if [[ ${#G_FEATS[@]} -gt 0 ]]; then
-    run "$PYTHON" "$REPO/src/score_g.py" --feat "${G_FEATS[@]}" --subj "$SUBJ" "${FLAGS[@]}" "$@"
+    run "$PYTHON" "$REPO/src/score_g.py" --feat "${G_FEATS[@]}" --subj "$SUBJ" "${LOGGED[@]}" "$@"
 fi

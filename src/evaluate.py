@@ -33,6 +33,7 @@ from disk.names import Paths, images_name
 from nsd import sources
 
 FEW = 20  # images
+TABLE_IMAGES = 200  # rows of the table of images on W&B
 NEEDED = "--method, --guidance_scale, --guidance_strength, --control, --run, --use_gnet, ..., or --images DIR"
 
 
@@ -220,11 +221,13 @@ def evaluate(args, paths):
 
 def write(outdir, findings, folders, sheet, note, paths, args):
     """Everything that was found: to files, to the report, to W&B and to the terminal."""
+    from disk.files import file_hash
     from evaluation import report
     from evaluation.results import format_absent, format_explained, format_sets, format_table, table_of, write_results
     from nsd.rows import open_stimuli
-    from sampling.folders import name_of
-    from training.tracking import Tracker
+    from sampling.folders import name_of, set_hash
+    from training.settings import Wandb
+    from training.tracking import Dashboard
 
     folder, results = findings.images.folder, findings.results
     config = {"protocol": "mindeye2", "images": str(folder), "n_samples": findings.n_samples,
@@ -234,10 +237,15 @@ def write(outdir, findings, folders, sheet, note, paths, args):
     report.write(outdir / "report", findings, config, paths)
 
     name = f"evaluate_{args.subj}_{name_of(folder)}".replace(" ", "_")
-    tracker = Tracker(outdir, name, vars(args), args.wandb_log, args.wandb_project)
-    tracker.log({f"eval/{metric}": entry["value"] for metric, entry in results.items() if entry["n"]}, step=0)
-    tracker.log_table("eval/metrics", table_of(findings.measured), step=0)
-    tracker.log_images("eval/contact_sheet", [sheet], [str(folder)], step=0)
+    asked = Wandb.from_args(args).of("evaluate", name_of(folder).partition(" ")[0])
+    board = Dashboard(outdir, name, vars(args), asked)
+    board.log(shown_values(results))
+    board.log_table("eval/metrics", table_of(findings.measured))
+    board.log_table("eval/images", rows_of_images(findings))
+    board.log_images("eval/contact_sheet", [sheet], [str(folder)])
+    for pictures in (folder, *map(paths.find, folders.values())):
+        board.uses("pictures", pictures / "index.csv", lambda index: set_hash(index.parent))
+    board.makes("evaluation", outdir / "metrics.json", file_hash)
     print(format_table(results))
     if len(findings.measured) > 1:
         print(f"\n{format_sets(findings.measured)}\n")
@@ -254,7 +262,24 @@ def write(outdir, findings, folders, sheet, note, paths, args):
         print(f"rating page    {outdir / 'rating/index.html'}")
     print(f"metrics        {outdir / 'metrics.json'}\ncontact sheet  {outdir / 'contact_sheet.png'}\n"
           f"report         {outdir / 'report/index.html'}")
-    tracker.finish()
+    board.finish()
+
+
+def shown_values(results):
+    """{key: value} that W&B shows of {metric: entry}: each value, and the ends of its interval."""
+    parts = {"value": "", "ci_low": "_low", "ci_high": "_high"}
+    return {f"eval/{metric}{end}": entry[part] for metric, entry in results.items() if entry["n"]
+            for part, end in parts.items() if entry[part] is not None}
+
+
+def rows_of_images(findings):
+    """Yield a row for each image, at most TABLE_IMAGES, evenly chosen: its id, every set's picture, its metrics."""
+    import numpy as np
+
+    ids = findings.images.image_ids
+    for i in np.unique(np.linspace(0, len(ids) - 1, min(TABLE_IMAGES, len(ids))).round().astype(int)):
+        yield ({"image_id": int(ids[i])} | {label: pictures.read(i, 0) for label, pictures in findings.sets.items()}
+               | {name: float(values[i]) for name, values in findings.per_image.items()})
 
 
 def images_folder(args, paths):

@@ -237,6 +237,10 @@ def add_tracking(parser):
     group = parser.add_argument_group("tracking")
     group.add_argument("--wandb_log", action=argparse.BooleanOptionalAction, default=False, help="log to W&B")
     group.add_argument("--wandb_project", default="neuraldiffuser", metavar="NAME")
+    group.add_argument("--wandb_group", metavar="NAME",
+                       help="what W&B files this run under, with all stages of an experiment (<subject>[_<tag>])")
+    group.add_argument("--wandb_upload", action=argparse.BooleanOptionalAction, default=False,
+                       help="send checkpoints, scores and pictures, too: else W&B is told where they lie")
 
 
 def control(text):
@@ -395,6 +399,7 @@ def scoring_parser(doc):
     add_scored_run(parser)
     add_compute(parser)
     add_control(parser)
+    add_tracking(parser)
     parser.add_argument("--ground_truth", action="store_const", const="ground_truth", dest="run",
                         help="write the test images' true features as scores: the ceiling of what can be drawn "
                              "(--run ground_truth, in recon.py too)")

@@ -56,8 +56,10 @@ DEFAULTS = {  # of flags that depend on --guidance_rule
 }
 # what may differ between two runs that fill one folder: it does not change any picture (but on a GPU the last digits)
 FREE_OPTIONS = ("root", "data_path", "batch_size", "limit", "ids", "num_samples", "outdir", "overwrite",
-                "offload", "dry_run", "wandb_log", "wandb_project", "select", "select_feats")
+                "offload", "dry_run", "wandb_log", "wandb_project", "wandb_group", "wandb_upload", "select",
+                "select_feats")
 PATH_OPTIONS = ("sd_model", "clip_model", "guidance_decoder", "z", "target_fmri_npy")
+SHOWN = 8  # images whose pictures W&B shows
 GNET_OPTIONS = ("use_gnet", "gnet_roi", "gnet_kappa", "gnet_alpha", "gnet_run", "target_fmri_npy")
 
 
@@ -146,8 +148,9 @@ def main(argv=None):
     from sampling import drawing, folders
     from sampling.inputs import pick_rows, read_scores
     from sampling.selection import select
+    from training.settings import Wandb
     from training.team import Team
-    from training.tracking import Tracker, check_tracking
+    from training.tracking import Dashboard, check_tracking
 
     check_tracking(args.wandb_log)
     utils.reproducible_products()
@@ -166,17 +169,43 @@ def main(argv=None):
 
     selection = config | selection_of(args, paths) if args.select else None
     drawn = samples_folder(args, paths, folder)
-    name = f"recon_{args.subj}_{folders.name_of(drawn)}".replace(" ", "_")
-    tracker = partial(Tracker, drawn, name, vars(args), args.wandb_log, args.wandb_project)
+    name = f"recon_{args.subj}_{folders.name_of(folder)}".replace(" ", "_")
+    asked = Wandb.from_args(args).of("recon", args.method, args.run, args.guidance_rule, args.control)
     with drawing.memory_advice(args.batch_size):
-        drawing.fill(drawn, jobs, config, partial(load_sampler, args, paths, scores, image_ids, team), tracker, team,
-                     args.overwrite)
+        board = drawing.fill(drawn, jobs, config, partial(load_sampler, args, paths, scores, image_ids, team),
+                             partial(Dashboard, drawn, name, vars(args), asked), team, args.overwrite)
     if team.is_main:
         folders.write_index(drawn, image_ids, args.seed)
         if args.select:
             misfit = selector(args, paths, image_ids, team)
             select(drawn, folder, args.num_samples, misfit, args.select, selection, args.overwrite)
+        show(board, folder, image_ids, rows, files, config["score_hashes"])
         print(f"pictures       {folder}\n{how_to_evaluate(folder, args.control or args.run == 'ground_truth')}")
+
+
+def show(board, folder, image_ids, rows, files, hashes):
+    """Show W&B a few of the pictures, of the same images whatever the settings, and what they were drawn from.
+
+    image_ids (N,): of the scores; rows: those that were asked for; files, hashes: {name: ...} of what was read.
+    """
+    import numpy as np
+
+    from disk.files import archive_hash
+    from sampling import folders
+
+    few = [rows[at] for at in np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).round().astype(int)]
+    pictures = {row: folder / folders.file_name(row, 0) for row in few}
+    pictures = {row: file for row, file in pictures.items() if file.exists()}
+    board.log_images("recon/images", map(folders.read_png, pictures.values()),
+                     [f"id {image_ids[row]}" for row in pictures])
+    for name, file in files.items():
+        if name == "gnet":
+            board.uses("checkpoint", file, archive_hash)
+        elif name != "image_ids":
+            board.uses("scores", Path(file), hashes[name])
+    board.makes("pictures", folder / "index.csv", lambda index: folders.set_hash(folder),
+                [folder / "index.csv", folder / "config.json", *sorted(folders.pictures_in(folder))])
+    board.finish()
 
 
 def how_to_evaluate(folder, is_control):

@@ -34,6 +34,7 @@ def get_parser():
     parser.add_argument("--batch_size", type=options.whole, default=50, metavar="IMAGES")
     parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False)
     options.add_compute(parser)
+    options.add_tracking(parser)
     return parser
 
 
@@ -53,13 +54,16 @@ def main(argv=None):
 
     import numpy as np
 
-    from disk.files import file_hash, load_json, save_csv
+    from disk.files import archive_hash, file_hash, load_json, save_csv
     from disk.scores import load_scores, save_scores
     from encoding.encoder import load_encoder
     from nsd.rows import open_stimuli, sample_hash
     from nsd.trials import load_trials
     from sampling import folders
+    from training.settings import Wandb
+    from training.tracking import Dashboard, check_tracking
 
+    check_tracking(args.wandb_log)
     paths = Paths.from_args(args)
     encoder = load_encoder(paths, args.subj, args.gnet_run, args.seed, utils.pick_device(args.device))
     files, name = [], encoder.run
@@ -98,6 +102,10 @@ def main(argv=None):
     if files:
         save_csv(folder / "images.csv", [{"row": row, "image_id": image_id, "file": file.name} for
                                          row, (image_id, file) in enumerate(zip(image_ids, files, strict=True))])
+    board = Dashboard(folder, f"score_{args.subj}_{name}", config, Wandb.from_args(args).of("score", "gnet"))
+    board.uses("checkpoint", encoder.file, archive_hash)
+    board.makes("scores", folder / "voxels.npy", file_hash)
+    board.finish()
     print(f"{folder}/voxels.npy: responses of {responses.shape[1]} voxels to {len(image_ids)} images")
 
 

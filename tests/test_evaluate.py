@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 import torch
-import wandb
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -502,22 +500,6 @@ def test_kept_features_have_a_limit_and_are_emptied_when_asked(root, clip, capsy
     run(root, *words, "--cache_gb", 0)
     assert not list(folder.glob("*.npy")) and metrics_in(images_of(root))["clip_two_way"] == first["clip_two_way"]
     assert utils.run_cli(evaluate.main, ["--root", str(root), "--cache_gb", "-1"]) == 2
-
-
-def test_wandb_gets_values_table_and_sheet(root, monkeypatch):
-    """By its own classes, but without its service, which test_tracking.py starts."""
-    logged, finished = {}, []
-    begun = SimpleNamespace(log=lambda values, step: logged.update(values), finish=lambda: finished.append(True),
-                            settings=SimpleNamespace(mode="online"))
-    monkeypatch.setattr(wandb, "init", lambda **settings: begun)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    run(root, "--subj", 1, "--eval_clip", "none", "--wandb_log")
-    assert {"eval/pixcorr", "eval/ssim"} <= logged.keys() and finished
-    columns = logged["eval/metrics"].columns
-    assert columns[:3] == ["set", "metric", "value"]
-    assert logged["eval/metrics"].data[0][:2] == ["reconstructed", "pixcorr"]
-    (sheet,) = logged["eval/contact_sheet"]
-    assert sheet.image.size == Image.open(images_of(root) / "contact_sheet.png").size
 
 
 def test_features_read_in_parts_correlate_as_at_once():

@@ -148,7 +148,7 @@ def test_subject_root_and_dry_run(call, name, tmp_path):
 
 
 def test_logging_to_wandb(call):
-    for name in ("train", "recon", "evaluate"):
+    for name in ("train", "score", "recon", "evaluate"):
         for value, wanted in (("1", True), ("0", False), ("", False)):
             assert all(("--wandb_log" in words) == wanted for words in call(name, WANDB_LOG=value).calls)
 

@@ -130,7 +130,7 @@ def test_stages_wait_for_each_other(slurm):
     assert "STAGES=pretrain FEATS=c g_2 z g_4" in pretrain and "--array 0-2" in pretrain  # c, z, both layers
     assert pretrain.endswith("train.slurm --wandb_log --tag a")
     assert "STAGES=finetune" in finetune and "aftercorr:100" in finetune
-    assert "afterok:101" in score and score.endswith("score.sh --tag a")
+    assert "afterok:101" in score and score.endswith("score.sh --wandb_log --tag a")
 
 
 @pytest.mark.parametrize("file", sorted((REPO / "scripts/accelerate").glob("*.yaml")), ids=lambda file: file.stem)

@@ -12,13 +12,13 @@ cd "$REPO" # (strict mode: common.sh)
 export SUBJ
 feats="${FEATS[*]}" launch=""
 [[ ${LAUNCH[*]} == "$PYTHON" ]] || launch=${LAUNCH[*]}
-# scoring needs the flags that name a run
+# scoring needs the flags that name a run, and W&B's
 named=()
 words=("$@")
 for i in "${!words[@]}"; do
     case ${words[i]} in
-        --hidden_dim | --num_sessions | --tag | --data_path) named+=("${words[i]}" "${words[i + 1]}") ;;
-        --hidden_dim=* | --num_sessions=* | --tag=* | --data_path=*) named+=("${words[i]}") ;;
+        --hidden_dim | --num_sessions | --tag | --data_path | --wandb_project | --wandb_group) named+=("${words[i]}" "${words[i + 1]}") ;;
+        --hidden_dim=* | --num_sessions=* | --tag=* | --data_path=* | --wandb_*) named+=("${words[i]}") ;;
     esac
 done
 # Queue one stage: queue STAGE [flags of sbatch] -- [flags of the training]

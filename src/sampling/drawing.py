@@ -163,11 +163,12 @@ class Sampler:
 # --- a folder of pictures -------------------------------------------------------------------------------------------
 
 
-def fill(folder, jobs, config, load_sampler, start_tracker, team, overwrite=False):
+def fill(folder, jobs, config, load_sampler, begin, team, overwrite=False):
     """Draw the pictures of `jobs` that `folder` does not have yet, shared among the team's processes.
 
-    config: what the folder's config.json will say. load_sampler: () -> Sampler. start_tracker: resume_after ->
-    training.tracking.Tracker. overwrite: draw all of them, and delete what is there.
+    config: what the folder's config.json will say. load_sampler: () -> Sampler. begin: whether pictures are
+    there already -> anything; the main process calls it before the first is drawn. overwrite: draw all of them, and
+    delete what is there. Returns what `begin` did, None in the other processes.
     Nothing in the folder is touched before all networks are there and fit the scores. Raises UserError when the folder
     holds pictures of another config, and for pictures that are not finite.
     """
@@ -182,20 +183,21 @@ def fill(folder, jobs, config, load_sampler, start_tracker, team, overwrite=Fals
     team.wait()  # until every process has counted
     if team.is_main:
         folders.clear_folder(folder, config, overwrite)
+    begun = begin(bool(folders.pictures_in(folder))) if team.is_main else None
     team.wait()
     if mine:
-        draw(mine, sampler, folder, start_tracker, team.is_main)
+        draw(mine, sampler, folder, team.is_main)
     team.wait()
+    return begun
 
 
-def draw(jobs, sampler, folder, start_tracker, is_main=True):
+def draw(jobs, sampler, folder, is_main=True):
     """Draw every (row, sample) of `jobs` and write it to `folder` as soon as its batch is done.
 
-    Only the main process tracks, shows a bar and compares decoders. Raises UserError, at the end, for pictures that are
+    Only the main process shows a bar and compares decoders. Raises UserError, at the end, for pictures that are
     not finite: these are not written, the others are.
     """
     diverged = []
-    tracker = start_tracker(resume_after=len(folders.pictures_in(folder)) or None) if is_main else None
     if is_main:
         sampler.print_cosine(jobs[:COMPARED])
     with ThreadPoolExecutor(WRITERS) as writers, utils.progress(total=len(jobs), desc="pictures", unit="picture",
@@ -204,17 +206,12 @@ def draw(jobs, sampler, folder, start_tracker, is_main=True):
         for batch, images, steps in batches(jobs, sampler):
             for done in written:  # of the batch before, while this one was drawn
                 done.result()
-            drawn, lost, written = save_batch(folder, batch, images, steps if sampler.settings.use_gnet else None,
-                                              writers.submit)
+            lost, written = save_batch(folder, batch, images, steps if sampler.settings.use_gnet else None,
+                                       writers.submit)
             diverged += lost
             bar.update(len(batch))
-            if tracker is not None:
-                captions = [f"id {sampler.image_ids[row]}, sample {sample}" for row, sample in drawn]
-                tracker.log_images("recon/pictures", list(drawn.values()), captions)
         for done in written:
             done.result()
-    if tracker is not None:
-        tracker.finish()
     if diverged:
         raise utils.UserError(
             f"--guidance_scale {sampler.settings.guidance_scale:g}, --precision {sampler.settings.precision}: the "
@@ -248,12 +245,11 @@ def batches(jobs, sampler):
 def save_batch(folder, jobs, images, steps, submit):
     """Write the finite ones of the images (B, 3, H, W) of B jobs, and what the guided steps found, unless None.
 
-    submit: of an executor, whose threads write meanwhile. Returns {job: (H, W, 3) uint8} of those written, the jobs of
-    the others, and the futures of the files.
+    submit: of an executor, whose threads write meanwhile. Returns the jobs of those that are not finite, and the
+    futures of the files.
     """
     finite = torch.isfinite(images).flatten(1).all(1).tolist()
     arrays = (images.nan_to_num() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
-    drawn = {job: array for job, array, fine in zip(jobs, arrays, finite, strict=True) if fine}
 
     def write(i):
         if steps is not None:  # before the picture: one that is there has its steps beside it
@@ -261,7 +257,7 @@ def save_batch(folder, jobs, images, steps, submit):
         folders.save_picture(folder, *jobs[i], arrays[i])
 
     written = [submit(write, i) for i in np.flatnonzero(finite)]
-    return drawn, [job for job, fine in zip(jobs, finite, strict=True) if not fine], written
+    return [job for job, fine in zip(jobs, finite, strict=True) if not fine], written
 
 
 @contextmanager

@@ -170,6 +170,11 @@ def pictures_hash(files):
     return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()[:12]
 
 
+def set_hash(folder):
+    """Return a short hash of what a folder says of its pictures: index.csv, and config.json if there is one."""
+    return pictures_hash([file for file in (folder / "index.csv", folder / "config.json") if file.exists()])
+
+
 def check_names(file, config):
     """Raise UserError for a value of config.json that recon.py would not have taken: paths are made of them."""
     found = [(name, kind, config[name]) for name, kind in NAMES.items() if config.get(name) is not None]

@@ -6,6 +6,7 @@ import signal
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ from torch.utils.data import DataLoader
 
 import utils
 from disk.checkpoints import RUN_KEYS, load_checkpoint, require_keys, save_checkpoint
-from disk.files import save_json
+from disk.files import archive_hash, save_json
 from models import load_trunk, restore
-from training.tracking import Tracker, load_rows
+from training.settings import Wandb
+from training.tracking import Dashboard, Tracker, load_rows
 
 HOW_ADAMW_RUNS = {"params", "fused", "foreach", "capturable", "differentiable"}  # not what it computes
 STEPS_BETWEEN_VOTES = 20  # how often several processes ask each other whether to stop
@@ -96,7 +98,7 @@ def fit(run, model, objective, loop):
             return stop.received is not None or alarm.rings()
 
         while at.epoch < loop.num_epochs:
-            train_epoch(run, net, objective, loop, at, schedule, train, pausing, bar, pace)
+            train_epoch(run, net, objective, loop, at, schedule, train, pausing, tracker, bar, pace)
             require_finite(run, model, loop, at)
             if at.step == len(run.train):
                 logs, pace = pace.rates() | {"train/lr": schedule.get_last_lr()[0]}, Pace()
@@ -111,11 +113,10 @@ def fit(run, model, objective, loop):
                 team.any(False)  # no process exits while the main one writes: launchers end all when one ends
                 raise utils.Interrupted(f"{run.folder / 'last.pth'} holds epoch {at.epoch}, step {at.step}; run it "
                                         "again with --resume to go on", stop.received or signal.SIGTERM)
-    conclude(run, objective)
-    tracker.finish()
+    conclude(run, objective, tracker)
 
 
-def train_epoch(run, net, objective, loop, at, schedule, loader, pausing, bar, pace):
+def train_epoch(run, net, objective, loop, at, schedule, loader, pausing, tracker, bar, pace):
     """Train the rest of an epoch from `at`, or until `pausing()` says so in any process; moves `at`, adds to `pace`."""
     team = run.team
     torch.nn.Module.train(net)  # not net.train(): DeepSpeed's leaves its own `training` as it was
@@ -133,9 +134,11 @@ def train_epoch(run, net, objective, loop, at, schedule, loader, pausing, bar, p
                 loss, logs = objective(net, batch, at.epoch / loop.num_epochs, generator, team)
             if team.step(loss, schedule.optimizer.param_groups):
                 schedule.step()
-            add(at.sums, {"loss": loss.detach(), **logs}, len(batch["image_ids"]))
+            logs = {"loss": loss.detach(), **logs}
+            add(at.sums, logs, len(batch["image_ids"]))
             pace.trials += len(batch["image_ids"])
             at.step += 1
+            tracker.log_step(logs | {"lr": schedule.get_last_lr()[0]}, at.epoch * len(run.train) + at.step)
             bar.update()
             if team.size == 1 or at.step % STEPS_BETWEEN_VOTES == 0:
                 if at.step < len(run.train) and team.any(pausing()):
@@ -158,7 +161,7 @@ def finish_epoch(run, model, net, objective, loop, at, loader, tracker, bar, fur
     logs = average(at.sums, "train", objective) | further_logs
     logs |= validate(run, net, objective, loader, at.epoch / loop.num_epochs, loop.seed)
     at.epoch, at.step, at.sums = at.epoch + 1, 0, {}
-    tracker.log(logs, step=at.epoch)
+    tracker.log_epoch(logs, at.epoch)
     bar.set_postfix(loss=f"{logs['train/loss']:.3f}", val=f"{logs['val/loss']:.3f}")
     run.say(f"epoch {at.epoch} of {loop.num_epochs}: loss {logs['train/loss']:.4f}, "
             f"validation {logs['val/loss']:.4f}", show=False)
@@ -305,13 +308,18 @@ def start_records(run, loop, epoch=None):
     Other processes than the main one keep no records.
     """
     if not run.team.is_main:
-        return NoTracker()
+        return Dashboard(run.folder, run.name, run.config, Wandb())
     save_json(run.folder / "config.json", run.config | {"git_commit": utils.git_commit()})
-    return Tracker(run.folder, run.name, run.config, loop.wandb_log, loop.wandb_project, epoch)
+    asked = loop.wandb.of(run.config.get("stage"), run.feat, run.config.get("model"))
+    n_steps = loop.num_epochs * len(run.train)
+    tracker = Tracker(run.folder, run.name, run.config, asked, epoch, n_steps, run.lines)
+    if run.pretrained is not None:
+        tracker.uses("checkpoint", run.pretrained, archive_hash)
+    return tracker
 
 
-def conclude(run, objective):
-    """Say how good the best epoch was on validation (metrics.jsonl), and where the run lies: a training's last line."""
+def conclude(run, objective, tracker):
+    """Say how good the best epoch was on validation (metrics.jsonl), and where the run lies; close its records."""
     if not run.team.is_main:
         return
     key = f"val/{objective.judge}"
@@ -321,16 +329,9 @@ def conclude(run, objective):
     epoch = f" (epoch {best['step']} of {rows[-1]['step']})" if len(rows) > 1 else ""
     run.say(f"best on validation{epoch}: {objective.judge} {best[key]:.4f}" + f", R2 of {', '.join(r2)}" * bool(r2)
             + f"; {run.folder}")
-
-
-class NoTracker:
-    """A Tracker that keeps nothing."""
-
-    def log(self, metrics, step):
-        pass
-
-    def finish(self):
-        pass
+    for file in filter(Path.exists, (run.folder / "last.pth", run.folder / "best.pth")):
+        tracker.makes("checkpoint", file, archive_hash)
+    tracker.finish()
 
 
 # --- batches, optimizer, progress ---------------------------------------------------------------------------------

@@ -45,12 +45,11 @@ def train_ridge(plan, name, feats):
     with torch.no_grad():
         logs = objective.summarise(objective(model.eval(), batch, 0.0)[1])
     tracker = start_records(run, plan.loop)
-    tracker.log({f"val/{key}": float(value) for key, value in logs.items()}, step=1)
-    tracker.finish()
+    tracker.log_epoch({f"val/{key}": float(value) for key, value in logs.items()}, 1)
     save_checkpoint(run.folder / "last.pth", {
         "model": model.state_dict(), "model_args": model.model_args, "epoch": plan.loop.num_epochs,
         "config": run.config, "subjects": [subj], "n_voxels": run.n_voxels, **objective.kept})
-    conclude(run, objective)
+    conclude(run, objective, tracker)
 
 
 def decompose(responses):

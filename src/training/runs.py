@@ -2,13 +2,15 @@
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 import utils
 from disk.checkpoints import RUN_KEYS, load_checkpoint
+from disk.files import load_json
+from disk.names import run_name
 from nsd.batches import EpochBatches, read_targets
 from nsd.components import CoefficientRows, open_components
 from nsd.repeats import AveragedRows
@@ -16,7 +18,7 @@ from nsd.rows import open_betas, open_feature, open_stimuli
 from nsd.trials import list_subjects, split_trials
 from training.origins import changed, inputs_there
 from training.team import Team
-from training.tracking import check_tracking
+from training.tracking import check_tracking, load_rows
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Run:
     shapes: dict  # of one row of each target: {"target": (T, D)}
     pretrained: Path | None = None  # checkpoint of the pretraining run
     target_statistics: tuple = ()  # mean (T, D) and standard deviation of the training images' targets
+    lines: dict = field(default_factory=dict)  # constants that W&B draws beside its metrics: ridge_r2
     keeps: str = ""  # what the names of the weights begin with that its checkpoints hold; the others are elsewhere
 
     @property
@@ -110,7 +113,26 @@ def gather_component_run(plan, config, team, subjects, feats, pretrained=None):
         tables["train"][subj], betas["train"][subj] = train, rows
         tables["val"][subj], betas["val"][subj] = averaged.table, averaged
     targets = {feat: CoefficientRows(known) for feat, known in components.items()}
-    return make_run(plan, config, team, tables, betas, targets, pretrained, average=True), components
+    run = make_run(plan, config, team, tables, betas, targets, pretrained, average=True)
+    run.lines = ridge_r2(plan, config["feat"], feats)
+    return run, components
+
+
+def ridge_r2(plan, name, feats):
+    """Return {val/r2_<feat>_ridge: R2} of the ridge that a training of one subject is to be better than.
+
+    It has the same subject, sessions and validation images, and the same tag or else none; {} where there is none.
+    name: of the run, a feature or g.
+    """
+    wanted = {"val_fraction": plan.val_fraction, "seed": plan.loop.seed}
+    for tag in dict.fromkeys((plan.tag, "")) if plan.stage in ("finetune", "scratch") else ():
+        folder = plan.paths.run(run_name("ridge", plan.subj, name, None, plan.num_sessions, tag))
+        with suppress(utils.UserError, OSError):  # no line is better than no training
+            config, rows = load_json(folder / "config.json"), list(load_rows(folder / "metrics.jsonl"))
+            if (folder / "last.pth").exists() and rows and wanted.items() <= config.items():
+                found = {feat: rows[-1].get(f"val/r2_{feat}") for feat in feats}
+                return {f"val/r2_{feat}_ridge": r2 for feat, r2 in found.items() if r2 is not None}
+    return {}
 
 
 def subjects_of(plan):
@@ -148,13 +170,13 @@ def claim(plan, feat, subjects, components=(), features=(), stimuli=False, **fur
     subjects, components, features, stimuli: what it reads, as training.origins takes it. further: what decides its
     result beside the plan and the feature.
     """
-    check_tracking(plan.loop.wandb_log)
+    check_tracking(plan.loop.wandb.log)
     name = plan.run_name(feat)
     config = plan.config | {"feat": feat, "run": name, **further, "made_from": inputs_there(
         plan.paths, subjects, components, features, stimuli, [plan.pretrained_path(feat)])}
     team = Team.assemble(plan.loop.device, plan.loop.precision)
     if finished(plan.paths.run(name), config, plan.loop, team.print):
-        untold = "; W&B was told nothing, a further run needs another --tag" if plan.loop.wandb_log else ""
+        untold = "; W&B was told nothing, a further run needs another --tag" if plan.loop.wandb.log else ""
         team.print(f"{name}: already finished, kept (--overwrite trains it again{untold})")
         return None, team
     return config, team

@@ -15,9 +15,9 @@ import torch
 import options
 import utils
 from disk.checkpoints import load_checkpoint
-from disk.files import archive_hash, load_json
+from disk.files import archive_hash, file_hash, load_json
 from disk.hints import how_to_train, runs_like
-from disk.names import Paths, head_of, runs_of
+from disk.names import Paths, head_of, runs_of, scores_name
 from disk.scores import save_scores
 from models import build_model, load_trunk, restore
 from nsd.components import Components, open_components, source_of
@@ -29,8 +29,9 @@ from training.loop import fit
 from training.objectives import OBJECTIVES, ComponentObjective
 from training.origins import changed, inputs_there
 from training.runs import gather_component_run, gather_run
-from training.settings import Loop, Plan
+from training.settings import Loop, Plan, Wandb
 from training.team import Team
+from training.tracking import Dashboard, check_tracking
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Request:
     device: str
     num_workers: int
     overwrite: bool
+    wandb: Wandb
 
     @classmethod
     def from_args(cls, args):
@@ -63,8 +65,8 @@ class Request:
         for name, least in (("batch_size", 1), ("prior_steps", 1), ("adapt_epochs", 1), ("num_workers", 0)):
             if getattr(args, name) < least:
                 raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least {least}")
-        given = {field.name: getattr(args, field.name) for field in fields(cls) if field.name != "paths"}
-        return cls(Paths.from_args(args), **given)
+        given = {field.name: getattr(args, field.name) for field in fields(cls) if field.name in args}
+        return cls(Paths.from_args(args), **given, wandb=Wandb.from_args(args))
 
     def folder(self, feat):
         """Return where the scores of a feature go."""
@@ -456,7 +458,22 @@ def save_ground_truth(request, feat):
     folder = request.folder(feat)
     config = {"run": request.run, "feat": feat, "subj": request.subj, "test_split": request.test_split}
     save_scores(folder, image_ids, {"nsdgeneral": open_feature(request.paths, feat)[image_ids]}, config)
+    show(request, feat, config)
     print(f"{folder}: {len(image_ids)} images, true {feat}")
+
+
+def show(request, feat, config, checkpoints=()):
+    """Show W&B the scores of a feature that were written: R2 of `config`, and what they were made from.
+
+    checkpoints: [(file, its archive_hash)].
+    """
+    asked = request.wandb.of("score", feat, request.run, request.control)
+    board = Dashboard(request.folder(feat), f"score_{request.subj}_{scores_name(request.flags, feat)}", config, asked)
+    board.log({f"score/r2_{feat}_{what}": value for what, value in config.get("r2", {}).items()})
+    for file, digest in checkpoints:
+        board.uses("checkpoint", file, digest)
+    board.makes("scores", request.folder(feat) / "nsdgeneral.npy", file_hash)
+    board.finish()
 
 
 def score(request, feats, finish=None, **settings):
@@ -464,6 +481,7 @@ def score(request, feats, finish=None, **settings):
 
     finish(source, predicted (N, ...)) -> what is saved for it, (N, ...). settings: as open_source takes them.
     """
+    check_tracking(request.wandb.log)
     trained, r2 = None, {}
     for feat in feats:
         if request.run == "ground_truth":
@@ -476,6 +494,9 @@ def score(request, feats, finish=None, **settings):
             if finish is not None:
                 scores["nsdgeneral"] = finish(source, scores["nsdgeneral"])
             save(source, scores)
+            stacked = trained.ridge_file(feat) if source.config.get("stacked_with") else None
+            show(request, feat, source.config, [(trained.file, trained.hash)]
+                 + ([(stacked, source.config["stacked_with"])] if stacked else []))
         r2[feat] = load_json(request.folder(feat) / "config.json").get("r2", {})
     print_r2(r2, request.control)
 

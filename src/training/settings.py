@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import utils
 from disk.hints import how_to_train, pretrained_widths, runs_like
@@ -11,11 +11,35 @@ from options import HIDDEN_DIM
 
 # what may differ between a run and its continuation: how it is run, not what it computes
 NOT_SCIENCE = {"root", "data_path", "device", "precision", "compile", "resume", "overwrite", "num_workers",
-               "ckpt_every", "ckpt_minutes", "wandb_log", "wandb_project", "dry_run", "feat", "tag"}
+               "ckpt_every", "ckpt_minutes", "wandb_log", "wandb_project", "wandb_group", "wandb_upload", "dry_run",
+               "feat", "tag"}
 
 # of a run's configuration, what its network is made of (clip_scale: whether it has heads for the contrast)
 ARCHITECTURE = ("model", "hidden_dim", "n_blocks", "dropout", "prior_depth", "decoder_channels", "clip_scale")
 OF_MINDEYE2 = {"prior_depth", "prior_scale", "decoder_channels"}  # what says nothing about --model components
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """What W&B shall be told, and what it files a run under: the flags of options.add_tracking, stage and tags."""
+
+    log: bool = False
+    project: str | None = None
+    group: str | None = None  # of runs: a subject's chain of stages
+    upload: bool = False  # files, too
+    job_type: str | None = None
+    tags: tuple = ()
+
+    @classmethod
+    def from_args(cls, args):
+        """Read parsed flags."""
+        group = args.wandb_group or "_".join(filter(None, (args.subj, getattr(args, "tag", ""))))
+        return cls(args.wandb_log, args.wandb_project, group, args.wandb_upload, tags=(args.subj,))
+
+    def of(self, job_type, *tags):
+        """Return the same for a run of a stage, with further tags, of which None is none."""
+        tags = dict.fromkeys(tag[:64] for tag in (*self.tags, *tags) if tag)  # W&B takes no longer ones
+        return replace(self, job_type=job_type, tags=tuple(tags))
 
 
 @dataclass(frozen=True)
@@ -35,15 +59,14 @@ class Loop:
     compile: bool = False
     resume: bool = False
     overwrite: bool = False
-    wandb_log: bool = False
-    wandb_project: str | None = None
+    wandb: Wandb = Wandb()
 
     @classmethod
     def from_args(cls, args):
         """Read parsed flags. A job that SLURM requeued continues, --overwrite or not."""
         given = {field.name: getattr(args, field.name) for field in fields(cls) if field.name in args}
         requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-        return cls(**given | {"overwrite": args.overwrite and not requeued})
+        return cls(**given | {"overwrite": args.overwrite and not requeued, "wandb": Wandb.from_args(args)})
 
 
 @dataclass(frozen=True)
