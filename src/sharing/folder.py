@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -111,6 +112,8 @@ def write_export(folder, config, files, card, overwrite=False):
         config = {"format": FORMAT, **config, "files": hashes}
         save_json(temporary / "config.json", {**config, "digest": digest_of(config)})
         (temporary / "README.md").write_text(card)
+        for name in files:  # safetensors writes them for their owner alone
+            (temporary / name).chmod(stat.S_IMODE((temporary / "README.md").stat().st_mode))
         if folder.exists():
             os.replace(folder, temporary / "before")
         os.replace(temporary, folder)
