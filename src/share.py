@@ -25,8 +25,8 @@ from disk.names import Paths
 def get_parser():
     parser = options.Parser(__doc__)
     parser.usage = "%(prog)s export|import FOLDER [flags]      (below, defaults are in brackets)"
-    parser.add_argument("action", choices=["export", "import"], metavar="export|import", help="what to do")
-    parser.add_argument("folder", metavar="FOLDER", help="to write; or to read, also a hub id")
+    parser.add_argument("action", nargs="?", choices=["export", "import"], metavar="export|import", help="what to do")
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="to write; or to read, also a hub id")
     options.add_paths(parser)
     options.add_subject(parser)
     options.add_run(parser)
@@ -43,8 +43,8 @@ def get_parser():
 
 
 def main(argv=None):
-    args = get_parser().parse_args(argv, writes=lambda given: [Paths.from_args(given).find(given.folder)]
-                                   if given.action == "export" else [Paths.from_args(given).run("")])
+    args = get_parser().parse_args(argv, complete=require_words, writes=lambda given: [
+        Paths.from_args(given).find(given.folder) if given.action == "export" else Paths.from_args(given).run("")])
     paths = Paths.from_args(args)
     utils.reproducible_products()
     if args.action == "import":
@@ -63,6 +63,13 @@ def main(argv=None):
                       stack=args.stack, batch_size=100, seed=args.seed, device=args.device, num_workers=0,
                       overwrite=True)
     export_runs(request, args.feats, paths.find(args.folder), args.overwrite)
+
+
+def require_words(args):
+    """Raise UserError unless both words were given; argparse would ask for them before it names a wrong flag."""
+    if args.folder is None:
+        raise utils.UserError(f"share.py: found {args.action or 'no word'}, wanted export or import, then a folder; "
+                              "such as share.py export my_decoders --subj 1")
 
 
 if __name__ == "__main__":
