@@ -60,8 +60,11 @@ class BrainDecoder:
         batches of the score scripts' size the numbers are theirs to the bit. z has the mean and standard deviation of
         latents, from which pictures start. Raises UserError for responses of another shape.
         """
-        responses = self._checked(responses)
-        found = {}
+        responses, found = self._checked(responses), {}
+        unknown = [feat for feat in feats or [] if feat not in self.models]
+        if unknown:
+            raise utils.UserError(f"BrainDecoder of {self.subj}: does not decode {unknown[0]}, wanted any of "
+                                  f"{', '.join(self.feats)}")
         for feat in self.feats if feats is None else feats:
             whose, parts = self.config["features"][feat]["whose"], []
             for start in range(0, len(responses), batch_size):

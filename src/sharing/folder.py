@@ -87,12 +87,18 @@ def check_place(folder, overwrite=False):
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, wanted a new folder; choose another")
     if folder.exists() and any(folder.iterdir()):
-        config = folder / "config.json"
-        is_export = config.is_file() and load_json(config, "export").get("format") == FORMAT
-        if not is_export:
+        if not is_export(folder):
             raise UserError(f"{folder}: holds other things than an export, wanted a new folder; choose another")
         if not overwrite:
             raise UserError(f"{folder}: holds an export already; --overwrite replaces it, or choose another folder")
+
+
+def is_export(folder):
+    """Say whether a folder holds an export, whole or not."""
+    try:
+        return load_json(folder / "config.json").get("format") == FORMAT
+    except UserError:  # no such file, or no JSON
+        return False
 
 
 def write_export(folder, config, files, card, overwrite=False):
@@ -114,15 +120,26 @@ def write_export(folder, config, files, card, overwrite=False):
         (temporary / "README.md").write_text(card)
         for name in files:  # safetensors writes them for their owner alone
             (temporary / name).chmod(stat.S_IMODE((temporary / "README.md").stat().st_mode))
-        if folder.exists():
-            os.replace(folder, temporary / "before")
-        os.replace(temporary, folder)
-        shutil.rmtree(folder / "before", ignore_errors=True)
+        put_in_place(temporary, folder)
     except (SafetensorError, OSError) as error:
         reason = refusal(error) if isinstance(error, OSError) else f"{error}; make room on the disk"
         raise UserError(f"{folder}: could not be written: {reason}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(temporary, folder):
+    """Rename a folder to where another may be, which is then gone; where that fails it is back."""
+    before = temporary.with_name(f"{temporary.name}.before")
+    if folder.exists():
+        os.replace(folder, before)
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        if before.exists():
+            os.replace(before, folder)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def digest_of(config):
@@ -144,7 +161,7 @@ def take_apart(state, tensors, name=""):
 def put_together(state, tensors):
     """Undo take_apart; takes what it uses out of `tensors`, and raises UserError for one that is not there."""
     if isinstance(state, dict) and list(state) == [TENSOR]:
-        if state[TENSOR] not in tensors:
+        if str(state[TENSOR]) not in tensors:
             raise UserError(f"config.json of the export: names the tensor {state[TENSOR]}, which no file of that run "
                             "has; export it again")
         return tensors.pop(state[TENSOR])
@@ -233,19 +250,29 @@ def check_config(config):
             raise ValueError(f"wanted {wanted}")
 
     files = config["files"]
-    for file in files:
-        require(isinstance(file, str), "names of files")
-    require(config["subj"] in options.SESSIONS, "a subject")
+    unsafe = [file for file in files if not file.endswith(".safetensors")]
+    require(not unsafe, f"safetensors files alone, found {unsafe[:1]}")
+    subj, flags = config["subj"], config["flags"]
+    require(subj in options.SESSIONS, "a subject")
     require(isinstance(config["n_voxels"], int), "a number of voxels")
+    require(isinstance(config["protocol"]["betas"], str), "a hash of the responses")
+    options.run(flags["run"]), options.tag(flags["tag"]), options.whole(flags["hidden_dim"])
+    require(isinstance(flags["num_sessions"], int), "a number of sessions")
+    require(config["runs"] and config["features"], "a run and a feature")
     for run, entry in config["runs"].items():
         require(re.fullmatch(r"\w[\w.=-]*", run), f"names of runs, found {run!r}")
         require(entry["file"] in files, f"a file of the run {run}")
-        require(entry["state"]["config"]["run"] == run, f"the state of {run}")
+        require(entry["commit"] is None or isinstance(entry["commit"], str), f"a commit of {run}")
+        state = entry["state"]
+        require(state["config"]["run"] == run and isinstance(state["model_args"], dict), f"the state of {run}")
+        require(all(isinstance(n, int) for n in state["n_voxels"].values()), f"voxel counts of {run}")
     for feat, entry in config["features"].items():
         require(options.feature(feat) == feat and entry["run"] in config["runs"], f"a run of {feat}")
         require(entry["ridge"] is None or entry["ridge"] in config["runs"], f"a ridge of {feat}")
         require(entry["file"] is None or entry["file"] in files, f"a file of {feat}")
-        require(isinstance(entry["weight"], float) and isinstance(entry["whose"], str), f"a weight of {feat}")
-        require(entry["components"] is None or isinstance(entry["components"]["digest"], str), f"components of {feat}")
-    unsafe = [file for file in files if not file.endswith(".safetensors")]
-    require(not unsafe, f"safetensors files alone, found {unsafe[:1]}")
+        known = config["runs"][entry["run"]]["state"]
+        require(isinstance(entry["weight"], float) and known["n_voxels"][entry["whose"]] == config["n_voxels"],
+                f"a weight and a voxel encoder of {feat}")
+        if "components" in known["model_args"]:
+            require(feat in known["model_args"]["components"] and isinstance(entry["components"]["digest"], str),
+                    f"components of {feat}")

@@ -37,6 +37,9 @@ def import_runs(paths, name, overwrite=False):
         files[file] = write_checkpoint(state, file)
         files[file.parent / "config.json"] = write_json(state["config"] | ({"git_commit": commit} if commit else {}))
     save_together(files)
+    for run in states.keys() - kept:  # of another run, which was overwritten
+        for name in ("best.pth", "metrics.jsonl"):
+            (paths.run(run) / name).unlink(missing_ok=True)
     for run in states:
         print(f"{paths.run(run)}: {'is there already, kept' if run in kept else 'imported'}")
     flags = {"head": None, "test_split": "new_test", "repeats": "mean", "control": None, **export.config["flags"],
