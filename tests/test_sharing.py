@@ -171,7 +171,9 @@ def test_a_run_that_is_there_is_kept_where_it_is_the_same(folder, elsewhere, cap
     assert run(share, elsewhere, "import", folder) == 2
     refused(capsys, RUN_C, "another run of the same name", "--overwrite")
     assert tree(elsewhere.root) == before  # not the ridge either
+    shutil.copy(last, last.with_name("best.pth"))
     assert run(share, elsewhere, "import", folder, "--overwrite") == 0
+    assert not last.with_name("best.pth").exists()  # it was the other run's
     assert torch.equal(load_checkpoint(last)["model"][key], state["model"][key])
 
 
@@ -227,11 +229,12 @@ def test_metrics_of_pictures_drawn_from_these_scores_are_told(trained, tmp_path)
     (drawn / "metrics.json").write_text(json.dumps({"ssim": entry, "inception_two_way": {"missing": "no network"}}))
     try:
         for hashes_there, told in ((hashes, True), ({**hashes, "z": "another"}, False)):
-            config = {"score_hashes": hashes_there | {"image_ids": "x"}, "sd_model": "a model"}
+            config = {"score_hashes": hashes_there | {"image_ids": "x"}, "sd_model": "/home/jane/sd"}
             (drawn / "config.json").write_text(json.dumps(config))
             assert export(trained, tmp_path / str(told)) == 0
             card = (tmp_path / str(told) / "README.md").read_text()
             assert ("| ssim | 0.625 | 0.5 .. 0.75 | 4 |" in card) is told and "inception" not in card
+            assert "jane" not in card + (tmp_path / str(told) / "config.json").read_text()
     finally:
         shutil.rmtree(trained.outputs_all)
 
@@ -351,6 +354,9 @@ def test_an_export_needs_components_and_a_finished_run(trained, tmp_path, capsys
     save_checkpoint(paths.run(RUN_C) / "last.pth", {**state, "optimizer": {}})
     assert export(paths, tmp_path / "new") == 2
     refused(capsys, RUN_C, "unfinished", "--resume")
+    save_checkpoint(paths.run(RUN_C) / "last.pth", {**state, "config": {**state["config"], "seed": 43}})
+    assert export(paths, tmp_path / "new", "--no-stack") == 2
+    refused(capsys, "validation images", "--seed 42", "--seed 43", "--feats")
     assert not (tmp_path / "new").exists()
 
 
@@ -380,6 +386,19 @@ def test_a_full_disk_leaves_nothing_of_an_export(trained, folder, tmp_path, monk
     monkeypatch.setattr(sharing.folder, "save_file", full)
     assert export(trained, folder, "--overwrite") == 2
     refused(capsys, str(folder), "No space left", "make room")
+    assert tree(tmp_path) == before
+
+
+def test_an_export_that_cannot_be_replaced_stays(trained, folder, tmp_path, monkeypatch, capsys):
+    before, replace = tree(tmp_path), os.replace
+
+    def refusing(source, target):
+        if target == folder and str(source).endswith(".tmp"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(target))
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", refusing)
+    assert export(trained, folder, "--overwrite", "--feats", "c") == 2
+    refused(capsys, str(folder), "Permission denied")
     assert tree(tmp_path) == before
 
 

@@ -52,8 +52,8 @@ def inside(config):
 
 def protocol_text(protocol, subj):
     """Say what was trained, validated and tested on what."""
-    return (f"- Responses of {subj}, {protocol['num_sessions']} sessions; single trials train, the mean of an image's "
-            "trials is validated and tested.\n"
+    return (f"- Responses of {subj}, {protocol['num_sessions']} sessions. Training sees trials, alone or averaged over "
+            "some of an image's; validated and tested is on the mean of all of an image's.\n"
             f"- Training: {protocol['train_images']} images ({protocol['train_trials']} trials). Validation: "
             f"{protocol['val_images']} images, a fraction of {protocol['val_fraction']:g} by image with seed "
             f"{protocol['seed']}; errors, stacking weights and R2 are theirs.\n"

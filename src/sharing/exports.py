@@ -1,6 +1,7 @@
 """From a root to an export: which runs, validated once more as score scripts do, and what is known of them."""
 
 import json
+from pathlib import Path
 
 import torch
 
@@ -24,12 +25,18 @@ def export_runs(request, feats, folder, overwrite=False):
     Raises UserError for a run that is missing, unfinished or was trained on others than are there now.
     """
     check_place(folder, overwrite)
-    runs, features, files, trained = {}, {}, {}, None
+    runs, features, files, splits, trained = {}, {}, {}, {}, None
     for feat in feats or feats_there(request):
         trained = open_trained(request, feat, trained)
         if trained.head == "adapt":
             raise utils.UserError(f"--run {request.run}: {trained.run} has no voxel encoder of {request.subj} of its "
                                   "own; export a run that has (--run finetune), or --subj of one that it knows")
+        splits[feat] = trained.held_out
+        if splits[feat] != next(iter(splits.values())):
+            first, found, wanted = next(iter(splits)), splits[feat], next(iter(splits.values()))
+            raise utils.UserError(f"{trained.file}: held out the validation images of --val_fraction {found[1]} --seed "
+                                  f"{found[2]}, the run of {first} those of --val_fraction {wanted[1]} --seed "
+                                  f"{wanted[2]}; export them apart (--feats)")
         settings = {"latents": source_of(request.paths.feature("z"))} if feat == "z" else {}  # as score_z.py's
         source = open_source(trained, feat, **settings)
         features[feat], files_of_feature = describe(source, feat)
@@ -131,6 +138,11 @@ def evaluations_of(request, features):
         numbers = {name: {key: entry.get(key) for key in ("value", "ci_low", "ci_high", "n")}
                    for name, entry in load_json(file).items() if "missing" not in entry}
         found[str(file.parent.relative_to(request.paths.outputs_all))] = {
-            "metrics": numbers, "sd_model": pictures.get("sd_model"), "features": list(drawn_from),
+            "metrics": numbers, "sd_model": without_folders(pictures.get("sd_model")), "features": list(drawn_from),
             "guidance_rule": pictures.get("guidance_rule"), "steps": pictures.get("num_inference_steps")}
     return found
+
+
+def without_folders(model):
+    """Return the name of a model, of an absolute path its last part: what lies where here is nobody's concern."""
+    return Path(model).name if model and Path(model).is_absolute() else model

@@ -256,7 +256,8 @@ def check_config(config):
     require(subj in options.SESSIONS, "a subject")
     require(isinstance(config["n_voxels"], int), "a number of voxels")
     require(isinstance(config["protocol"]["betas"], str), "a hash of the responses")
-    options.run(flags["run"]), options.tag(flags["tag"]), options.whole(flags["hidden_dim"])
+    require(options.run(flags["run"]) != "ground_truth" and options.tag(flags["tag"]) == flags["tag"], "a run's flags")
+    require(isinstance(flags["hidden_dim"], int), "a width")
     require(isinstance(flags["num_sessions"], int), "a number of sessions")
     require(config["runs"] and config["features"], "a run and a feature")
     for run, entry in config["runs"].items():
