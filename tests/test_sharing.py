@@ -104,7 +104,7 @@ def elsewhere(trained, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def test_set(trained):
+def tested(trained):
     return load_test_set(trained, "subj01")
 
 
@@ -242,7 +242,7 @@ def test_metrics_of_pictures_drawn_from_these_scores_are_told(trained, tmp_path)
 # --- without NSD --------------------------------------------------------------------------------------------------
 
 
-def test_a_stranger_decodes_as_the_scores_say(trained, exported, test_set, monkeypatch):
+def test_a_stranger_decodes_as_the_scores_say(trained, exported, tested, monkeypatch):
     wanted = {feat: load_scores(scores_folder(trained, feat))[1] for feat in FEATS}
 
     def never(*args, **kwargs):
@@ -250,16 +250,16 @@ def test_a_stranger_decodes_as_the_scores_say(trained, exported, test_set, monke
     monkeypatch.setattr(h5py, "File", never)
     decoder = BrainDecoder.from_pretrained(exported)
     assert (decoder.subj, decoder.n_voxels, decoder.feats) == ("subj01", V, list(FEATS))
-    found = decoder.decode(test_set.betas)
+    found = decoder.decode(tested.betas)
     for feat in FEATS:
         assert found[feat].dtype == np.float32
         np.testing.assert_array_equal(found[feat], wanted[feat])
-    one = decoder.decode(test_set.betas[2:3], ["c"])
+    one = decoder.decode(tested.betas[2:3], ["c"])
     assert list(one) == ["c"]
     np.testing.assert_allclose(one["c"][0], wanted["c"][2], atol=1e-4)
 
 
-def test_published_networks_are_shared_too(trained, tmp_path, test_set):
+def test_published_networks_are_shared_too(trained, tmp_path, tested):
     """--model mindeye2 predicts whole rows."""
     flags = ["--tag", "m", "--feats", "c"]
     assert utils.run_cli(train_c.main, flags_of(trained, "--num_epochs", 1, "--tag", "m")) == 0
@@ -267,13 +267,13 @@ def test_published_networks_are_shared_too(trained, tmp_path, test_set):
         assert run(score_c, trained, "--run", "scratch", *FLAGS, "--tag", "m") == 0
         assert export(trained, tmp_path / "m", *flags) == 0
         wanted = load_scores(trained.root / f"scores_all/subj01/{RUN_C}_m")[1]
-        found = BrainDecoder.from_pretrained(tmp_path / "m").decode(test_set.betas)
+        found = BrainDecoder.from_pretrained(tmp_path / "m").decode(tested.betas)
         np.testing.assert_array_equal(found["c"], wanted)
     finally:
         shutil.rmtree(trained.run(f"{RUN_C}_m"))
 
 
-def test_pictures_are_those_of_recon(trained, exported, test_set, models, monkeypatch, capsys):
+def test_pictures_are_those_of_recon(trained, exported, tested, models, monkeypatch, capsys):
     monkeypatch.setattr("sampling.pipeline.load_pipeline", load_once)
     settings = {"num_inference_steps": 3, "guidance_decoder": "full", "seed": 7}
     flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
@@ -285,14 +285,14 @@ def test_pictures_are_those_of_recon(trained, exported, test_set, models, monkey
     finally:
         shutil.rmtree(trained.outputs_all)
     decoder, pipe = BrainDecoder.from_pretrained(exported), load_once(str(models / "sd"), torch.device("cpu"))
-    draw = {"image_ids": test_set.image_ids, "clip_model": str(models / "clip"), **settings}
-    found = decoder.draw(test_set.betas, pipe, **draw)
+    draw = {"image_ids": tested.image_ids, "clip_model": str(models / "clip"), **settings}
+    found = decoder.draw(tested.betas, pipe, **draw)
     np.testing.assert_array_equal(found, wanted)
     assert len(found) == 4 and found.dtype == np.uint8
-    unguided = decoder.draw(test_set.betas, pipe, **{**draw, "clip_model": None})
+    unguided = decoder.draw(tested.betas, pipe, **{**draw, "clip_model": None})
     assert not np.array_equal(unguided, found)
     with pytest.raises(utils.UserError):
-        decoder.draw(test_set.betas, pipe, **{**draw, "clip_model": "nowhere/"})
+        decoder.draw(tested.betas, pipe, **{**draw, "clip_model": "nowhere/"})
 
 
 def test_settings_are_the_flags_of_recon():
@@ -369,6 +369,10 @@ def test_a_folder_in_use_is_no_place_for_an_export(trained, folder, tmp_path, ca
         assert export(trained, tmp_path / "mine", *flags) == 2
         refused(capsys, "holds other things than an export")
     assert (tmp_path / "mine/thesis.txt").read_text() == "years"
+    (folder / ".git").mkdir()
+    assert export(trained, folder, "--overwrite") == 2
+    refused(capsys, "holds other things than an export (.git)")
+    (folder / ".git").rmdir()
     (folder / "README.md").write_text("edited")
     assert export(trained, folder, "--overwrite", "--feats", "c") == 0
     assert list(load_json(folder / "config.json")["features"]) == ["c"]
@@ -560,9 +564,9 @@ def cached(exported, tmp_path, monkeypatch):
     return home / "snapshots" / revision
 
 
-def test_an_export_comes_from_the_hub(cached, elsewhere, test_set, exported, tmp_path, capsys):
-    found = BrainDecoder.from_pretrained("lab/subj01").decode(test_set.betas, ["g_2"])["g_2"]
-    np.testing.assert_array_equal(found, BrainDecoder.from_pretrained(exported).decode(test_set.betas)["g_2"])
+def test_an_export_comes_from_the_hub(cached, elsewhere, tested, exported, tmp_path, capsys):
+    found = BrainDecoder.from_pretrained("lab/subj01").decode(tested.betas, ["g_2"])["g_2"]
+    np.testing.assert_array_equal(found, BrainDecoder.from_pretrained(exported).decode(tested.betas)["g_2"])
     assert run(share, elsewhere, "import", "lab/subj01") == 0
     assert (elsewhere.run(RUN_C) / "last.pth").exists()
     file = cached / "features/c.safetensors"

@@ -33,6 +33,7 @@ from utils import UserError, refusal
 
 FORMAT = "brain decoder 1"
 TENSOR = "tensor"  # stands, with its name, where a state of JSON types had a tensor
+OWN = {"config.json", "README.md", "runs", "features"}
 HUB_FILES = ["config.json", "runs/*.safetensors", "features/*.safetensors"]
 STATISTICS = ("predictions_mean", "predictions_std", "latents_mean", "latents_std")  # of z
 
@@ -87,8 +88,10 @@ def check_place(folder, overwrite=False):
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, wanted a new folder; choose another")
     if folder.exists() and any(folder.iterdir()):
-        if not is_export(folder):
-            raise UserError(f"{folder}: holds other things than an export, wanted a new folder; choose another")
+        others = sorted({path.name for path in folder.iterdir()} - OWN)
+        if others or not is_export(folder):  # such as .git, which would be gone with the rest
+            raise UserError(f"{folder}: holds other things than an export ({', '.join(others[:4]) or 'another config'}),"
+                            " wanted a new folder; choose another")
         if not overwrite:
             raise UserError(f"{folder}: holds an export already; --overwrite replaces it, or choose another folder")
 
