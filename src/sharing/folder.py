@@ -90,8 +90,9 @@ def check_place(folder, overwrite=False):
     if folder.exists() and any(folder.iterdir()):
         others = sorted({path.name for path in folder.iterdir()} - OWN)
         if others or not is_export(folder):  # such as .git, which would be gone with the rest
-            raise UserError(f"{folder}: holds other things than an export ({', '.join(others[:4]) or 'another config'}),"
-                            " wanted a new folder; choose another")
+            found = ", ".join(others[:4]) or "another config.json"
+            raise UserError(f"{folder}: holds other things than an export ({found}), wanted a new folder; choose "
+                            "another")
         if not overwrite:
             raise UserError(f"{folder}: holds an export already; --overwrite replaces it, or choose another folder")
 
