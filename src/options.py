@@ -44,6 +44,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
     def _format_action_invocation(self, action):
         if isinstance(action, argparse.BooleanOptionalAction):
             return action.option_strings[0].replace("--", "--[no-]", 1)
+        if not action.option_strings:  # an argument by its place
+            return self._format_args(action, action.dest.upper())
         if action.nargs == 0:
             return ", ".join(action.option_strings)
         return f"{action.option_strings[0]} {self._format_args(action, action.dest.upper())}"  # without --subject, ...

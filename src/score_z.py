@@ -46,7 +46,7 @@ def main(argv=None):
 
 def finish(transductive, source, predicted):
     """Bring predictions of z (N, 4, h, w) to the latents' statistics."""
-    from training.latent_statistics import training_statistics
+    from training.latent_statistics import restandardise, training_statistics
     from training.scoring import predict, r2_of_rows
 
     on_validation = predict(source, source.trained.validation, "validate")["nsdgeneral"]
@@ -56,11 +56,6 @@ def finish(transductive, source, predicted):
     restandardised = restandardise(on_validation, *of_predictions, *of_latents)
     source.config["r2"]["restandardised"] = r2_of_rows(source, restandardised)
     return restandardise(predicted, *of_predictions, *of_latents)
-
-
-def restandardise(predicted, mean, std, wanted_mean, wanted_std):
-    """Bring (N, ...) from one mean and standard deviation per value (...) to another."""
-    return (predicted - mean) / (std + 1e-6) * wanted_std + wanted_mean
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import utils
 SRC = utils.REPOSITORY / "src"
 # the floors of the house, lowest first: a module imports from its own room and from lower floors
 FLOORS = [["utils"], ["options"], ["disk"], ["nsd", "models"], ["training"], ["encoding", "sampling", "features"],
-          ["evaluation"]]
+          ["evaluation", "sharing"]]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # what a script may import at its top beside the standard library; these import nothing else themselves
 LIGHT = ["utils", "options", "disk", "disk.names", "nsd", "nsd.sources"]

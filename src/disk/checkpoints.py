@@ -1,5 +1,7 @@
 """Checkpoints: tensors and JSON types in one file, written whole, read without running what a pickle may hold."""
 
+import sys
+
 import torch
 
 from disk.files import atomic_path
@@ -11,13 +13,32 @@ RUN_KEYS = ("model", "model_args", "config", "n_voxels")  # what scoring needs o
 
 def save_checkpoint(path, state):
     """Write a checkpoint (tensors and JSON types only) atomically: the old file stays until the new one is whole."""
-    kept = "the previous one is intact; " if path.exists() else ""
-    try:
-        with atomic_path(path) as temporary:
-            torch.save({"format": CHECKPOINT_FORMAT, **state}, temporary)
-    except RuntimeError as error:  # torch's word for a disk that takes no more
-        raise UserError(f"{path}: could not be written ({str(error).splitlines()[0]}); {kept}make room on the disk, "
-                        "then run the same command again (a training with --resume)") from error
+    with atomic_path(path) as temporary:
+        write_checkpoint(state, path)(temporary)
+
+
+def write_checkpoint(state, path):
+    """Return a function that writes a checkpoint to a path (for save_together); `path`: where it will lie at last."""
+    def write(temporary):
+        try:
+            torch.save({"format": CHECKPOINT_FORMAT, **in_one_form(state)}, temporary)
+        except RuntimeError as error:  # torch's word for a disk that takes no more
+            kept = "the previous one is intact; " if path.exists() else ""
+            raise UserError(f"{path}: could not be written ({str(error).splitlines()[0]}); {kept}make room on the "
+                            "disk, then run the same command again (a training with --resume)") from error
+    return write
+
+
+def in_one_form(value):
+    """Return a copy of a state whose file depends on nothing but what it holds: archive_hash then says the same of it.
+
+    A file also tells apart kinds of dict, and equal words that are two objects in memory.
+    """
+    if isinstance(value, dict):
+        return {in_one_form(key): in_one_form(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(in_one_form, value))
+    return sys.intern(value) if type(value) is str else value
 
 
 def load_checkpoint(path, what="checkpoint", hint="train it first (bash scripts/train.sh)", keys=RUN_KEYS):

@@ -13,7 +13,39 @@ import utils
 from nsd.rows import Rows, sample_hash
 
 
-class Components:
+class Basis:
+    """What makes rows of a feature of coefficients, and back: all of its Components but the images' own.
+
+    .feat, .shape, .mean, .basis, .variances, .total, .digest, .k   as those of Components
+    """
+
+    def __init__(self, feat, mean, basis, variances, shape, total, digest):
+        """Raises ValueError where the parts are of different sizes."""
+        self.feat, self.mean, self.basis, self.variances = feat, mean, basis, variances
+        self.shape, self.total, self.digest = tuple(shape), total, digest
+        self.k = len(variances)
+        if mean.shape != (np.prod(self.shape),) or basis.shape != (self.k, len(mean)):
+            raise ValueError(f"components of {feat}: its parts are of different sizes")
+
+    def beyond(self, k):
+        """Return the variance that the first k components leave, float: the least error of rows made of them."""
+        return max(self.total - float(self.variances[:k].sum()), 0.0)
+
+    def reconstruct(self, coefficients):
+        """Make rows (n, *shape) float32 of coefficients: (n, k), or (n, fewer), those of the first components."""
+        coefficients = np.asarray(coefficients, np.float32)
+        rows = coefficients @ self.basis[:coefficients.shape[1]]
+        rows += self.mean
+        return rows.reshape(len(rows), *self.shape)
+
+    def project(self, rows):
+        """Return the coefficients (n, k) float32 of rows (n, *shape)."""
+        centred = np.asarray(rows).reshape(len(rows), -1).astype(np.float32)
+        centred -= self.mean
+        return centred @ self.basis.T
+
+
+class Components(Basis):
     """A feature's components: row = mean + coefficients @ basis, as far as k components go.
 
     .feat, .path   name of the feature; the file
@@ -74,23 +106,6 @@ class Components:
     def there(self):
         """List the images whose coefficients are there, (n,) ids, ascending."""
         return self.rows.there()
-
-    def beyond(self, k):
-        """Return the variance that the first k components leave, float: the least error of rows made of them."""
-        return max(self.total - float(self.variances[:k].sum()), 0.0)
-
-    def reconstruct(self, coefficients):
-        """Make rows (n, *shape) float32 of coefficients: (n, k), or (n, fewer), those of the first components."""
-        coefficients = np.asarray(coefficients, np.float32)
-        rows = coefficients @ self.basis[:coefficients.shape[1]]
-        rows += self.mean
-        return rows.reshape(len(rows), *self.shape)
-
-    def project(self, rows):
-        """Return the coefficients (n, k) float32 of rows (n, *shape)."""
-        centred = np.asarray(rows).reshape(len(rows), -1).astype(np.float32)
-        centred -= self.mean
-        return centred @ self.basis.T
 
 
 class CoefficientRows:

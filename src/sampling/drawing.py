@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import utils
+from nsd import sources
 from sampling import folders
 from sampling.decoders import decoded_at_once, gradient_cosine
 
@@ -23,24 +24,27 @@ WRITERS = 4  # threads that write pictures while the next ones are drawn
 
 @dataclass(frozen=True)
 class Settings:
-    """How every picture of a set is drawn: the flags of recon.py that reach the sampler, by their names."""
+    """How every picture of a set is drawn: the flags of recon.py that reach the sampler, by their names.
 
-    seed: int
-    batch_size: int | None  # pictures at once on a GPU; None: as many as fit
-    precision: str
-    resolution: int | None
-    num_inference_steps: int
-    solver: str
-    strength: float
-    cfg_scale: float
-    sag_scale: float
-    guidance_scale: float
-    guidance_strength: float
-    guidance_rule: str
-    guidance_grad: str
-    guidance_x0: str
-    guidance_decoder: str
-    use_gnet: bool  # what the guided steps find is then kept beside each picture
+    The defaults are those of recon.py's flags with --guidance_rule posterior.
+    """
+
+    seed: int = 42
+    batch_size: int | None = None  # pictures at once on a GPU; None: as many as fit
+    precision: str = "fp32"
+    resolution: int | None = None
+    num_inference_steps: int = 16
+    solver: str = "ddim"
+    strength: float = 0.75
+    cfg_scale: float = 7.5
+    sag_scale: float = 0.0
+    guidance_scale: float = 30.0
+    guidance_strength: float = 0.8
+    guidance_rule: str = "posterior"
+    guidance_grad: str = "xt"
+    guidance_x0: str = "cond"
+    guidance_decoder: str = sources.TAESD
+    use_gnet: bool = False  # what the guided steps find is then kept beside each picture
 
     @classmethod
     def of(cls, flags):
@@ -249,7 +253,7 @@ def save_batch(folder, jobs, images, steps, submit):
     futures of the files.
     """
     finite = torch.isfinite(images).flatten(1).all(1).tolist()
-    arrays = (images.nan_to_num() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+    arrays = as_pixels(images)
 
     def write(i):
         if steps is not None:  # before the picture: one that is there has its steps beside it
@@ -258,6 +262,11 @@ def save_batch(folder, jobs, images, steps, submit):
 
     written = [submit(write, i) for i in np.flatnonzero(finite)]
     return [job for job, fine in zip(jobs, finite, strict=True) if not fine], written
+
+
+def as_pixels(images):
+    """Images (B, 3, H, W) in [0, 1] as they are written, (B, H, W, 3) uint8."""
+    return (images.nan_to_num() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 @contextmanager

@@ -45,3 +45,8 @@ def training_statistics(source, on_validation):
     as_tensors = [tuple(map(torch.from_numpy, pair)) for pair in statistics]
     save_checkpoint(file, {"made_from": made_from, "predictions": as_tensors[0], "latents": as_tensors[1]})
     return statistics
+
+
+def restandardise(predicted, mean, std, wanted_mean, wanted_std):
+    """Bring (N, ...) from one mean and standard deviation per value (...) to another."""
+    return (predicted - mean) / (std + 1e-6) * wanted_std + wanted_mean
