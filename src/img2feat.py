@@ -34,7 +34,7 @@ def get_parser():
     options.add_paths(parser)
     parser.add_argument("--feats", nargs="+", type=options.feature, default=options.FEATURES, metavar="FEAT",
                         help="c, z, g_2, g_4, ... (all)")
-    parser.add_argument("--subj", "--subject", dest="subj", nargs="+", type=options.subject, metavar="1..8",
+    parser.add_argument("--subj", "--subject", dest="subj", nargs="+", type=options.subject, metavar="1..99",
                         help="only the images that these subjects saw (all images)")
     parser.add_argument("--sd_model", default=sources.SD_MODEL, metavar="NAME|DIR",
                         help="Stable Diffusion 1.x: its text encoder makes c, its VAE z")

@@ -16,6 +16,7 @@ import utils
 from disk.checkpoints import RUN_KEYS, load_checkpoint, require_keys, save_checkpoint
 from disk.files import save_json
 from models import load_trunk, restore
+from nsd.components import basis_in, maker_in
 from training.tracking import Tracker, load_rows
 
 HOW_ADAMW_RUNS = {"params", "fused", "foreach", "capturable", "differentiable"}  # not what it computes
@@ -240,10 +241,36 @@ def check_pretrained(run, source):
     if source["epoch"] < wanted:
         raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: {source['epoch']} of {wanted} epochs "
                               "are done; finish it first (the same command with --resume)")
-    seen = [subj for subj in run.n_voxels if subj in source["n_voxels"]]
+    check_targets(run, source["config"].get("made_from", {}))
+    seen = [subj for subj in run.n_voxels if subj in source["n_voxels"] and same_person(run, source["config"], subj)]
     if seen:
         raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: has seen {seen[0]}, wanted a run "
                               f"without it; pretrain with --subj {seen[0]} --multi_subject, or give `auto`")
+
+
+def same_person(run, pretrained, subj):
+    """Whether a subject of a run is the one of that name in the pretrained run (its config), which may be of other data.
+
+    The pretrained run of the same root, or of the same responses.
+    """
+    known = [config.get("made_from", {}).get(f"betas of {subj}") for config in (run.config, pretrained)]
+    return run.pretrained.parent.parent == run.folder.parent or None in known or known[0] == known[1]
+
+
+def check_targets(run, made_from):
+    """Refuse a pretrained run whose outputs mean something else than this run's targets: coefficients of another basis,
+    features by another model. made_from: what it was trained on; what was not recorded then passes."""
+    for what, found in run.config.get("made_from", {}).items():
+        kind, _, feat = what.rpartition(" ")
+        meaning = {"components of": basis_in, "feature": maker_in}.get(kind)
+        if meaning is None or what not in made_from:
+            continue
+        known, found = meaning(made_from[what]), meaning(found)
+        if None not in (known, found) and known != found:
+            raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: was trained on {what} {known}, "
+                                  f"here they are {found}, in which the same numbers mean something else; take over "
+                                  f"those that it was trained on (img2feat.py --feats {feat} --components_from ROOT "
+                                  "--overwrite), or pretrain again")
 
 
 def check_network(run, pretrained, wanted):
