@@ -139,7 +139,7 @@ def sessions_of(subj, root, data_path=None):
 
 
 def all_sessions(args):
-    """Return the --num_sessions that --subj means without it; raises UserError where nothing says how many there are."""
+    """Return the --num_sessions that --subj means without it; raises UserError where nothing says how many."""
     found = sessions_of(args.subj, args.root, args.data_path)
     if found is None and Path(args.root).expanduser().is_dir():  # no root: Paths.from_args says so
         raise utils.UserError(f"--subj {int(args.subj[4:])}: no session of {args.subj} found under {args.root} "
@@ -343,8 +343,8 @@ def training_parser(doc, components=None, mindeye2=None):
     stage.add_argument("--multi_subject", action=argparse.BooleanOptionalAction, default=False,
                        help="pretrain on all subjects but --subj")
     stage.add_argument("--multisubject_ckpt", metavar="RUN",
-                       help="fine-tune from this pretraining run: a name, `auto` for that of --subj and the feature, or "
-                            "the folder of a run of other data whose components --components_from took")
+                       help="fine-tune from this pretraining run: a name, `auto` for that of --subj and the feature, "
+                            "or the folder of a run of other data whose components --components_from took")
     network = parser.add_argument_group("network", "in fine-tuning, what is not given is the pretrained run's")
     network.add_argument("--model", choices=MODELS,
                          help="components: regression of the features' principal components; mindeye2: the published "

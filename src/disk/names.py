@@ -27,6 +27,13 @@ class Paths:
         data_path = Path(args.data_path).expanduser().resolve() if args.data_path else root / options.DATA_PATH
         return cls(root, data_path, getattr(args, "roi_source", None))
 
+    def other(self, given, flag):
+        """Return the Paths of another root, which a flag names; raises UserError when there is no such folder."""
+        root = self.find(given)
+        if not root.is_dir():
+            raise UserError(f"{flag} {given}: no such folder; give the --root of other data")
+        return Paths(root, root / options.DATA_PATH)
+
     def find(self, given):
         """Return the path that a flag names: from the current folder, or, where there is no such thing, from the root.
 
@@ -67,6 +74,11 @@ class Paths:
     def captions(self):
         """COCO's captions of the stimuli, {cocoId: [caption, ...]}."""
         return self.stimuli / "annotations/nsd_captions.json"
+
+    @property
+    def generated_captions(self):
+        """Which of the captions a model wrote (img2feat.py --caption_model)."""
+        return self.captions.with_name("nsd_captions_by.json")
 
     def feature(self, feat):
         """HDF5 file of a feature ('c', 'z', 'g_2', ...): one row per 73k image."""

@@ -21,7 +21,8 @@ BEHAV_IMAGE_ID, BEHAV_SESSION, BEHAV_TRIAL, BEHAV_SHARED, BEHAV_COLUMNS = 0, 2, 
 
 def list_subjects(paths):
     """List the subjects whose betas are there, ascending; raises UserError when there are none."""
-    found = sorted(file.name.removeprefix("betas_all_")[:6] for file in paths.data_path.glob(paths.betas("subj[0-9][0-9]").name))
+    files = paths.data_path.glob(paths.betas("subj[0-9][0-9]").name)
+    found = sorted(file.name.removeprefix("betas_all_")[:len("subj01")] for file in files)
     if not found:
         raise utils.UserError(f"{paths.data_path}: no betas_all_subj0X_fp32_renorm.hdf5 found; check --data_path")
     return found

@@ -249,9 +249,9 @@ def check_pretrained(run, source):
 
 
 def same_person(run, pretrained, subj):
-    """Whether a subject of a run is the one of that name in the pretrained run (its config), which may be of other data.
+    """Say whether a subject is the one of that name in the pretrained run (its config), which may be of other data.
 
-    The pretrained run of the same root, or of the same responses.
+    It is, if both runs lie in one root or were trained on the same responses.
     """
     known = [config.get("made_from", {}).get(f"betas of {subj}") for config in (run.config, pretrained)]
     return run.pretrained.parent.parent == run.folder.parent or None in known or known[0] == known[1]
@@ -262,15 +262,16 @@ def check_targets(run, made_from):
     features by another model. made_from: what it was trained on; what was not recorded then passes."""
     for what, found in run.config.get("made_from", {}).items():
         kind, _, feat = what.rpartition(" ")
-        meaning = {"components of": basis_in, "feature": maker_in}.get(kind)
-        if meaning is None or what not in made_from:
+        if kind not in ("components of", "feature") or what not in made_from:
             continue
+        meaning, mend = (basis_in, f"take over those that it was trained on (img2feat.py --feats {feat} "
+                         "--components_from ROOT --overwrite)") if kind == "components of" else \
+            (maker_in, f"make it by that model (img2feat.py --feats {feat} --overwrite)")
         known, found = meaning(made_from[what]), meaning(found)
         if None not in (known, found) and known != found:
             raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: was trained on {what} {known}, "
-                                  f"here they are {found}, in which the same numbers mean something else; take over "
-                                  f"those that it was trained on (img2feat.py --feats {feat} --components_from ROOT "
-                                  "--overwrite), or pretrain again")
+                                  f"wanted {found} as here: the same numbers mean something else; {mend}, or pretrain "
+                                  "again")
 
 
 def check_network(run, pretrained, wanted):
