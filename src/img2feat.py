@@ -76,7 +76,7 @@ def main(argv=None):
     args.sd_model, args.clip_model = map(paths.model, (args.sd_model, args.clip_model))
     others = args.components_from and paths.other(args.components_from, "--components_from")
     if others and others.root == paths.root:
-        raise utils.UserError(f"--components_from {args.components_from}: is --root itself; give another, or leave it out")
+        raise utils.UserError(f"--components_from {args.components_from}: is --root itself; give another root")
     if args.caption_model and "c" not in args.feats:
         raise utils.UserError("--caption_model: writes captions, of which c is made; add c to --feats, or leave it out")
     team = Team.assemble(args.device, "fp32", timedelta(days=1))  # shares may take hours longer than others

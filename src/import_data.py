@@ -18,6 +18,7 @@ folder and flags, is kept.
 import argparse
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import options
@@ -28,7 +29,7 @@ from disk.names import Paths
 def get_parser():
     parser = options.Parser(__doc__, dry_run_stops=False)
     options.add_paths(parser)
-    parser.add_argument("--data", required=True, metavar="DIR", help="the folder to import")
+    parser.add_argument("--data", metavar="DIR", help="the folder to import (needed)")
     parser.add_argument("--image_size", type=options.whole, default=425, metavar="PIXELS",
                         help="side of the squares that images are stored as; of an image that is none, its middle")
     parser.add_argument("--zscore", action=argparse.BooleanOptionalAction, default=True,
@@ -40,15 +41,17 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    from nsd.own_betas import open_responses
+    from nsd.own_betas import open_betas
     from nsd.own_data import read_folder
     from nsd.own_root import check_root, describe, write_root
 
-    if args.image_size < 16:
-        raise utils.UserError(f"--image_size {args.image_size}: wanted at least 16 pixels")
+    if not args.data:
+        raise utils.UserError("--data: not given; wanted the folder to import, as docs/own_data.md describes it")
+    if not 8 <= args.image_size <= 4096:
+        raise utils.UserError(f"--image_size {args.image_size}: wanted 8 to 4096 pixels")
     root = Path(args.root).expanduser()
     data = read_folder(Path(args.data).expanduser().resolve())
-    betas = {subject.number: open_responses(data.folder, subject.name, len(subject.rows)) for subject in data.subjects}
+    betas = open_betas(data)
     settings = {"image_size": args.image_size, "zscore": args.zscore, "from": data.identity()}
     if root.exists() and check_root(Paths.from_args(args), data, settings, args.overwrite):
         print(f"{root}: imported before, kept (--overwrite writes it again)")
@@ -56,11 +59,15 @@ def main(argv=None):
     print(describe(data, betas, args.zscore))
     if args.dry_run:
         return
-    root.mkdir(parents=True, exist_ok=True)
     flags = ["--data", str(data.folder), "--root", str(root.resolve()), "--image_size", str(args.image_size)]
     flags += ["--data_path", str(Path(args.data_path).expanduser().resolve())] if args.data_path else []
     flags += [] if args.zscore else ["--no-zscore"]
-    write_root(Paths.from_args(args), data, betas, settings, shlex.join(["python", "src/import_data.py", *flags]))
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        write_root(Paths.from_args(args), data, betas, settings, shlex.join(["python", "src/import_data.py", *flags]))
+    finally:
+        with suppress(OSError):
+            root.rmdir()  # where nothing could be written, it is empty
     print(f"{root}: imported; next: ROOT={shlex.quote(str(root))} bash scripts/features.sh")
 
 

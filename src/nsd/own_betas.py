@@ -72,6 +72,18 @@ class Responses:
         return values
 
 
+def open_betas(data):
+    """Open the responses of all subjects of an OwnData: {number: Responses}; raises UserError for those of nobody."""
+    names = {subject.name for subject in data.subjects}
+    for prefix in ("betas_", "mask_", "regions_"):
+        for file in sorted(data.folder.glob(f"{prefix}*")):
+            name = file.name.removeprefix(prefix).partition(".")[0]
+            if name not in names:
+                raise utils.UserError(f"{file}: trials.csv has no trial of {name}, wanted files of "
+                                      f"{', '.join(sorted(names))}; add the trials, or take the file away")
+    return {subject.number: open_responses(data.folder, subject.name, len(subject.rows)) for subject in data.subjects}
+
+
 def open_responses(folder, name, n_trials):
     """Open the responses of a subject, whose trials.csv has n_trials; returns Responses, or raises UserError.
 
@@ -217,7 +229,7 @@ def read_nifti(file):
 
 
 def read_mask(file, space):
-    """Read which voxels of a space a file marks, bool of its shape; raises UserError where it is of another, or none."""
+    """Read which voxels of a space a file marks, bool of its shape; raises UserError where it is of another."""
     if suffix_of(file) == ".nii":
         values, affine = read_nifti(file)
     else:

@@ -135,7 +135,7 @@ def read_image(file, side):
 
 
 def read_table(file, columns, what):
-    """Read a CSV file's lines, [(where, {column: text})], `where` naming file and line; UserError for one that lacks."""
+    """Read a CSV file's lines, [(where, {column: text})], `where` naming file and line."""
     utils.require(file, what, PAGE)
     try:
         with open(file, newline="", encoding="utf-8-sig") as opened:
