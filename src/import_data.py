@@ -6,7 +6,7 @@ DATA/betas_<subject>.npy     responses (trials, voxels); or .h5, or .nii.gz besi
 DATA/captions.csv            image, caption (optional)
 DATA/regions_<subject>/      a mask of each region of interest (optional)
 
-    python src/import_data.py --data my_data --root my_root --dry_run    # look at all but the values, write nothing
+    python src/import_data.py --data my_data --root my_root --dry_run    # look at all but values and pictures alone
     python src/import_data.py --data my_data --root my_root
     python src/import_data.py --data my_data --root my_root --no-zscore  # responses that are z-scored already
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import utils
 
 DATA_PATH = "MindEyeV2/mindeyev2"  # from the root, where --data_path does not say otherwise
-DESIGN = "nsddata/experiments/nsd/nsd_expdesign.mat"  # from the root: where it is, the data are NSD's
+EXPDESIGN = "nsddata/experiments/nsd/nsd_expdesign.mat"  # from the root: where it is, the data are NSD's
 # sessions each subject of NSD was scanned in: the default of --num_sessions (sessions_of)
 SESSIONS = {"subj01": 40, "subj02": 40, "subj03": 32, "subj04": 30,
             "subj05": 40, "subj06": 32, "subj07": 40, "subj08": 30}
@@ -133,7 +133,7 @@ def sessions_of(subj, root, data_path=None):
     root = Path(root).expanduser()
     folder = Path(data_path).expanduser() if data_path else root / DATA_PATH
     shards = len(list(folder.glob(f"wds/{subj}/train/*.tar")))
-    if subj in SESSIONS and ((root / DESIGN).exists() or not shards):
+    if subj in SESSIONS and ((root / EXPDESIGN).exists() or not shards):
         return SESSIONS[subj]
     return shards or None
 

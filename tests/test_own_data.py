@@ -23,8 +23,8 @@ from transformers import (
 )
 
 import check_data
-import import_data
 import img2feat
+import import_data
 import score_c
 import stranger
 import tiny_features
@@ -197,7 +197,8 @@ def export(paths, folder):
                          for text in texts)
 
 
-def test_the_small_world_exported_and_imported_again_gives_the_same_results(small_nsd, tmp_path, capsys):
+def test_the_small_world_exported_and_imported_again_gives_the_same_results(small_nsd, tmp_path, monkeypatch):
+    monkeypatch.setattr("features.components.EXACT_WIDTH", 0)  # for the seconds
     models = REPO / "demo/models"
     shutil.copytree(small_nsd.root, tmp_path / "before")
     before, after = paths_of(tmp_path / "before"), paths_of(tmp_path / "after")
@@ -435,7 +436,9 @@ MISTAKES = {
     "image is absolute": (change(4, image="/etc/passwd"), ("line 6", "'/etc/passwd'", "no path inside images/")),
     "image is absent": (lambda d: (d / PICTURE).unlink(), ("drawing 005.png", "not found in images/")),
     "image is no picture": (make(PICTURE, b"png"), ("drawing 005.png", "not a readable picture", "PNG")),
-    "image is cut": (lambda d: make(PICTURE, (d / PICTURE).read_bytes()[:200])(d), ("drawing 005.png", "not a readable")),
+    "image is cut": (lambda d: make(PICTURE, (d / PICTURE).read_bytes()[:200])(d), ("005.png", "not a readable")),
+    "a picture to test and to train on": (lambda d: shutil.copy2(d / "images/drawing 006.png", d / PICTURE), (
+        "drawing 006.png", "same picture as drawing 005.png", "is_test")),
     "trial twice": (change(5, trial="5"), ("line 7", "anna has session 1, run 1, trial 5 twice", "once")),
     "trials out of order": (change(5, trial="2000"), ("line 8", "anna's session 1, run 1, trial 7 comes after",
                                                       "wanted the order of presentation")),
@@ -510,7 +513,7 @@ def test_the_same_import_is_kept_and_another_is_refused(paths, whole, data, caps
         assert run_import(whole, paths.root, *flags) == 2
         assert words in (line := capsys.readouterr().err) and "--overwrite" in line
     rewrite("captions.csv", "a circle", "one circle")(data)
-    assert run_import(data, paths.root) == 2 and "holds another import (from" in capsys.readouterr().err
+    assert run_import(data, paths.root) == 2 and "the folder has changed since" in capsys.readouterr().err
     assert look(paths.root) == before
 
 
@@ -526,7 +529,7 @@ def test_a_root_with_other_data_is_never_written_to(nsd, whole, capsys):
 
 
 def test_an_import_replaces_another_whole(paths, data, capsys):
-    """Fewer sessions and subjects, another picture: what is not of it any more goes, features of the old picture too."""
+    """Fewer sessions and subjects, another picture: what is not of it any more goes, features of old pictures too."""
     for feat in ("c", "z", "g_2"):
         paths.feature(feat).touch()
     write_table(data, [line for line in table_of(data) if line["subject"] == "anna" and int(line["session"]) < 3])
@@ -552,6 +555,15 @@ def test_an_import_that_was_cut_off_is_found_and_finished(paths, whole, capsys):
     assert status == 1 and any("the import was cut off" in line for line in lines)
     assert run_import(whole, paths.root) == 0
     assert checked(paths, capsys)[0] == 0
+
+
+def test_a_damaged_record_can_be_imported_over(paths, whole, pristine):
+    paths.own_data.write_text("{}")
+    assert run_import(whole, paths.root) == 2
+    assert run_import(whole, paths.root, "--overwrite") == 0
+    before, after = (look(found.root) for found in (pristine, paths))
+    before, after = ({name for name in found if not name.name.startswith(".behaviour")} for found in (before, after))
+    assert before == after and json.loads(paths.own_data.read_text())["finished"]
 
 
 def test_pictures_are_squared_turned_and_read_in_colour(tmp_path):

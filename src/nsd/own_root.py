@@ -3,6 +3,7 @@
 Letters: N images, T trials, V voxels.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -53,9 +54,19 @@ def load_own(paths):
     return known
 
 
+def imported_before(paths, overwrite):
+    """Return load_own's record; with overwrite, of a damaged one what is needed to replace the import."""
+    try:
+        return load_own(paths)
+    except utils.UserError:
+        if not overwrite:
+            raise
+        return {"files": [], "settings": {}, "finished": False}
+
+
 def check_root(paths, data, settings, overwrite):
     """Say whether a root holds this very import; raises UserError where it holds what an import must not touch."""
-    own = load_own(paths)
+    own = imported_before(paths, overwrite)
     if own is None:
         theirs = [expdesign_file(paths), paths.captions, *written_files(paths, data),
                   *sorted(paths.data_path.glob("betas_all_*")), *sorted(paths.data_path.glob("wds/*"))]
@@ -68,7 +79,8 @@ def check_root(paths, data, settings, overwrite):
         return False
     if own["settings"] != settings:
         differing = [name for name in settings if own["settings"].get(name) != settings[name]]
-        said = [f"{name} {own['settings'].get(name)}, wanted {settings[name]}" for name in differing]
+        said = ["the folder has changed since" if name == "from" else
+                f"{name} {own['settings'].get(name)}, wanted {settings[name]}" for name in differing]
         raise utils.UserError(f"--root {paths.root}: holds another import ({'; '.join(said)}); --overwrite replaces "
                               "it, or give another --root")
     return True
@@ -101,7 +113,7 @@ def write_root(paths, data, betas, settings, command):
     settings: {"zscore", "image_size", ...}; command: the one that imports it again. Raises UserError for an image or a
     response that is not readable, and when the disk refuses.
     """
-    before, files = load_own(paths), written_files(paths, data)
+    before, files = imported_before(paths, overwrite=True), written_files(paths, data)
     needed = len(data.images) * settings["image_size"] ** 2 * 3 + sum(
         responses.shape[0] * (4 * responses.shape[1] + TRIAL_IN_TAR) for responses in betas.values())
     if needed > (free := shutil.disk_usage(paths.root).free):
@@ -160,12 +172,17 @@ def features_of_others(paths, staged):
 
 def write_files(paths, data, betas, settings, staged):
     """Write every file to the place that stands for it: staged {file: place}."""
-    side, n_cut = settings["image_size"], 0
+    side, n_cut, is_test, first = settings["image_size"], 0, data.is_test, {}
     with h5py.File(staged[paths.stimuli / "nsd_stimuli.hdf5"], "w") as file:
         rows = file.create_dataset("imgBrick", (len(data.images), side, side, 3), np.uint8)
         for image_id, name in enumerate(utils.progress(data.images, desc="images", unit="image", delay=2)):
-            rows[image_id], was_cut = read_image(data.folder / "images" / name, side)
-            n_cut += was_cut
+            picture, was_cut = read_image(data.folder / "images" / name, side)
+            twin = first.setdefault(hashlib.sha256(picture).digest(), image_id)
+            if is_test[twin] != is_test[image_id]:
+                raise utils.UserError(f"{data.folder / 'images' / name}: the same picture as {data.images[twin]}, of "
+                                      "which one is to be tested on and one is not: it would be trained on; give both "
+                                      "the same is_test, or leave one out")
+            rows[image_id], n_cut = picture, n_cut + was_cut
     if n_cut:
         print(f"{n_cut} images are not square: the middle of each is taken")
     table = pd.DataFrame({"cocoId": range(len(data.images)), "nsdId": range(len(data.images)),
