@@ -17,7 +17,7 @@ if [[ -z ${ROOT:-} && ${0##*/} =~ ^(train|score|recon|evaluate)\.sh$ && -e $REPO
 fi
 export ROOT=${ROOT:-$REPO}
 SUBJ=${SUBJ:-1}
-[[ $SUBJ =~ ^(subj)?0?[1-8]$ ]] || refuse "SUBJ: $SUBJ is not a subject; wanted 1 ... 8"
+[[ $SUBJ =~ ^(subj)?(0?[1-9]|[1-9][0-9])$ ]] || refuse "SUBJ: $SUBJ is not a subject; wanted 1 ... 99 (of NSD 1 ... 8)"
 for knob in WANDB_LOG DRY_RUN; do
     [[ ${!knob:-0} == [01] ]] || refuse "$knob: ${!knob} is not a setting; wanted 1 (yes) or 0 (no)"
 done
@@ -28,7 +28,7 @@ near_miss() {
 }
 for name in FEAT FEATURES; do near_miss $name FEATS "[czg]|g_?[0-9]+"; done
 near_miss STAGE STAGES "pretrain|finetune|scratch|ridge|gnet"
-for name in SUB SUBJECT SUBJECTS; do near_miss $name SUBJ "(subj)?0?[1-8]"; done
+for name in SUB SUBJECT SUBJECTS; do near_miss $name SUBJ "(subj)?(0?[1-9]|[1-9][0-9])"; done
 near_miss JOB JOBS "[0-9]+"
 
 export JOBS=${JOBS:-1}

@@ -34,7 +34,7 @@ for n in ${sessions[@]+"${sessions[@]}"}; do
     run env FEATS="$feats" STAGES="finetune ridge" bash "$REPO/scripts/train.sh" --num_sessions "$n"
     run env FEATS="$feats" bash "$REPO/scripts/score.sh" --num_sessions "$n"
     run bash "$REPO/scripts/recon.sh" --num_sessions "$n" --method "sessions$n" "$@"
-    for folder in "$ROOT/outputs_all/subj0${SUBJ: -1}/sessions$n"/*/*; do
+    for folder in "$ROOT/outputs_all/subj$(printf %02d "$((10#${SUBJ#subj}))")/sessions$n"/*/*; do
         [[ ! -e $folder/index.csv ]] || compared+=("sessions $n=$folder")
     done
 done

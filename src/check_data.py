@@ -7,7 +7,8 @@
 Reads what the stages read, with the same functions: what passes here will load there. Without --deep it takes seconds
 (and, the first time, a minute for the shards, which are then kept unpacked): sizes, shapes, keys, ids and a sample of
 rows. Files of NSD's full size are checked against its published numbers of trials and voxels, smaller worlds against
-themselves. Prints a table; exit status 1 when something needs repair.
+themselves, imported data (import_data.py) against what was imported. Prints a table; exit
+status 1 when something needs repair.
 """
 
 import shlex
@@ -28,8 +29,8 @@ def get_parser():
     options.add_paths(parser)
     options.add_regions(parser)
     parser.add_argument("--subj", "--subject", dest="subjects", nargs="+", type=options.subject,
-                        default=sources.SUBJECTS, metavar="1..8",
-                        help="whose data (all eight, which pretraining needs)")
+                        metavar="1..99", help="whose data (all: NSD's eight, which pretraining needs, or those that "
+                                              "import_data.py imported)")
     parser.add_argument("--stages", nargs="+", choices=list(sources.STAGES), default=list(sources.STAGES),
                         metavar="STAGE", help="stages to check for: " + ", ".join(sources.STAGES) + " (all)")
     parser.add_argument("--feats", nargs="+", type=options.feature, default=options.FEATURES,
@@ -49,9 +50,14 @@ def main(argv=None):
     from nsd import checks
 
     world = checks.World(Paths.from_args(args))
+    wrong = [subj for subj in args.subjects or () if subj not in world.subjects]
+    if wrong:
+        numbers = " ".join(str(int(subj[4:])) for subj in world.subjects)
+        raise utils.UserError(f"--subj {int(wrong[0][4:])}: wanted {numbers}, whose data are in {world.paths.root}")
+    args.subjects = args.subjects or world.subjects
     for flag in WEIGHTS.values():
         setattr(args, flag, world.paths.model(getattr(args, flag)))
-    if nothing_is_there(world.paths, args.subjects, args.stages):
+    if not world.own and nothing_is_there(world.paths, args.subjects, args.stages):
         everyone = args.subjects == sources.SUBJECTS
         whose = "" if everyone else " --subj " + " ".join(str(int(subj[4:])) for subj in args.subjects)
         print(f"nothing is in {world.paths.root} yet: {root_of(world.paths)}bash scripts/download.sh{whose}")
@@ -84,31 +90,42 @@ def everything_to_look_at(world, args):
     root = root_of(paths)
 
     def download(group, *files, subj=None):
-        """The command that fetches a group again; files of NSD's bucket have no checksum that --verify could use."""
+        """The command that fetches a group again; files of NSD's bucket have no checksum that --verify could use.
+
+        Of imported data: the one that imports all of it again.
+        """
+        if world.own:
+            return f"{world.own['command']} --overwrite"
         damaged = "".join(f"rm {file}; " for file in files if file.exists())
         who = f" --subj {int(subj[4:])}" if subj else ""
         return f"{damaged}{root}bash scripts/download.sh --what {group}{who}" + ("" if files else " --verify")
 
     table, design = (paths.experiments / name for name in ("nsd_stim_info_merged.csv", "nsd_expdesign.mat"))
+    if world.own:
+        yield "import", download("design"), partial(checks.look_at_import, world)
     if "design" in groups:
         yield "design: stimuli", download("design", table), partial(checks.look_at_table, world)
         yield "design: shared images", download("design", table, design), partial(checks.look_at_shared, world)
         for subj in args.subjects:
-            yield f"design: {subj}", download("design", design), partial(checks.look_at_design, paths, subj)
+            yield f"design: {subj}", download("design", design), partial(checks.look_at_design, world, subj)
     if "stimuli" in groups:
         file = paths.stimuli / "nsd_stimuli.hdf5"
         yield "stimuli", download("stimuli", file), partial(checks.look_at_stimuli, world, args.deep)
     if "captions" in groups:
-        yield "captions", download("captions", paths.captions), partial(checks.look_at_captions, paths)
+        mend = download("captions", paths.captions)
+        if world.own and not paths.captions.exists():
+            mend = f"python src/img2feat.py --root {shlex.quote(str(paths.root))} --feats c --caption_model DIR"
+        yield "captions", mend, partial(checks.look_at_captions, paths)
     for subj in args.subjects:
         if "betas" in groups:
             yield f"betas: {subj}", download("betas", subj=subj), partial(checks.look_at_betas, world, subj, args.deep)
         if "trials" in groups:
             mend = download("trials", subj=subj)
             yield f"trials: {subj}", mend, partial(checks.look_at_trials, world, subj)
-            yield f"old test trials: {subj}", mend, partial(checks.look_at_old_test, world, subj)
+            if not world.own:
+                yield f"old test trials: {subj}", mend, partial(checks.look_at_old_test, world, subj)
         if "masks" in groups:
-            yield f"regions: {subj}", download("masks rois", subj=subj), partial(checks.look_at_masks, paths, subj)
+            yield f"regions: {subj}", download("masks rois", subj=subj), partial(checks.look_at_masks, world, subj)
     for group, flag in WEIGHTS.items():
         name = getattr(args, flag)
         if group in groups and name not in ("none", "full", "half"):

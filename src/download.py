@@ -26,7 +26,7 @@ from nsd import sources
 def get_parser():
     parser = options.Parser(__doc__, dry_run_stops=False)
     options.add_paths(parser)
-    parser.add_argument("--subj", "--subject", dest="subjects", nargs="+", type=options.subject,
+    parser.add_argument("--subj", "--subject", dest="subjects", nargs="+", type=options.subject_of_nsd,
                         default=sources.SUBJECTS, metavar="1..8",
                         help="whose betas, shards and regions (all eight, for pretraining)")
     parser.add_argument("--what", nargs="+", choices=list(sources.GROUPS), default=sources.DEFAULT_GROUPS,

@@ -17,6 +17,8 @@ float16: c 8.6 GB, z 2.4 GB, each g 5.6 GB.
 Then {feat}_components.hdf5, which decoders are trained on: the feature's strongest principal components, fitted to at
 most 20,000 images of no test set, and every image's coefficients, as float32 (c 0.5 GB, z 0.4 GB, each g 0.5 GB). A
 feature file that was there already gets its components too.
+
+Of data of your own (import_data.py), images without a caption get one by --caption_model.
 """
 
 import sys
@@ -34,18 +36,24 @@ def get_parser():
     options.add_paths(parser)
     parser.add_argument("--feats", nargs="+", type=options.feature, default=options.FEATURES, metavar="FEAT",
                         help="c, z, g_2, g_4, ... (all)")
-    parser.add_argument("--subj", "--subject", dest="subj", nargs="+", type=options.subject, metavar="1..8",
+    parser.add_argument("--subj", "--subject", dest="subj", nargs="+", type=options.subject, metavar="1..99",
                         help="only the images that these subjects saw (all images)")
     parser.add_argument("--sd_model", default=sources.SD_MODEL, metavar="NAME|DIR",
                         help="Stable Diffusion 1.x: its text encoder makes c, its VAE z")
     parser.add_argument("--clip_model", default=sources.CLIP_MODEL, metavar="NAME|DIR",
                         help="CLIP whose vision transformer makes g")
+    parser.add_argument("--caption_model", metavar="NAME|DIR",
+                        help="a BLIP, such as Salesforce/blip-image-captioning-base, that writes a caption of each "
+                             "image that has none, before c is made of them")
     parser.add_argument("--batch_size", type=options.whole, default=32, metavar="IMAGES", help="or, for c, captions")
     parser.add_argument("--num_workers", type=options.whole, default=2, metavar="PROCESSES",
                         help="processes that read and resize images")
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="as written to the files")
     parser.add_argument("--components", type=options.whole, default=1024, metavar="K",
                         help="principal components of each feature to write beside it; 0: none")
+    parser.add_argument("--components_from", metavar="ROOT",
+                        help="take over the components of another root in place of fitting them, so that what was "
+                             "pretrained there can be fine-tuned here")
     parser.add_argument("--seed", type=options.seed, default=42, metavar="N",
                         help="draws the images that they are fitted to")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1")
@@ -56,6 +64,7 @@ def get_parser():
 def main(argv=None):
     args = get_parser().parse_args(argv)
     utils.reproducible_products()
+    from features.captioning import write_missing_captions
     from features.components import write_components
     from features.extraction import extract
     from features.makers import Latents, TextFeatures, VisionFeatures
@@ -65,9 +74,16 @@ def main(argv=None):
 
     paths = Paths.from_args(args)
     args.sd_model, args.clip_model = map(paths.model, (args.sd_model, args.clip_model))
+    others = args.components_from and paths.other(args.components_from, "--components_from")
+    if others and others.root == paths.root:
+        raise utils.UserError(f"--components_from {args.components_from}: is --root itself; give another root")
+    if args.caption_model and "c" not in args.feats:
+        raise utils.UserError("--caption_model: writes captions, of which c is made; add c to --feats, or leave it out")
     team = Team.assemble(args.device, "fp32", timedelta(days=1))  # shares may take hours longer than others
     write = partial(extract, paths=paths, team=team, subjects=args.subj, dtype=args.dtype,
                     num_workers=args.num_workers, overwrite=args.overwrite)
+    if args.caption_model:
+        write_missing_captions(paths, paths.model(args.caption_model), args.batch_size, team, args.overwrite)
     if "c" in args.feats:
         write(TextFeatures(load_captions(paths), args.sd_model, args.batch_size, team.device))
     if "z" in args.feats:
@@ -75,7 +91,7 @@ def main(argv=None):
     if layers := [feat for feat in dict.fromkeys(args.feats) if feat.startswith("g_")]:
         write(VisionFeatures(layers, open_stimuli(paths), args.clip_model, args.batch_size, team.device))
     for feat in dict.fromkeys(args.feats) if args.components else ():
-        write_components(paths, feat, args.components, args.seed, team, args.overwrite)
+        write_components(paths, feat, args.components, args.seed, team, args.overwrite, others)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,13 @@ import os
 import re
 import sys
 from functools import partial
+from pathlib import Path
 
 import utils
 
-# sessions each subject was scanned in: the default of --num_sessions
+DATA_PATH = "MindEyeV2/mindeyev2"  # from the root, where --data_path does not say otherwise
+EXPDESIGN = "nsddata/experiments/nsd/nsd_expdesign.mat"  # from the root: where it is, the data are NSD's
+# sessions each subject of NSD was scanned in: the default of --num_sessions (sessions_of)
 SESSIONS = {"subj01": 40, "subj02": 40, "subj03": 32, "subj04": 30,
             "subj05": 40, "subj06": 32, "subj07": 40, "subj08": 30}
 VAL_FRACTION = 0.05  # of the training images, by image: for validation
@@ -93,7 +96,7 @@ class Parser(argparse.ArgumentParser):
         words = [word if not word.startswith("--") else _underscored(word) for word in words]
         parsed = super().parse_args(words, namespace)
         if "num_sessions" in parsed and parsed.num_sessions is None:
-            parsed.num_sessions = SESSIONS[parsed.subj]
+            parsed.num_sessions = all_sessions(parsed)
         for fill_in in filter(None, (complete, self.resolve)):
             fill_in(parsed)
         if parsed.dry_run and self.dry_run_stops:
@@ -111,12 +114,40 @@ def _underscored(word):
     return f"--{'no-' if negated else ''}{name.replace('-', '_')}{equals}{value}"
 
 
-def subject(text):
+def subject(text, last=99):
     """'1', '01' or 'subj01' -> 'subj01'."""
     digits = text.removeprefix("subj")
-    if not digits.isdigit() or not 1 <= int(digits) <= 8:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a subject; wanted 1..8 or subj01..subj08")
+    if not digits.isdecimal() or not 1 <= int(digits) <= last:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a subject; wanted 1..{last} or subj01..subj{last:02d}")
     return f"subj{int(digits):02d}"
+
+
+def subject_of_nsd(text):
+    """One of NSD's eight."""
+    return subject(text, len(SESSIONS))
+
+
+def sessions_of(subj, root, data_path=None):
+    """Count a subject's sessions: of NSD's as published, else its training shards that are on disk; None for none.
+
+    NSD's are the data where its design is, and, before anything is there, any. data_path: None for the root's own.
+    """
+    root = Path(root).expanduser()
+    folder = Path(data_path).expanduser() if data_path else root / DATA_PATH
+    shards = len(list(folder.glob(f"wds/{subj}/train/*.tar")))
+    if subj in SESSIONS and ((root / EXPDESIGN).exists() or not shards):
+        return SESSIONS[subj]
+    return shards or None
+
+
+def all_sessions(args):
+    """Return the --num_sessions that --subj means without it; raises UserError where nothing says how many."""
+    found = sessions_of(args.subj, args.root, args.data_path)
+    if found is None and Path(args.root).expanduser().is_dir():  # no root: Paths.from_args says so
+        raise utils.UserError(f"--subj {int(args.subj[4:])}: no session of {args.subj} found under {args.root} "
+                              f"(wds/{args.subj}/train/*.tar), and NSD has subjects 1..{len(SESSIONS)}; check --subj, "
+                              "--root and --data_path")
+    return found or 0
 
 
 def feature(text):
@@ -161,7 +192,7 @@ def add_paths(parser):
 
 
 def add_subject(parser):
-    parser.add_argument("--subj", "--subject", dest="subj", type=subject, default="subj01", metavar="1..8",
+    parser.add_argument("--subj", "--subject", dest="subj", type=subject, default="subj01", metavar="1..99",
                         help="the subject (held out of pretraining; fine-tuned and decoded)")
 
 
@@ -177,7 +208,7 @@ def add_run(parser, hidden_dim=HIDDEN_DIM, note=""):
 def add_sessions(parser):
     """Flags that say which trials a run learns from, and keep variants apart."""
     parser.add_argument("--num_sessions", type=whole, metavar="SESSIONS",
-                        help="use the first N training sessions of --subj (all: 40, 32 or 30, by subject)")
+                        help="use the first N training sessions of --subj (all: of NSD 40, 32 or 30, by subject)")
     parser.add_argument("--tag", type=tag, default="", metavar="NAME",
                         help="appended to the run's name, to keep variants side by side")
 
@@ -187,7 +218,7 @@ def add_scored_run(parser):
     parser.add_argument("--run", type=run, default="finetune", metavar="STAGE[:SUBJ]",
                         help="finetune, pretrain, scratch or ridge: that run of --subj, or of another subject "
                              "(pretrain:1 = pretrained on all but subject 1); ground_truth: no run, the true features")
-    parser.add_argument("--head", type=head, metavar="own|adapt|1..8",
+    parser.add_argument("--head", type=head, metavar="own|adapt|1..99",
                         help="voxel encoder: --subj's own in that run; a new one, fitted to --subj's training trials "
                              "with the rest frozen; or another subject's (default: own where there is one, else adapt)")
     parser.add_argument("--test_split", choices=["new_test", "test", "val"], default="new_test",
@@ -318,7 +349,8 @@ def training_parser(doc, components=None, mindeye2=None):
     stage.add_argument("--multi_subject", action=argparse.BooleanOptionalAction, default=False,
                        help="pretrain on all subjects but --subj")
     stage.add_argument("--multisubject_ckpt", metavar="RUN",
-                       help="fine-tune from this pretraining run: a name, or `auto` for that of --subj and the feature")
+                       help="fine-tune from this pretraining run: a name, `auto` for that of --subj and the feature, "
+                            "or the folder of a run of other data whose components --components_from took")
     network = parser.add_argument_group("network", "in fine-tuning, what is not given is the pretrained run's")
     network.add_argument("--model", choices=MODELS,
                          help="components: regression of the features' principal components; mindeye2: the published "

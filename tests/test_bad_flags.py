@@ -49,7 +49,7 @@ CASES = [  # script, what is broken, how, flags, words of the line: flag or file
     (score_c, "--prior_steps 0", whole, ["--prior_steps", 0], ("--prior_steps 0", "at least 1")),
     (score_c, "--prior_steps 1000", whole, ["--prior_steps", 1000], ("--prior_steps 1000", "at most")),
     (score_c, "--num_sessions 0", whole, ["--num_sessions", 0, "--run", "pretrain"], ("--num_sessions 0",)),
-    (score_c, "--head of an unknown subject", whole, ["--head", 9], ("--head", "'9'", "1..8")),
+    (score_c, "--head of an unknown subject", whole, ["--head", 100], ("--head", "'100'", "1..99")),
     (score_c, "--head without an encoder", whole, ["--head", 5], ("--head subj05", "subj01", "adapt")),
     (score_g, "--feat g_3", whole, ["--feat", "g_3"], ("--feat", "'g_3'", "g_2")),
     (score_gnet, "--batch_size -1", whole, ["--batch_size", -1], ("--batch_size -1", "at least 1")),

@@ -157,7 +157,8 @@ def test_lines_that_nobody_reads_any_more_end_a_command_quietly():
 # --- names and flags ----------------------------------------------------------------------------------------------
 
 
-def test_every_name_leads_back_to_the_flags_that_made_it():
+def test_every_name_leads_back_to_the_flags_that_made_it(tmp_path):
+    paths = Paths(tmp_path, tmp_path)
     choices = {"run": ("finetune", "pretrain", "scratch", "ridge", "finetune:subj02", "pretrain:subj05"),
                "tag": ("", "v2", "lr=1e-3_a"), "head": (None, "adapt", "subj07"), "control": (None, "shuffle"),
                "test_split": ("new_test", "val"), "repeats": ("mean", "single")}
@@ -168,8 +169,8 @@ def test_every_name_leads_back_to_the_flags_that_made_it():
             name = re.fullmatch(pattern, scores_name(flags, feat))
             found = {"subj": "subj01", **hints.run_flags(name, "subj01"), "head": hints.head_in(name),
                      **hints.variant_in(name)}
-            assert hints.differences(flags, found) == [], (scores_name(flags, feat), found)
-            assert hints.differences({**flags, "tag": "else"}, found) == [
+            assert hints.differences(paths, flags, found) == [], (scores_name(flags, feat), found)
+            assert hints.differences(paths, {**flags, "tag": "else"}, found) == [
                 f"--tag {flags['tag']}" if flags["tag"] else "without --tag"]
 
 

@@ -72,6 +72,8 @@ def test_a_run_of_other_inputs_is_not_kept(paths, capsys, change, flags, words):
     error = capsys.readouterr().err
     assert f"others than are there now: {words}; --overwrite" in error and error.count("\n") == 1
     assert (paths.run(FINETUNED) / "last.pth").stat().st_mtime_ns == before
+    if change is other_components:  # what was pretrained on the old ones means something else now
+        assert train(paths, *PRETRAIN, "--overwrite") == 0
     assert train(paths, *flags, "--overwrite") == 0 and train(paths, *flags) == 0
     assert "already finished, kept" in capsys.readouterr().out
 

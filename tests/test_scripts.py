@@ -52,7 +52,7 @@ def names(calls):
     ("FEATS", "g2", "g2 is not a feature; wanted c, z, g_2 ... g_12"), ("FEATS", "c q", "q is not a feature"),
     ("FEATS", "c,z", "c,z is not a feature"), ("FEATS", "g_3", "g_3 is not a feature"),
     ("STAGES", "fine-tune", "fine-tune is not a stage; wanted pretrain, finetune"),
-    ("SUBJ", "9", "9 is not a subject; wanted 1 ... 8"), ("SUBJ", "sub-01", "is not a subject"),
+    ("SUBJ", "100", "100 is not a subject; wanted 1 ... 99"), ("SUBJ", "sub-01", "is not a subject"),
     ("DRY_RUN", "yes", "yes is not a setting; wanted 1 (yes) or 0 (no)"), ("WANDB_LOG", "true", "true is not"),
     ("PYTHON", "/nowhere/python", "/nowhere/python is not a program"), ("LAUNCH", "acelerate x", "acelerate is not"),
 ])
@@ -72,11 +72,12 @@ def test_a_name_that_is_nearly_a_knobs_is_refused(call, name, value, wanted):
     assert done.stderr == f"error: {name}: no such knob; wanted {wanted}\n"
 
 
-def test_curves_draw_through_bottlenecks_and_from_few_sessions_and_compare_them(call, tmp_path):
-    folder = tmp_path / "outputs_all/subj02/sessions4/30/0.8"
+@pytest.mark.parametrize("subj", ["2", "subj02", "12"])
+def test_curves_draw_through_bottlenecks_and_from_few_sessions_and_compare_them(call, tmp_path, subj):
+    folder = tmp_path / f"outputs_all/subj{int(subj[-2:].lstrip('j')):02d}/sessions4/30/0.8"
     folder.mkdir(parents=True)
     (folder / "index.csv").touch()
-    done = call("curves", "--seed", "3", SUBJ="2", FEATS="c", BOTTLENECKS="1 20", SESSIONS="4")
+    done = call("curves", "--seed", "3", SUBJ=subj, FEATS="c", BOTTLENECKS="1 20", SESSIONS="4")
     assert done.returncode == 0, done.stderr
     assert names(done.calls) == ["score_c.py", "recon.py"] * 2 + ["train_c.py"] * 2 + ["score_c.py", "recon.py",
                                                                                       "evaluate.py"]

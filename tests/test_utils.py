@@ -107,7 +107,7 @@ def test_flags(capsys):
     args = parser.parse_args(["--subject", "subj02", "--guidance-scale=3e5", "--no-resume"])
     assert (args.subj, args.guidance_scale, args.resume) == ("subj02", 3e5, False)
     assert parser.parse_args(["--subj", "7"]).subj == "subj07"
-    for wrong in (["--guidance", "1"], ["--subj", "9"], ["--subj", "x"], ["--nothing"]):
+    for wrong in (["--guidance", "1"], ["--subj", "0"], ["--subj", "100"], ["--subj", "x"], ["--nothing"]):
         with pytest.raises(SystemExit) as stop:
             parser.parse_args(wrong)
         assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
@@ -116,14 +116,36 @@ def test_flags(capsys):
 @pytest.mark.parametrize(("subj", "sessions"), [(1, 40), (3, 32), (4, 30), (8, 30)])
 def test_all_sessions_of_the_subject_are_the_default(subj, sessions):
     parser = options.Parser("doc")
+    options.add_paths(parser)
     options.add_subject(parser)
     options.add_run(parser)
     assert parser.parse_args(["--subj", str(subj)]).num_sessions == sessions
     assert parser.parse_args(["--subj", str(subj), "--num_sessions", "2"]).num_sessions == 2
 
 
+def test_sessions_of_other_data_are_counted_on_disk(tmp_path):
+    shards = tmp_path / "MindEyeV2/mindeyev2/wds/subj01/train"
+    assert options.sessions_of("subj01", tmp_path) == 40 and options.sessions_of("subj09", tmp_path) is None
+    shards.mkdir(parents=True)
+    for number in range(3):
+        (shards / f"{number}.tar").touch()
+    assert options.sessions_of("subj01", tmp_path) == 3
+    assert options.sessions_of("subj01", "/nowhere", tmp_path / "MindEyeV2/mindeyev2") == 3
+    design = tmp_path / "nsddata/experiments/nsd/nsd_expdesign.mat"  # NSD's, of which three sessions are there
+    design.parent.mkdir(parents=True)
+    design.touch()
+    assert options.sessions_of("subj01", tmp_path) == 40 and options.sessions_of("subj09", tmp_path) is None
+    parser = options.Parser("doc")
+    options.add_paths(parser)
+    options.add_subject(parser)
+    options.add_run(parser)
+    with pytest.raises(utils.UserError, match=r"--subj 9: no session of subj09 found .* check --subj"):
+        parser.parse_args(["--root", str(tmp_path), "--subj", "9"])
+
+
 def test_dry_run_prints_and_stops(capsys):
     parser = options.Parser("doc")
+    options.add_paths(parser)
     options.add_subject(parser)
     options.add_run(parser)
     with pytest.raises(SystemExit) as stop:

@@ -6,7 +6,6 @@ The reverse of disk.names, which makes names of flags (dicts, as it takes them);
 import re
 
 from disk.names import head_of, images_name, runs_of
-from options import SESSIONS
 
 AT_MOST = 8  # that an error names
 STAGES = {"multisubject": "pretrain", "pretrained": "finetune", "scratch": "scratch", "ridge": "ridge"}
@@ -21,13 +20,13 @@ PICTURES = (r"(?P<method>.+?)(?P<ceiling>_ground_truth)?"
 DEFAULTS = {"test_split": "new_test", "repeats": "mean", "control": None}
 
 
-def how_to_train(flags, feat):
+def how_to_train(paths, flags, feat):
     """Return the command that trains the run which flags (--run of --subj, ...) mean, its knobs in front."""
     stage, _, subj = flags["run"].partition(":")
     subj = subj or flags["subj"]
     stages = '"pretrain finetune"' if stage == "finetune" else stage
     named = [] if stage == "ridge" else [f"--hidden_dim {flags['hidden_dim']}"]
-    if stage != "pretrain" and flags["num_sessions"] != SESSIONS[subj]:
+    if stage != "pretrain" and flags["num_sessions"] != paths.sessions(subj):
         named.append(f"--num_sessions {flags['num_sessions']}")
     named += [f"--tag {flags['tag']}"] if flags["tag"] else []
     return " ".join([f"SUBJ={int(subj[-2:])} STAGES={stages} FEATS={feat} bash scripts/train.sh", *named])
@@ -39,7 +38,7 @@ def how_to_score(paths, flags, feat):
     run, ceiling = own_run(flags), flags["run"] == "ground_truth"
     command += [f"--run {as_written(run)}"] if run != "finetune" else []
     command += [f"--hidden_dim {flags['hidden_dim']}"] if not ceiling and not run.startswith("ridge") else []
-    if flags["num_sessions"] != SESSIONS[flags["subj"]]:
+    if flags["num_sessions"] != paths.sessions(flags["subj"]):
         command.append(f"--num_sessions {flags['num_sessions']}")
     command += [f"--head {flags['head'].removeprefix('subj0')}"] if flags["head"] else []
     for flag, default in {"tag": "", **DEFAULTS}.items():
@@ -47,7 +46,7 @@ def how_to_score(paths, flags, feat):
     scoring = f"score {feat} ({' '.join(command)})"
     if ceiling or any((paths.run(name) / "last.pth").exists() for name in runs_of(flags, feat)):
         return scoring
-    return f"train it first ({how_to_train(flags, feat)}), then {scoring}"
+    return f"train it first ({how_to_train(paths, flags, feat)}), then {scoring}"
 
 
 def runs_like(paths, flags, feat, stage=None):
@@ -60,7 +59,7 @@ def runs_like(paths, flags, feat, stage=None):
     for file in paths.run("").glob("*/last.pth"):
         name = re.fullmatch(RUN.replace("{feat}", feat), file.parent.name)
         if name and stage in (None, STAGES[name["prefix"]]):
-            words = differences(flags, run_flags(name, flags["subj"]))
+            words = differences(paths, flags, run_flags(name, flags["subj"]))
             other = stage is not None and any(word.startswith("--run ") for word in words)  # of another subject
             found.append((file.parent.name, [f"--multisubject_ckpt {file.parent.name}"] if other else words))
     return listed(found)
@@ -86,7 +85,7 @@ def scores_like(paths, flags, feat):
         name, subj = re.fullmatch(pattern, folder.name), folder.parent.name
         if name:
             own = subj == flags["subj"]
-            found.append((folder.name if own else f"{subj}/{folder.name}", differences(flags, {
+            found.append((folder.name if own else f"{subj}/{folder.name}", differences(paths, flags, {
                 "subj": subj, **run_flags(name, subj), "head": head_in(name), **variant_in(name)})))
     return listed(found)
 
@@ -105,7 +104,8 @@ def pictures_like(paths, flags):
                   **variant_in(name), "use_gnet": name["gnet_roi"] is not None, "gnet_roi": name["gnet_roi"],
                   "gnet_kappa": float(name["gnet_kappa"] or 0), "select": name["select"]}
         assert images_name(of_set) == method, f"{method}: {of_set}"
-        words = differences({**flags, "run": flags["run"] if flags["run"] == "ground_truth" else "finetune"}, of_set)
+        words = differences(paths, {**flags, "run": flags["run"] if flags["run"] == "ground_truth" else "finetune"},
+                            of_set)
         if flags["guidance_scale"] != scale:
             words.append(f"--guidance_scale {scale:g}")
         if scale and flags["guidance_strength"] != strength:
@@ -150,7 +150,7 @@ def variant_in(name):
     return {flag: name[flag] or default for flag, default in DEFAULTS.items()}
 
 
-def differences(wanted, found):
+def differences(paths, wanted, found):
     """List the flags that `wanted` must be changed by to mean what `found` does, as they are written."""
     words, subj = [], found.get("subj", wanted["subj"])
     if subj != wanted["subj"]:
@@ -160,7 +160,8 @@ def differences(wanted, found):
     if "head" in found and found["run"] != "ground_truth":
         if head_of({**wanted, "subj": subj, "run": found["run"]}) != found["head"]:
             words.append(f"--head {found['head'].removeprefix('subj0')}")
-    all_of = SESSIONS[subj] if wanted.get("num_sessions") == SESSIONS[wanted["subj"]] else wanted.get("num_sessions")
+    is_all = wanted.get("num_sessions") == paths.sessions(wanted["subj"])
+    all_of = paths.sessions(subj) if is_all else wanted.get("num_sessions")
     if found.get("num_sessions", all_of) != all_of:
         words.append(f"--num_sessions {found['num_sessions']}")
     if found.get("use_gnet"):

@@ -6,6 +6,7 @@ Only the standard library is imported here, as in utils.py. docs/data.md lists t
 from dataclasses import dataclass
 from pathlib import Path
 
+import options
 from utils import UserError
 
 
@@ -23,8 +24,15 @@ class Paths:
         root = Path(args.root).expanduser().resolve()
         if not root.is_dir():
             raise UserError(f"--root {args.root}: no such folder; give the folder that holds nsddata/ and MindEyeV2/")
-        data_path = Path(args.data_path).expanduser().resolve() if args.data_path else root / "MindEyeV2/mindeyev2"
+        data_path = Path(args.data_path).expanduser().resolve() if args.data_path else root / options.DATA_PATH
         return cls(root, data_path, getattr(args, "roi_source", None))
+
+    def other(self, given, flag):
+        """Return the Paths of another root, which a flag names; raises UserError when there is no such folder."""
+        root = self.find(given)
+        if not root.is_dir():
+            raise UserError(f"{flag} {given}: no such folder; give the --root of other data")
+        return Paths(root, root / options.DATA_PATH)
 
     def find(self, given):
         """Return the path that a flag names: from the current folder, or, where there is no such thing, from the root.
@@ -44,6 +52,15 @@ class Paths:
         return str(Path(path).relative_to(self.root)) if Path(path).is_relative_to(self.root) else str(path)
 
     @property
+    def own_data(self):
+        """What import_data.py says of the data that it put here; there is no such file beside NSD's."""
+        return self.root / "own_data.json"
+
+    def sessions(self, subj):
+        """Count a subject's sessions (options.sessions_of); None where nothing says how many there are."""
+        return options.sessions_of(subj, self.root, self.data_path)
+
+    @property
     def stimuli(self):
         """Folder of NSD's stimuli, their captions and their features."""
         return self.root / "nsddata_stimuli/stimuli/nsd"
@@ -57,6 +74,11 @@ class Paths:
     def captions(self):
         """COCO's captions of the stimuli, {cocoId: [caption, ...]}."""
         return self.stimuli / "annotations/nsd_captions.json"
+
+    @property
+    def generated_captions(self):
+        """Which of the captions a model wrote (img2feat.py --caption_model)."""
+        return self.captions.with_name("nsd_captions_by.json")
 
     def feature(self, feat):
         """HDF5 file of a feature ('c', 'z', 'g_2', ...): one row per 73k image."""
@@ -77,6 +99,10 @@ class Paths:
     def run(self, name):
         """Folder of a training run; `name` is `run_name`'s."""
         return self.root / "train_logs" / name
+
+    def run_given(self, name):
+        """Folder of a run that a flag names: one of train_logs, or, where there is none, a folder (`find`)."""
+        return self.run(name) if self.run(name).exists() or not self.find(name).is_dir() else self.find(name)
 
     @property
     def scores_all(self):

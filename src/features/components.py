@@ -14,7 +14,7 @@ import torch
 import utils
 from disk.files import atomic_path
 from features.files import FeatureFile, check_room
-from nsd.components import open_components, source_of
+from nsd.components import basis_in, maker_in, open_components, source_of
 from nsd.rows import open_feature
 from nsd.trials import shared_images
 from training.team import ALONE
@@ -133,23 +133,34 @@ def follow(blocks, k, seed):
 # --- the file -----------------------------------------------------------------------------------------------------
 
 
-def write_components(paths, feat, k=COMPONENTS, seed=42, team=ALONE, overwrite=False):
+def write_components(paths, feat, k=COMPONENTS, seed=42, team=ALONE, overwrite=False, others=None):
     """Write what the file of a feature's components lacks: the components, then the coefficients of every image.
 
     Components are fitted once, to the images whose rows are there, without those of any test set. Later calls add
     coefficients of images whose rows came later, or where an earlier call was killed. team: processes that share the
-    coefficients. overwrite: fit again. Raises UserError for a file of another feature file, k or seed.
+    coefficients. overwrite: fit again. others: Paths of another root, whose components are taken over in place of
+    fitting any, so that what was trained on them there can be fine-tuned here. Raises UserError for a file of another
+    feature file, k, seed or basis, and for others of another feature.
     """
     path, rows, source = paths.components(feat), open_feature(paths, feat), source_of(paths.feature(feat))
     there, is_new = rows.there(), overwrite or not path.exists()
+    adopted = others and open_components(others, feat)
+    if adopted is not None:
+        check_adopted(adopted, rows, source, None if is_new else open_components(paths, feat))
     team.wait()  # until every process has looked
     if is_new and team.is_main:
-        ids = np.setdiff1d(there, shared_images(paths, len(rows)))
-        fit = fit_components(rows, ids, k, seed, team.device, show=True)
-        create_file(paths, feat, fit, len(rows), rows.row_shape, {"source": source, "seed": seed, "wanted": k})
+        if adopted is None:
+            ids = np.setdiff1d(there, shared_images(paths, len(rows)))
+            fit, basis = fit_components(rows, ids, k, seed, team.device, show=True), None
+            settings = {"source": source, "seed": seed, "wanted": k}
+        else:
+            fit, basis = Fit(adopted.mean, adopted.basis, adopted.variances, adopted.total, adopted.n_fitted), \
+                basis_in(adopted.digest)
+            settings = {"source": source, "seed": adopted.seed, "wanted": adopted.wanted}
+        create_file(paths, feat, fit, len(rows), rows.row_shape, settings, basis)
     team.wait()
     components, file = open_components(paths, feat), FeatureFile(path)
-    if not is_new:
+    if not is_new and adopted is None:
         check_settings(components, k, seed)
     # blocks are cut from all images, as those of features are, so that a run that was killed gives the same bits
     blocks = np.split(there, range(BLOCK, len(there), BLOCK))
@@ -159,7 +170,7 @@ def write_components(paths, feat, k=COMPONENTS, seed=42, team=ALONE, overwrite=F
     write_coefficients(rows, components, file, team.take(blocks), team)
     team.wait()
     fitted = f"{components.k} components keep {100 * components.kept:.1f} % of the variance (fitted on " \
-             f"{components.n_fitted:,} images)"
+             f"{components.n_fitted:,} images" + (f" of {others.root})" if others else ")")
     found = f"{FeatureFile(path).written.sum()} of {len(rows)} have coefficients"
     if is_new:
         team.print(f"{feat}: {fitted}")
@@ -175,8 +186,22 @@ def check_settings(components, k, seed):
                                   f"{found}, or delete the file to fit it again")
 
 
-def create_file(paths, feat, fit, n_images, shape, settings):
-    """Make a file of components, without any image's coefficients."""
+def check_adopted(adopted, rows, source, there):
+    """Raise UserError unless components of another root can be taken over for these rows, which say `source` of
+    themselves, and unless those that are there already (Components or None) have that basis."""
+    models = [maker_in(adopted.source), maker_in(source)]
+    if adopted.shape != rows.row_shape or None not in models and models[0] != models[1]:
+        raise utils.UserError(f"--components_from: {adopted.path} is of rows {adopted.shape} by "
+                              f"{models[0] or 'another program'}, {rows.path} has {rows.row_shape} by {models[1]}; "
+                              "make both by the same model")
+    if there is not None and basis_in(there.digest) != basis_in(adopted.digest):
+        raise utils.UserError(f"{there.path}: has components {there.digest}, wanted {basis_in(adopted.digest)} of "
+                              f"{adopted.path} (--components_from); delete it, and what was trained on it is lost")
+
+
+def create_file(paths, feat, fit, n_images, shape, settings, basis=None):
+    """Make a file of components, without any image's coefficients. basis: what its digest begins with where they were
+    taken over (nsd.components.basis_in)."""
     path, k = paths.components(feat), len(fit.basis)
     check_room(paths, [path.name], (n_images * k + fit.basis.size) * 4)
     known = {"shape": shape, "total": fit.total, "kept": fit.kept, "n_fitted": fit.n_fitted, **settings}
@@ -191,7 +216,7 @@ def create_file(paths, feat, fit, n_images, shape, settings):
             rows = file.create_dataset("data", (n_images, k), np.float32)
             rows[0] = 0  # with its first row HDF5 gives the data set its place
             file["written"] = np.zeros(n_images, np.uint8)
-            file.attrs.update(known, digest=digest.hexdigest()[:12])
+            file.attrs.update(known, digest=(f"{basis}-" if basis else "") + digest.hexdigest()[:12])
     except OSError as error:
         raise utils.UserError(f"{path}: could not be created ({error}); make room on the disk") from None
 

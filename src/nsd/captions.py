@@ -8,6 +8,9 @@ import utils
 from disk.files import load_json, save_json
 from nsd.design import load_stimulus_table
 
+# where they are not NSD's
+OWN_CAPTIONS = "import them (captions.csv), or let a BLIP write them (img2feat.py --feats c --caption_model DIR)"
+
 
 def write_captions(paths, archive):
     """Make nsd_captions.json, {cocoId: [caption, ...]}, of COCO's annotations_trainval2017.zip.
@@ -34,10 +37,11 @@ def write_captions(paths, archive):
 def load_captions(paths):
     """Read the captions of every image: list by image id of lists of str."""
     table, caption_file = load_stimulus_table(paths), paths.captions
-    by_coco_id = load_json(caption_file, "captions", "download them (bash scripts/download.sh)")
+    mend = "download them (bash scripts/download.sh)" if not paths.own_data.exists() else OWN_CAPTIONS
+    by_coco_id = load_json(caption_file, "captions", mend)
     captions = [by_coco_id.get(str(coco_id)) for coco_id in table["cocoId"]]
     missing = [image_id for image_id, texts in enumerate(captions) if not texts]
     if missing:
         raise utils.UserError(f"{caption_file}: no caption for image {missing[0]} and {len(missing) - 1} others "
-                              "(cocoId as in nsd_stim_info_merged.csv); write or download it again")
+                              f"(cocoId as in nsd_stim_info_merged.csv); {mend}")
     return captions

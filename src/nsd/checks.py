@@ -19,7 +19,8 @@ import utils
 from nsd import sources
 from nsd.captions import load_captions
 from nsd.components import open_components
-from nsd.design import check_shared_images, check_trial_images, load_design, load_stimulus_table
+from nsd.design import check_shared_images, check_trial_images, listed_images, load_design, load_stimulus_table
+from nsd.own_root import load_own
 from nsd.regions import roi_masks
 from nsd.rows import open_betas, open_feature, open_stimuli
 from nsd.trials import load_trials
@@ -39,6 +40,16 @@ class World:
         self.paths, self._trials = paths, {}
 
     @cached_property
+    def own(self):
+        """What import_data.py says of data of the user's own; None of NSD's."""
+        return load_own(self.paths)
+
+    @property
+    def subjects(self):
+        """Whose data these are."""
+        return list(self.own["subjects"]) if self.own else sources.SUBJECTS
+
+    @cached_property
     def n_images(self):
         """Images in NSD's table of the stimuli."""
         return len(load_stimulus_table(self.paths))
@@ -46,7 +57,7 @@ class World:
     @property
     def is_nsd(self):
         """Whether this is the full data set, of which published numbers hold."""
-        return self.n_images == sources.N_IMAGES
+        return self.n_images == sources.N_IMAGES and not self.own
 
     def trials(self, subj, split):
         """Table of a subject's trials (load_trials)."""
@@ -109,26 +120,49 @@ def expect(file, what, found, wanted):
         raise utils.UserError(f"{file}: {found} {what}, wanted {wanted}")
 
 
+def look_at_import(world):
+    """The import was not cut off, and all that it wrote is there."""
+    if not world.own["finished"]:
+        raise utils.UserError(f"{world.paths.own_data}: the import was cut off; import again")
+    for name in world.own["files"]:
+        utils.require(world.paths.root / name, "imported file", "import again")
+    return "; ".join(f"{subj} is {known['name']}" for subj, known in world.own["subjects"].items())
+
+
 def look_at_table(world):
     return f"{world.n_images} images"
 
 
 def look_at_shared(world):
     """All lists of the shared images agree."""
-    shared = check_shared_images(world.paths)
+    shared = check_shared_images(world.paths, own=bool(world.own))
+    if world.own:
+        return f"{len(shared)} images to test on, the same in both lists"
     if world.is_nsd:
         expect(world.paths.data_path / "shared1000.npy", "shared images", len(shared), 1000)
     return f"{len(shared)} shared images, the same in all three lists"
 
 
-def look_at_design(paths, subj):
-    """NSD's and MindEye2's lists of a subject's trials agree."""
-    lists = [paths.data_path / name for name in sources.ONLY_CHECKED]
-    if lacking := [file for file in lists if not file.exists()]:
-        designed = len(load_design(paths, subj))
-        raise Doubt(f"{designed} trials in nsd_expdesign.mat, which {lacking[0]} would confirm: not there; no stage "
-                    "reads it")
-    return f"{check_trial_images(paths, subj)} trials, the same images in both lists"
+def look_at_design(world, subj):
+    """NSD's and MindEye2's lists of a subject's trials agree; of imported data, the list and the shards."""
+    paths = world.paths
+    if not world.own:
+        lists = [paths.data_path / name for name in sources.ONLY_CHECKED]
+        if lacking := [file for file in lists if not file.exists()]:
+            designed = len(load_design(paths, subj))
+            raise Doubt(f"{designed} trials in nsd_expdesign.mat, which {lacking[0]} would confirm: not there; no "
+                        "stage reads it")
+        return f"{check_trial_images(paths, subj)} trials, the same images in both lists"
+    listed, mask = listed_images(paths, subj), check_shared_images(paths, own=True)
+    for split in ("train", "new_test"):
+        trials = world.trials(subj, split)
+        row, image_id = trials["row"].to_numpy(), trials["image_id"].to_numpy()
+        folder = paths.data_path / "wds" / subj / split
+        if row.max() >= len(listed) or not np.array_equal(listed[row], image_id):
+            raise utils.UserError(f"{folder}: shows other images than COCO_73k_subj_indices.hdf5 says, wanted the same")
+        if not (np.isin(image_id, mask) == (split == "new_test")).all():
+            raise utils.UserError(f"{folder}: images to test on and others are mixed, wanted them as in shared1000.npy")
+    return f"{len(listed)} trials, the same images in list and shards"
 
 
 def sample_of(n, deep):
@@ -194,7 +228,11 @@ def look_at_betas(world, subj, deep):
     if world.is_nsd:
         expect(betas.path, "trials x voxels", betas.shape, sources.PUBLISHED[subj][:2])
     else:
-        expect(betas.path, "trials", len(betas), check_trial_images(world.paths, subj))
+        found = listed_images(world.paths, subj) if world.own else range(check_trial_images(world.paths, subj))
+        expect(betas.path, "trials", len(betas), len(found))
+    if world.own:
+        known = world.own["subjects"][subj]
+        expect(betas.path, "trials x voxels", betas.shape, (known["trials"], known["voxels"]))
     look_at_rows(betas, deep)
     return f"{betas.shape} {betas.dtype}, {looked(deep)}"
 
@@ -235,12 +273,15 @@ def look_at_old_test(world, subj):
     return f"{old['image_id'].nunique()} images, {len(old)} trials"
 
 
-def look_at_masks(paths, subj):
+def look_at_masks(world, subj):
+    paths = world.paths
     masks = roi_masks(paths, subj)
     empty = [name for name, mask in masks.items() if not mask.any()]
     if empty:
         raise utils.UserError(f"regions of {subj}: {', '.join(empty)} have no voxels")
     found = ", ".join(f"{name} {mask.sum()}" for name, mask in masks.items())
+    if world.own:
+        return found
     if not paths.roi_source and not (paths.rois(subj) / "nsdgeneral.nii.gz").exists():
         raise Doubt(f"{found}; not checked against NSD's volumes, {paths.rois(subj)} has none")
     if paths.roi_source:

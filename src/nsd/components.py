@@ -57,7 +57,7 @@ class Components(Basis):
     .kept          float: share of it that the k components keep; .n_fitted: how many images these are
     .k             number of components
     .source        what the feature file said of itself
-    .digest        short hash that tells one basis from another
+    .digest        short hash that tells one file of components from another (basis_in: what it says of the basis)
     .coefficients  (N, k) float32, by image id, read whole when first asked for (0.3 GB on NSD)
     .rows          the same on disk, as Rows
     """
@@ -151,6 +151,18 @@ def check_source(components, source):
         raise utils.UserError(f"{components.path}: made from a feature file of {components.source}, but the one beside "
                               f"it is of {source}; delete it and write it again with bash scripts/features.sh --feats "
                               f"{components.feat}")
+
+
+def basis_in(digest):
+    """Return what tells one basis from another: the part of a digest that components keep when another root takes them
+    over (features.components.adopt). Coefficients of two files with the same mean the same."""
+    return digest.partition("-")[0]
+
+
+def maker_in(source):
+    """Return the model that a source (source_of) names; None of a feature file that does not say what made it."""
+    model = source.rpartition(" ")[0]
+    return None if model == "rows" else model
 
 
 def source_of(file):

@@ -56,18 +56,23 @@ def check_against_expdesign(paths, subj, trials):
                               "check that both are of one subject and one data set")
 
 
-def check_shared_images(paths):
+def check_shared_images(paths, own=False):
     """Return the ids of the images that all subjects were to see; UserError unless the files that list them agree.
 
-    These are nsd_expdesign.mat (from 1), the table of the stimuli and MindEye2's shared1000.npy.
+    These are nsd_expdesign.mat (from 1), the table of the stimuli and MindEye2's shared1000.npy. own: of data that are
+    not NSD's, which have no such design, the latter two: there, the images to test on.
     """
-    shared = read_expdesign(paths, lambda design: np.sort(design["sharedix"].ravel().astype(np.int64) - 1))
-    mask_file = paths.data_path / "shared1000.npy"
+    first, mask_file = "nsd_expdesign.mat", paths.data_path / "shared1000.npy"
+    if own:
+        shared = np.flatnonzero(load_stimulus_table(paths, ("nsdId", "shared1000"))["shared1000"])
+        first = "nsd_stim_info_merged.csv"
+    else:
+        shared = read_expdesign(paths, lambda design: np.sort(design["sharedix"].ravel().astype(np.int64) - 1))
     others = {"nsd_stim_info_merged.csv": load_stimulus_table(paths, ("nsdId", "shared1000"))["shared1000"].to_numpy(),
               mask_file: load_npy(mask_file, "mask of the shared images", DOWNLOAD)}
     for name, mask in others.items():
         if not np.array_equal(np.flatnonzero(mask), shared):
-            raise utils.UserError(f"{name}: {np.count_nonzero(mask)} shared images, of which nsd_expdesign.mat lists "
+            raise utils.UserError(f"{name}: {np.count_nonzero(mask)} shared images, of which {first} lists "
                                   f"{np.isin(np.flatnonzero(mask), shared).sum()} of its {len(shared)}, wanted the "
                                   "same; download both again")
     return shared
@@ -75,15 +80,19 @@ def check_shared_images(paths):
 
 def check_trial_images(paths, subj):
     """Count the trials in COCO_73k_subj_indices.hdf5; raises UserError where it contradicts nsd_expdesign.mat."""
+    image_ids = listed_images(paths, subj)
+    check_against_expdesign(paths, subj, pd.DataFrame({"row": np.arange(len(image_ids)), "image_id": image_ids}))
+    return len(image_ids)
+
+
+def listed_images(paths, subj):
+    """Read the image id of each of a subject's trials, (trials,), from COCO_73k_subj_indices.hdf5."""
     file = utils.require(paths.data_path / "COCO_73k_subj_indices.hdf5", "image ids of trials", DOWNLOAD)
     try:
         with h5py.File(file, "r") as listed:
-            image_ids = listed[subj][()].astype(np.int64)
+            return listed[subj][()].astype(np.int64)
     except (OSError, KeyError) as error:
         raise utils.UserError(f"{file}: `{subj}` is not readable ({error}); download it again") from None
-    trials = pd.DataFrame({"row": np.arange(len(image_ids)), "image_id": image_ids})
-    check_against_expdesign(paths, subj, trials)
-    return len(image_ids)
 
 
 def load_stimulus_table(paths, columns=("nsdId", "cocoId")):

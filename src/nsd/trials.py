@@ -13,7 +13,7 @@ import pandas as pd
 import utils
 from disk.files import atomic_path, load_npy
 from nsd.design import check_against_expdesign, expdesign_file
-from nsd.sources import DOWNLOAD, SUBJECTS
+from nsd.sources import DOWNLOAD
 
 # columns of a shard's behav.npy (1, 17); the global trial is the row of the subject's betas
 BEHAV_IMAGE_ID, BEHAV_SESSION, BEHAV_TRIAL, BEHAV_SHARED, BEHAV_COLUMNS = 0, 2, 5, 16, 17
@@ -21,7 +21,8 @@ BEHAV_IMAGE_ID, BEHAV_SESSION, BEHAV_TRIAL, BEHAV_SHARED, BEHAV_COLUMNS = 0, 2, 
 
 def list_subjects(paths):
     """List the subjects whose betas are there, ascending; raises UserError when there are none."""
-    found = [subj for subj in SUBJECTS if paths.betas(subj).exists()]
+    files = paths.data_path.glob(paths.betas("subj[0-9][0-9]").name)
+    found = sorted(file.name.removeprefix("betas_all_")[:len("subj01")] for file in files)
     if not found:
         raise utils.UserError(f"{paths.data_path}: no betas_all_subj0X_fp32_renorm.hdf5 found; check --data_path")
     return found
@@ -145,7 +146,7 @@ def shared_images(paths, n_images):
             raise utils.UserError(f"{file}: shape {mask.shape}, wanted ({n_images},), one for each image; "
                                   "check that both are of one data set")
         return np.flatnonzero(mask)
-    tested = [subj for subj in SUBJECTS if (paths.data_path / "wds" / subj / "new_test").exists()]
+    tested = sorted(folder.parent.name for folder in paths.data_path.glob("wds/subj[0-9][0-9]/new_test"))
     if not tested:
         raise utils.UserError(f"{file}: mask of the shared images not found, nor test trials beside it, so that "
                               f"nobody knows what is tested on; {DOWNLOAD}, or check --data_path")

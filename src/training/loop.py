@@ -17,6 +17,7 @@ import utils
 from disk.checkpoints import RUN_KEYS, load_checkpoint, require_keys, save_checkpoint
 from disk.files import archive_hash, save_json
 from models import load_trunk, restore
+from nsd.components import basis_in, maker_in
 from training.settings import Wandb
 from training.tracking import Dashboard, Tracker, load_rows
 
@@ -243,10 +244,37 @@ def check_pretrained(run, source):
     if source["epoch"] < wanted:
         raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: {source['epoch']} of {wanted} epochs "
                               "are done; finish it first (the same command with --resume)")
-    seen = [subj for subj in run.n_voxels if subj in source["n_voxels"]]
+    check_targets(run, source["config"].get("made_from", {}))
+    seen = [subj for subj in run.n_voxels if subj in source["n_voxels"] and same_person(run, source["config"], subj)]
     if seen:
         raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: has seen {seen[0]}, wanted a run "
                               f"without it; pretrain with --subj {seen[0]} --multi_subject, or give `auto`")
+
+
+def same_person(run, pretrained, subj):
+    """Say whether a subject is the one of that name in the pretrained run (its config), which may be of other data.
+
+    It is, if both runs lie in one root or were trained on the same responses.
+    """
+    known = [config.get("made_from", {}).get(f"betas of {subj}") for config in (run.config, pretrained)]
+    return run.pretrained.parent.parent == run.folder.parent or None in known or known[0] == known[1]
+
+
+def check_targets(run, made_from):
+    """Refuse a pretrained run whose outputs mean something else than this run's targets: coefficients of another basis,
+    features by another model. made_from: what it was trained on; what was not recorded then passes."""
+    for what, found in run.config.get("made_from", {}).items():
+        kind, _, feat = what.rpartition(" ")
+        if kind not in ("components of", "feature") or what not in made_from:
+            continue
+        meaning, mend = (basis_in, f"take over those that it was trained on (img2feat.py --feats {feat} "
+                         "--components_from ROOT --overwrite)") if kind == "components of" else \
+            (maker_in, f"make it by that model (img2feat.py --feats {feat} --overwrite)")
+        known, found = meaning(made_from[what]), meaning(found)
+        if None not in (known, found) and known != found:
+            raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: was trained on {what} {known}, "
+                                  f"wanted {found} as here: the same numbers mean something else; {mend}, or pretrain "
+                                  "again")
 
 
 def check_network(run, pretrained, wanted):

@@ -188,7 +188,7 @@ def open_trained(request, feat, known=None):
         there = "" if checkpoint.exists() else runs_like(paths, request.flags, feat)
         state = load_checkpoint(checkpoint, f"--run/--hidden_dim/--num_sessions/--tag: the run {run}",
                                 (f"{there}: give the flags of one, or " if there else "")
-                                + f"train it first ({how_to_train(request.flags, feat)})")
+                                + f"train it first ({how_to_train(paths, request.flags, feat)})")
         known = Trained(request, run, checkpoint, state)
     if feat != state["config"]["feat"] and feat not in state["model_args"].get("components", {}):
         raise utils.UserError(f"{checkpoint}: was trained for {state['config']['feat']}, wanted {feat}; train {feat}")

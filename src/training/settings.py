@@ -134,7 +134,7 @@ class Plan:
         if name == "auto":
             names = [run_name("pretrain", self.subj, feat, self.hidden_dim, tag=tag) for tag in (self.tag, "")]
             name = next((name for name in names if (self.paths.run(name) / "last.pth").exists()), names[-1])
-        return self.paths.run(name) / "last.pth"
+        return self.paths.run_given(name) / "last.pth"
 
     def pretrained_file(self, feat):
         """Return the checkpoint to fine-tune from, None in other stages; UserError when it is missing."""
@@ -145,7 +145,7 @@ class Plan:
         there = runs_like(self.paths, wanted, feat, "pretrain")
         return utils.require(checkpoint, "--multisubject_ckpt: the pretrained run",
                              (f"{there}: give the flags of one, or " if there else "")
-                             + f"pretrain first ({how_to_train(wanted, feat)})")
+                             + f"pretrain first ({how_to_train(self.paths, wanted, feat)})")
 
 
 def like_pretrained(feats, args):
@@ -163,9 +163,9 @@ def like_pretrained(feats, args):
     if name == "auto":
         places = itertools.product(dict.fromkeys((args.tag, "")), feats)
         name = next(filter(None, (pretrained_run(paths, args, tag, feat) for tag, feat in places)), None)
-    if name is None or not (paths.run(name) / "config.json").exists():
+    if name is None or not (paths.run_given(name) / "config.json").exists():
         return
-    pretrained = load_json(paths.run(name) / "config.json")
+    pretrained = load_json(paths.run_given(name) / "config.json")
     for name in ARCHITECTURE:
         if getattr(args, name, 0) is None and name in pretrained:
             setattr(args, name, pretrained[name])
