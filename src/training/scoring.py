@@ -57,7 +57,7 @@ class Request:
     device: str
     num_workers: int
     overwrite: bool
-    wandb: Wandb
+    wandb: Wandb = Wandb()
 
     @classmethod
     def from_args(cls, args):
