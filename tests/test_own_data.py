@@ -566,6 +566,27 @@ def test_a_damaged_record_can_be_imported_over(paths, whole, pristine):
     assert before == after and json.loads(paths.own_data.read_text())["finished"]
 
 
+def test_a_record_cannot_make_an_import_remove_anything_else(paths, whole, tmp_path):
+    run = paths.run("mine") / "last.pth"
+    run.parent.mkdir(parents=True)
+    kept = [run, tmp_path / "outside"]
+    for file in kept:
+        file.touch()
+    known = json.loads(paths.own_data.read_text())
+    known["files"] += [str(kept[1]), "../outside", "train_logs/mine/last.pth", "MindEyeV2/mindeyev2/../../../outside"]
+    paths.own_data.write_text(json.dumps(known))
+    assert run_import(whole, paths.root, "--overwrite") == 0
+    assert all(file.exists() for file in kept)
+
+
+def test_data_on_another_disk_are_replaced_through_the_link(paths, whole, tmp_path, pristine):
+    shutil.move(paths.root / "nsddata_stimuli", tmp_path / "disk")
+    (paths.root / "nsddata_stimuli").symlink_to(tmp_path / "disk")
+    assert run_import(whole, paths.root, "--overwrite", "--no-zscore") == 0
+    assert open_stimuli(paths)[:].tobytes() == open_stimuli(pristine)[:].tobytes()
+    assert (paths.root / "nsddata_stimuli").is_symlink() and load_captions(paths)
+
+
 def test_pictures_are_squared_turned_and_read_in_colour(tmp_path):
     from nsd.own_data import read_image
 

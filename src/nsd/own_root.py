@@ -10,6 +10,7 @@ import os
 import shutil
 import tarfile
 from contextlib import suppress
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -135,8 +136,7 @@ def write_root(paths, data, betas, settings, command):
                                                 "sessions": np.unique(subject.sessions).tolist(),
                                                 "betas": betas[subject.number].file.name} for subject in data.subjects},
                   "images": data.images}
-        stale = {paths.root / name for name in record["files"]} | {paths.captions, paths.generated_captions}
-        stale = (stale | features_of_others(paths, staged)) - set(files) if before else set()
+        stale = stale_files(paths, before["files"], staged) if before else set()
         save_json(paths.own_data, record)  # whoever finds it unfinished imports again
         for file, ready in staged.items():
             os.replace(ready, file)
@@ -152,6 +152,15 @@ def write_root(paths, data, betas, settings, command):
         for folder in sorted(set(new), reverse=True):  # of an import that failed, those that are empty
             with suppress(OSError):
                 folder.rmdir()
+
+
+def stale_files(paths, listed, staged):
+    """List the files that an import leaves behind it: what the one before wrote (`listed`, as its record says) and this
+    one does not, a model's captions, features of other pictures. Only files of the data: a record proves nothing."""
+    places = (paths.stimuli, paths.experiments, paths.data_path)
+    files = {Path(os.path.normpath(paths.root / name)) for name in listed}  # links stay: they may lead to another disk
+    files = {file for file in files if any(file.is_relative_to(place) for place in places)}
+    return (files | {paths.captions, paths.generated_captions} | features_of_others(paths, staged)) - staged.keys()
 
 
 def features_of_others(paths, staged):
