@@ -105,8 +105,8 @@ def main(argv=None):
                               "--outdir")
     found = {}
     for subj in args.subjects:
-        everything = args.num_sessions == paths.sessions(args.subj)
-        sessions = paths.sessions(subj) if everything else min(args.num_sessions, paths.sessions(subj))
+        known = paths.sessions(subj) or args.num_sessions
+        sessions = known if args.num_sessions == paths.sessions(args.subj) else min(args.num_sessions, known)
         found[subj] = evaluate(argparse.Namespace(**{**vars(args), "subj": subj, "num_sessions": sessions}), paths)
     write_subjects(paths.root / "outputs_all" / f"{images_name(vars(args))}_subjects.json", found)
 

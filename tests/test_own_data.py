@@ -557,6 +557,29 @@ def test_an_import_that_was_cut_off_is_found_and_finished(paths, whole, capsys):
     assert checked(paths, capsys)[0] == 0
 
 
+def test_what_was_trained_on_is_not_tested_on_later(paths, data, capsys):
+    lines = table_of(data)
+    for line in lines:
+        line["is_test"] = int(line["image"] == "drawing 005.png" or int(line["is_test"]))
+    write_table(data, lines)
+    for feat in ("c", "z"):
+        paths.components(feat).touch()
+    run = paths.run("multisubject_subj01_ext1_c_8_mlp") / "last.pth"
+    run.parent.mkdir(parents=True)
+    run.touch()
+    before = look(paths.root)
+    assert run_import(data, paths.root, "--overwrite") == 2
+    line = capsys.readouterr().err
+    assert "drawing 005.png and 0 others are to be tested on now" in line and "move train_logs/ away" in line
+    assert look(paths.root) == before
+    run.unlink()
+    assert run_import(data, paths.root, "--overwrite") == 0
+    assert not paths.components("c").exists() and not paths.components("z").exists()
+    assert load_test_set(paths, "subj01").image_ids.tolist() == sorted({5, *range(0, 120, 6)})
+    run.touch()
+    assert run_import(data, paths.root, "--overwrite", "--no-zscore") == 0  # the same test images
+
+
 def test_a_damaged_record_can_be_imported_over(paths, whole, pristine):
     paths.own_data.write_text("{}")
     assert run_import(whole, paths.root) == 2
@@ -564,6 +587,27 @@ def test_a_damaged_record_can_be_imported_over(paths, whole, pristine):
     before, after = (look(found.root) for found in (pristine, paths))
     before, after = ({name for name in found if not name.name.startswith(".behaviour")} for found in (before, after))
     assert before == after and json.loads(paths.own_data.read_text())["finished"]
+
+
+def test_a_record_cannot_make_an_import_remove_anything_else(paths, whole, tmp_path):
+    run = paths.run("mine") / "last.pth"
+    run.parent.mkdir(parents=True)
+    kept = [run, tmp_path / "outside"]
+    for file in kept:
+        file.touch()
+    known = json.loads(paths.own_data.read_text())
+    known["files"] += [str(kept[1]), "../outside", "train_logs/mine/last.pth", "MindEyeV2/mindeyev2/../../../outside"]
+    paths.own_data.write_text(json.dumps(known))
+    assert run_import(whole, paths.root, "--overwrite") == 0
+    assert all(file.exists() for file in kept)
+
+
+def test_data_on_another_disk_are_replaced_through_the_link(paths, whole, tmp_path, pristine):
+    shutil.move(paths.root / "nsddata_stimuli", tmp_path / "disk")
+    (paths.root / "nsddata_stimuli").symlink_to(tmp_path / "disk")
+    assert run_import(whole, paths.root, "--overwrite", "--no-zscore") == 0
+    assert open_stimuli(paths)[:].tobytes() == open_stimuli(pristine)[:].tobytes()
+    assert (paths.root / "nsddata_stimuli").is_symlink() and load_captions(paths)
 
 
 def test_pictures_are_squared_turned_and_read_in_colour(tmp_path):

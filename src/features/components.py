@@ -196,7 +196,8 @@ def check_adopted(adopted, rows, source, there):
                               "make both by the same model")
     if there is not None and basis_in(there.digest) != basis_in(adopted.digest):
         raise utils.UserError(f"{there.path}: has components {there.digest}, wanted {basis_in(adopted.digest)} of "
-                              f"{adopted.path} (--components_from); delete it, and what was trained on it is lost")
+                              f"{adopted.path} (--components_from); delete it; what was trained on it is then to be "
+                              "trained again")
 
 
 def create_file(paths, feat, fit, n_images, shape, settings, basis=None):

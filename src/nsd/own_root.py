@@ -10,13 +10,14 @@ import os
 import shutil
 import tarfile
 from contextlib import suppress
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pandas as pd
 
 import utils
-from disk.files import load_json, remove_leftovers, save_json, temporary_of, write_npy
+from disk.files import load_json, load_npy, remove_leftovers, save_json, temporary_of, write_npy
 from nsd.design import expdesign_file
 from nsd.own_data import read_image
 from nsd.trials import BEHAV_COLUMNS, BEHAV_IMAGE_ID, BEHAV_SESSION, BEHAV_SHARED, BEHAV_TRIAL
@@ -75,6 +76,12 @@ def check_root(paths, data, settings, overwrite):
             raise utils.UserError(f"--root {paths.root}: holds {paths.as_recorded(found)}, which no import wrote, "
                                   "wanted a folder without such data: give another --root")
         return False
+    late = tested_late(paths, own, data)
+    run = next(paths.run("").glob("*/*.pth"), None)
+    if late and run and (overwrite or not own["finished"]):
+        raise utils.UserError(f"--root {paths.root}: {late[0]} and {len(late) - 1} others are to be tested on now, and "
+                              f"{run.parent.name} may have been trained on them; move train_logs/ away, or give "
+                              "another --root")
     if overwrite or not own["finished"]:
         return False
     if own["settings"] != settings:
@@ -84,6 +91,14 @@ def check_root(paths, data, settings, overwrite):
         raise utils.UserError(f"--root {paths.root}: holds another import ({'; '.join(said)}); --overwrite replaces "
                               "it, or give another --root")
     return True
+
+
+def tested_late(paths, own, data):
+    """List the images to test on that the import before (load_own's record) had to train on: names."""
+    mask, names = paths.data_path / "shared1000.npy", own.get("images", [])
+    was_test = load_npy(mask, "images to test on", "import again") if mask.exists() else np.zeros(len(names), bool)
+    trained = {name for name, test in zip(names, was_test, strict=False) if not test}
+    return [name for name, test in zip(data.images, data.is_test, strict=True) if test and name in trained]
 
 
 def written_files(paths, data):
@@ -135,8 +150,9 @@ def write_root(paths, data, betas, settings, command):
                                                 "sessions": np.unique(subject.sessions).tolist(),
                                                 "betas": betas[subject.number].file.name} for subject in data.subjects},
                   "images": data.images}
-        stale = {paths.root / name for name in record["files"]} | {paths.captions, paths.generated_captions}
-        stale = (stale | features_of_others(paths, staged)) - set(files) if before else set()
+        stale = stale_files(paths, before["files"], staged) if before else set()
+        if before and tested_late(paths, before, data):  # components were fitted to them
+            stale |= {*paths.stimuli.glob("*_components.hdf5")}
         save_json(paths.own_data, record)  # whoever finds it unfinished imports again
         for file, ready in staged.items():
             os.replace(ready, file)
@@ -152,6 +168,15 @@ def write_root(paths, data, betas, settings, command):
         for folder in sorted(set(new), reverse=True):  # of an import that failed, those that are empty
             with suppress(OSError):
                 folder.rmdir()
+
+
+def stale_files(paths, listed, staged):
+    """List the files that an import leaves behind it: what the one before wrote (`listed`, as its record says) and this
+    one does not, a model's captions, features of other pictures. Only files of the data: a record proves nothing."""
+    places = (paths.stimuli, paths.experiments, paths.data_path)
+    files = {Path(os.path.normpath(paths.root / name)) for name in listed}  # links stay: they may lead to another disk
+    files = {file for file in files if any(file.is_relative_to(place) for place in places)}
+    return (files | {paths.captions, paths.generated_captions} | features_of_others(paths, staged)) - staged.keys()
 
 
 def features_of_others(paths, staged):

@@ -267,8 +267,8 @@ def check_targets(run, made_from):
         kind, _, feat = what.rpartition(" ")
         if kind not in ("components of", "feature") or what not in made_from:
             continue
-        meaning, mend = (basis_in, f"take over those that it was trained on (img2feat.py --feats {feat} "
-                         "--components_from ROOT --overwrite)") if kind == "components of" else \
+        meaning, mend = (basis_in, f"take over those that it was trained on (delete {feat}_components.hdf5, then "
+                         f"img2feat.py --feats {feat} --components_from ROOT)") if kind == "components of" else \
             (maker_in, f"make it by that model (img2feat.py --feats {feat} --overwrite)")
         known, found = meaning(made_from[what]), meaning(found)
         if None not in (known, found) and known != found:
