@@ -120,14 +120,16 @@ def evaluate(args, paths):
     from evaluation.gallery import sheet_of
     from evaluation.measuring import Findings, Scale, brain_of, unmeasured
     from evaluation.networks import FeatureStore, load_networks
+    from evaluation.parts import parts_of
     from evaluation.picture_sets import MADE, SEEN, PictureSet, check_ids, of_the_same_images, read_compared, unlike
     from evaluation.results import check_writable, no_longer_compared
-    from nsd.rows import open_stimuli
+    from nsd.synthetic import stimuli_of
     from sampling.folders import name_of, read_images
 
     # which pictures, and which run's scores they were drawn from
     images = read_images(images_folder(args, paths))
-    stimuli = open_stimuli(paths)
+    subj = (images.config or {}).get("subj", args.subj)
+    stimuli = stimuli_of(paths, subj, images.image_ids)
     check_ids(images, stimuli)
     run, no_run = run_behind(images)
     check_rows(images, run, paths)
@@ -150,7 +152,6 @@ def evaluate(args, paths):
     networks, missing = load_networks(eval_clip, device, weights_dir)
     if len(images.image_ids) == 1:
         missing |= dict.fromkeys((name for name in networks if name.endswith("_two_way")), "needs at least two images")
-    subj = (images.config or {}).get("subj", args.subj)
     brain, no_brain = brain_of(paths, subj, images.image_ids, args.gnet_run, args.seed, device)
     if brain is None:
         missing["brain_correlation"] = no_brain
@@ -196,25 +197,26 @@ def evaluate(args, paths):
     findings = Findings(images, {SEEN: seen, made.label: made, **whole}, measured, differences, absent | lacking,
                         explained, tuple(filter(None, remarks)), tuple(curves))
     folders = {label: paths.as_recorded(other.folder) for label, other in (compared | drawn).items()}
-    write(outdir, findings, folders, sheet, note, paths, args)
+    write(outdir, findings, folders, sheet, note, parts_of(images, stimuli, paths), len(stimuli), paths, args)
     kept = store.trim(args.cache_gb * 1e9)
     print(f"kept features  {store.folder}, {utils.in_bytes(kept)} of --cache_gb {args.cache_gb:g} (0 empties it)")
     return found
 
 
-def write(outdir, findings, folders, sheet, note, paths, args):
+def write(outdir, findings, folders, sheet, note, parts, n_stimuli, paths, args):
     """Everything that was found: to files, to the report, to W&B and to the terminal."""
     from evaluation import report
+    from evaluation.parts import format_parts, measure_parts
     from evaluation.results import format_absent, format_explained, format_sets, format_table, table_of, write_results
-    from nsd.rows import open_stimuli
     from sampling.folders import name_of
     from training.tracking import Tracker
 
     folder, results = findings.images.folder, findings.results
     config = {"protocol": "mindeye2", "images": str(folder), "n_samples": findings.n_samples,
-              "stimuli": len(open_stimuli(paths)),
+              "stimuli": n_stimuli,
               "git_commit": utils.git_commit(), "options": vars(args), "brain_correlation": note}
-    write_results(outdir, findings, config, sheet, folders)
+    found_in_parts = measure_parts(findings.measured, parts, args.seed)
+    write_results(outdir, findings, config, sheet, folders, found_in_parts)
     report.write(outdir / "report", findings, config, paths)
 
     name = f"evaluate_{args.subj}_{name_of(folder)}".replace(" ", "_")
@@ -225,6 +227,7 @@ def write(outdir, findings, folders, sheet, note, paths, args):
     print(format_table(results))
     if len(findings.measured) > 1:
         print(f"\n{format_sets(findings.measured)}\n")
+    print(format_parts(found_in_parts), end="")
     print(format_explained(results, findings.explained), end="")
     if note:
         print(f"brain_correlation: {note}")

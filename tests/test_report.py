@@ -6,7 +6,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -30,9 +29,6 @@ def page(tmp_path_factory):
     """A report of three images, a compared set and a control; returns its folder."""
     folder = tmp_path_factory.mktemp("report")
     paths = Paths(folder, folder)
-    paths.stimuli.mkdir(parents=True)
-    with h5py.File(paths.stimuli / "nsd_stimuli.hdf5", "w") as file:
-        file["imgBrick"] = np.zeros((50, 4, 4, 3), np.uint8)
     rng = np.random.default_rng(0)
     per_image = {"pixcorr": np.array([0.5, 0.9, 0.1]), "ssim": np.array([0.2, 0.3, np.nan]),
                  "clip_median_rank": np.array([1.0, 3.0, 2.0]), "brain_correlation_V1": np.array([0.1, 0.2, 0.3])}
@@ -54,7 +50,7 @@ def page(tmp_path_factory):
     lines = (json.dumps({"step": step, "train/loss": 3 - step, "val/loss": 2.5}) for step in (1, 2))
     (run / "metrics.jsonl").write_text("\n".join(lines))
     config = {"protocol": "mindeye2", "images": "x", "n_samples": 1, "git_commit": "0123456789abcdef",
-              "options": {"method": "m"}, "brain_correlation": "predicted by gnet_subj01, fitted to the same subject"}
+              "stimuli": 50, "options": {"method": "m"}, "brain_correlation": "predicted by gnet_subj01, fitted to the same subject"}
     images = ImageSet(Path("a <set>"), np.array(IDS), [], recon_config)
     report.write(folder / "report", Findings(images, sets, measured, differences, {"control: noise": "draw it"}),
                  config, paths)

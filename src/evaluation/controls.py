@@ -17,6 +17,7 @@ from disk.scores import load_scores, retrieval_stem
 from evaluation.decoded import folder_with
 from evaluation.networks import weights_hash
 from evaluation.picture_sets import PictureSet, as_float, unlike
+from nsd.clusters import in_cluster
 from nsd.rows import open_feature, open_stimuli, sample_hash
 from nsd.trials import load_trials
 from sampling.folders import read_images
@@ -92,7 +93,8 @@ def without_decoder(seen, run, no_run, paths, feat, store, device):
 
 def training_images(run, paths):
     """Ids (M,), ascending, of the images that the decoder's subject trained or validated on."""
-    return np.unique(load_trials(paths, run["subj"], "train", run["num_sessions"])["image_id"])
+    ids = np.unique(load_trials(paths, run["subj"], "train", run["num_sessions"])["image_id"])
+    return ids[~in_cluster(paths, run["hold_out"], ids)] if run.get("hold_out") else ids
 
 
 def mean_image(label, seen, run, paths, store):

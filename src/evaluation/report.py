@@ -16,7 +16,6 @@ from disk.files import atomic_path, load_json
 from disk.names import run_of, scores_name
 from evaluation.decoded import features_of
 from evaluation.metrics import LOWER_IS_BETTER, is_rate
-from nsd.rows import open_stimuli
 from sampling.folders import name_of
 from training.tracking import load_rows
 
@@ -66,7 +65,7 @@ def write(folder, findings, config, paths):
         "<nav aria-label=Sections><a href=#results>Results</a><a href=#gallery-section>Gallery</a>"
         + "<a href=#brain>Brain</a>" * bool(config["brain_correlation"])
         + "<a href=#training>Training</a><a href=#settings>Settings</a></nav>",
-        results_section(findings, len(open_stimuli(paths))),
+        results_section(findings, config["stimuli"]),
         gallery_section(shown, per_image),
         brain_section(findings.measured, config["brain_correlation"]),
         training_section(recon_config, paths),
