@@ -171,8 +171,8 @@ def add_run(parser, hidden_dim=HIDDEN_DIM, note=""):
     parser.add_argument("--hidden_dim", type=whole, default=hidden_dim, metavar="UNITS",
                         help="width of the shared space" + note)
     parser.add_argument("--hold_out", type=hold_out, metavar="K/N",
-                        help="of N clusters of images by their captions' embedding, the K-th is left out of training and "
-                             "validation (3/10): its test images are of a kind that was never seen")
+                        help="of N clusters of images, by their captions' embedding, the K-th is left out of training "
+                             "and validation (3/10): its test images are of a kind that was never seen")
     add_sessions(parser)
 
 

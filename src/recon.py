@@ -355,8 +355,8 @@ def resolve(args, paths):
     args.feats = sorted({feat for feat in args.feats if feat}, key=lambda feat: int(feat.removeprefix("g_")))
     with_defaults(args)
     if args.hold_out and (args.use_gnet or args.select == "gnet"):
-        raise utils.UserError(f"--hold_out {args.hold_out} with --use_gnet or --select gnet: the encoding model has seen "
-                              "responses to the images that were held out; leave one of them out")
+        raise utils.UserError(f"--hold_out {args.hold_out} with --use_gnet or --select gnet: the encoding model has "
+                              "seen responses to the images that were held out; leave one of them out")
     if args.use_gnet:
         resolve_gnet(args, paths)
     elif not args.feats:

@@ -50,7 +50,8 @@ def page(tmp_path_factory):
     lines = (json.dumps({"step": step, "train/loss": 3 - step, "val/loss": 2.5}) for step in (1, 2))
     (run / "metrics.jsonl").write_text("\n".join(lines))
     config = {"protocol": "mindeye2", "images": "x", "n_samples": 1, "git_commit": "0123456789abcdef",
-              "stimuli": 50, "options": {"method": "m"}, "brain_correlation": "predicted by gnet_subj01, fitted to the same subject"}
+              "stimuli": 50, "options": {"method": "m"},
+              "brain_correlation": "predicted by gnet_subj01, fitted to the same subject"}
     images = ImageSet(Path("a <set>"), np.array(IDS), [], recon_config)
     report.write(folder / "report", Findings(images, sets, measured, differences, {"control: noise": "draw it"}),
                  config, paths)

@@ -105,7 +105,8 @@ def pictures_like(paths, flags):
         except ValueError:
             continue
         of_set = {"subj": subj, "method": name["method"], "run": "ground_truth" if name["ceiling"] else "finetune",
-                  "hold_out": held_out_in(name), **variant_in(name), "use_gnet": name["gnet_roi"] is not None, "gnet_roi": name["gnet_roi"],
+                  "hold_out": held_out_in(name), **variant_in(name),
+                  "use_gnet": name["gnet_roi"] is not None, "gnet_roi": name["gnet_roi"],
                   "gnet_kappa": float(name["gnet_kappa"] or 0), "select": name["select"]}
         assert images_name(of_set) == method, f"{method}: {of_set}"
         words = differences({**flags, "run": flags["run"] if flags["run"] == "ground_truth" else "finetune"}, of_set)

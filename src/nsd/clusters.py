@@ -24,8 +24,8 @@ def in_cluster(paths, hold_out, image_ids, tested=None):
     found = read_clusters(paths, n, tested)[np.asarray(image_ids)]
     if not found.all():
         bad = np.asarray(image_ids)[found == 0][0]
-        raise utils.UserError(f"{paths.clusters(n)}: image id {bad} is in no cluster, its {FEAT} was not there when they "
-                              "were made; delete the file and train with --hold_out again")
+        raise utils.UserError(f"{paths.clusters(n)}: image id {bad} is in no cluster, its {FEAT} was not there when "
+                              "they were made; delete the file and train with --hold_out again")
     return found == k
 
 

@@ -107,8 +107,8 @@ def load_test_set(paths, subj, control=None, seed=0, held_out=None, split="new_t
 def responses_to(paths, subj, image_ids, num_sessions=None, control=None, seed=0, repeats="mean"):
     """Average a subject's responses to exactly these images (N,); returns a TestSet.
 
-    All are test images, or all are training images of the first num_sessions, or all are NSD-synthetic's. control, seed, repeats: as in
-    load_test_set. Raises UserError for an image that the subject did not see.
+    All are test images, or all are training images of the first num_sessions, or all are NSD-synthetic's. control,
+    seed, repeats: as in load_test_set. Raises UserError for an image that the subject did not see.
     """
     synthetic = is_synthetic(image_ids)
     trials = load_synthetic_trials(paths, subj) if synthetic else load_trials(paths, subj, "new_test")

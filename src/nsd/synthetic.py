@@ -34,7 +34,7 @@ def is_synthetic(image_ids):
 
 
 def load_synthetic_trials(paths, subj):
-    """Read which stimulus each trial of the session showed: DataFrame [subject, session, image_id, row], as load_trials.
+    """Read which stimulus each trial of the session showed: DataFrame [subject, session, image_id, row].
 
     nsdsynthetic_expdesign.mat counts stimuli from 1, and is the same for all subjects. Raises UserError for a file that
     is missing or not readable.

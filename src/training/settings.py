@@ -104,8 +104,8 @@ class Plan:
     def pretrained_path(self, feat):
         """Return the checkpoint to fine-tune from, whether it is there or not; None in other stages.
 
-        `auto` is the pretraining of the same subject, feature, width and cluster held out: of the same tag where there is one, else of
-        none.
+        `auto` is the pretraining of the same subject, feature, width and cluster held out: of the same tag where
+        there is one, else of none.
         """
         if self.stage != "finetune":
             return None
