@@ -7,6 +7,8 @@ files that it belongs to. The last stimuli (64 of 284) were shown to one subject
 Letters: N images, T trials, V voxels; X, Y, Z axes of a volume.
 """
 
+from functools import cached_property
+
 import h5py
 import numpy as np
 
@@ -54,13 +56,26 @@ def load_synthetic_trials(paths, subj):
 
 
 class SessionBetas:
-    """The responses of one session, (T, V) float32, z-scored per voxel; stands in for the Rows of betas."""
+    """The responses of one session, (T, V) float32, z-scored per voxel; stands in for the Rows of betas.
 
-    def __init__(self, path, responses):
-        self.path, self.responses, self.shape = path, responses, responses.shape
+    They are read, all of them, when the first is asked for. A voxel without signal has 0.
+    """
+
+    def __init__(self, path, n_trials, voxels, read):
+        """voxels: (V,) places on each axis of the volumes; read: () -> (T, V) of any scale."""
+        self.path, self.shape, self._read = path, (n_trials, len(voxels[0])), read
 
     def __len__(self):
-        return len(self.responses)
+        return self.shape[0]
+
+    @cached_property
+    def responses(self):
+        try:
+            stored = self._read().astype(np.float64)
+        except Exception as error:  # h5py, nibabel and gzip raise many types for damaged files
+            raise _damaged(self.path, error) from None
+        deviation = stored.std(axis=0)
+        return ((stored - stored.mean(axis=0)) / np.where(deviation > 0, deviation, 1)).astype(np.float32)
 
     def __getitem__(self, rows):
         return self.responses[rows]
@@ -77,8 +92,8 @@ def open_synthetic_betas(paths, subj):
 
     betas_nsdsynthetic.hdf5 (T, Z, Y, X) or, where there is none, .nii.gz (X, Y, Z, T), int16, is read in the voxels
     where nsdgeneral is 1, in C order of (X, Y, Z). It holds 300 times the percent signal change; the z-score over the
-    session, which NSD's betas have too, needs no such unit. A voxel without signal becomes 0. Raises UserError where
-    a file is missing or damaged, or the voxels are not those of the betas.
+    session, which NSD's betas have too, needs no such unit. Raises UserError where a file is missing or damaged, or the
+    voxels are not those of the betas.
     """
     import nibabel
 
@@ -95,39 +110,43 @@ def open_synthetic_betas(paths, subj):
                               "both are of one subject and one data set")
     hdf5, nifti = (paths.synthetic_betas(subj) / f"betas_nsdsynthetic.{kind}" for kind in ("hdf5", "nii.gz"))
     if hdf5.exists() or not nifti.exists():
-        file, read = utils.require(hdf5, f"betas of NSD-synthetic of {subj}", HINT), _read_hdf5
+        file, opened = utils.require(hdf5, f"betas of NSD-synthetic of {subj}", HINT), _open_hdf5
     else:
-        file, read = nifti, _read_nifti
+        file, opened = nifti, _open_nifti
     try:
-        stored = read(file, general.shape, voxels).astype(np.float64)  # (T, V)
-    except Exception as error:  # as above
-        raise utils.UserError(f"{file}: not readable as responses ({error}); delete it and {HINT}") from None
-    deviation = stored.std(axis=0)
-    z_scored = (stored - stored.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
-    return SessionBetas(file, z_scored.astype(np.float32))
+        dtype, n_trials, shape, read = opened(file, voxels)
+        if dtype != np.int16 or shape != general.shape:
+            raise OSError(f"{dtype} volumes of {shape}, wanted int16 of {general.shape}, as {volume.name} is")
+    except Exception as error:  # h5py, nibabel and gzip raise many types for damaged files
+        raise _damaged(file, error) from None
+    return SessionBetas(file, n_trials, voxels, read)
 
 
-def _read_hdf5(file, shape, voxels):
-    """Read the voxels of each trial, (T, V) int16; shape (X, Y, Z); voxels: their places on these axes."""
+def _damaged(file, error):
+    return utils.UserError(f"{file}: not readable as responses ({str(error).splitlines()[0]}); delete it and {HINT}")
+
+
+def _open_hdf5(file, voxels):
+    """(type, T, (X, Y, Z), () -> (T, V)) of volumes (T, Z, Y, X)."""
     x, y, z = voxels
+
+    def read():
+        with h5py.File(file, "r") as opened:
+            betas = opened["betas"]
+            return np.concatenate([betas[start:start + AT_ONCE][:, z, y, x]
+                                   for start in range(0, len(betas), AT_ONCE)])
+
     with h5py.File(file, "r") as opened:
-        betas = opened["betas"]
-        _expect(betas.dtype, betas.shape[1:], shape[::-1])
-        return np.concatenate([betas[start:start + AT_ONCE][:, z, y, x] for start in range(0, len(betas), AT_ONCE)])
+        n_trials, *shape = opened["betas"].shape
+        return opened["betas"].dtype, n_trials, tuple(shape[::-1]), read
 
 
-def _read_nifti(file, shape, voxels):
-    """The same of a NIfTI file."""
+def _open_nifti(file, voxels):
+    """The same of volumes (X, Y, Z, T)."""
     import nibabel
 
     stored = nibabel.load(file).dataobj
-    _expect(stored.dtype, stored.shape[:3], shape)
-    return stored.get_unscaled()[voxels].T
-
-
-def _expect(dtype, found, wanted):
-    if dtype != np.int16 or tuple(found) != tuple(wanted):
-        raise OSError(f"{dtype} volumes of {tuple(found)}, wanted int16 of {tuple(wanted)}, as nsdgeneral is")
+    return stored.dtype, stored.shape[3], tuple(stored.shape[:3]), lambda: stored.get_unscaled()[voxels].T
 
 
 # --- stimuli and their features -----------------------------------------------------------------------------------
