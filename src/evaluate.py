@@ -8,13 +8,14 @@ PNGs + index.csv of recon.py, stimuli -> protocol `mindeye2` -> a value per metr
     python src/evaluate.py --images DIR --seen     # the seen images against themselves: every metric's best
 
 Of recon.py's flags only those are needed that name the folder: --subj, --method, --guidance_scale, --guidance_strength,
---control, --test_split, --repeats, --run ground_truth, --use_gnet with --gnet_roi and --gnet_kappa. What else was set
-is read from the folder's config.json; --images DIR needs none of them.
+--control, --test_split, --repeats, --hold_out, --run ground_truth, --use_gnet with --gnet_roi and --gnet_kappa. What
+else was set is read from the folder's config.json; --images DIR needs none of them.
 
 Reads index.csv and config.json of the images, nsd_stimuli.hdf5, the scores behind them and, for brain
 correlation, betas and the GNet of --gnet_run. Beside the images it writes
     metrics.json           the values            metrics_per_image.csv   a row per image
     metrics.csv            every row of the table   metrics.tex          a line for a paper
+    parts.json             of NSD-synthetic, and of a cluster that was held out: the values of each part
     compared.json          each --compare and control: its values, and the difference, images paired
     report/index.html      all of it, to browse  contact_sheet.png       seen and reconstructed
 Values of several samples of one image are averaged first. Intervals: 95 %, bootstrap over images; exact for rates that

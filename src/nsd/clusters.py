@@ -60,6 +60,8 @@ def make_clusters(paths, n, tested):
     means = KMeans(n, n_init=10, random_state=SEED).fit(rows[fitted])
     cluster = np.zeros(len(known), np.int64)
     cluster[there] = 1 + means.predict(rows)
+    if paths.clusters(n).exists():  # a training beside this one was faster, and may have read it already
+        return
     with atomic_path(paths.clusters(n)) as temporary, h5py.File(temporary, "w") as file:
         file["cluster"] = cluster
         file.attrs.update(seed=SEED, components=known.digest, n_fitted=int(fitted.sum()))

@@ -123,7 +123,7 @@ def open_synthetic_betas(paths, subj):
 
 
 def _damaged(file, error):
-    return utils.UserError(f"{file}: not readable as responses ({str(error).splitlines()[0]}); delete it and {HINT}")
+    return utils.UserError(f"{file}: not readable as responses ({(str(error) or repr(error)).splitlines()[0]}); delete it and {HINT}")
 
 
 def _open_hdf5(file, voxels):

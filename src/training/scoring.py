@@ -5,6 +5,7 @@ feature (`open_source`), predicts and saves: `score`. A subject that the run doe
 own, fitted to its training trials with everything else frozen (`adapt`).
 """
 
+import hashlib
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from nsd.clusters import clusters_digest
 from nsd.components import Components, open_components, source_of
 from nsd.repeats import average_repeats, load_test_set
 from nsd.rows import open_betas, open_feature, sample_hash
-from nsd.synthetic import SPLIT, feature_of, open_synthetic_betas
+from nsd.synthetic import SPLIT, feature_of
 from nsd.trials import split_trials
 from training.bottleneck import fit_bottleneck, numbers_left
 from training.loop import fit
@@ -105,8 +106,8 @@ class Trained:
 
     @cached_property
     def synthetic_betas(self):
-        """Identity of the subject's responses to NSD-synthetic."""
-        return sample_hash(open_synthetic_betas(self.request.paths, self.request.subj))
+        """Identity of the subject's responses to NSD-synthetic, and of the stimuli that each is to."""
+        return hashlib.sha256(self.test.image_ids.tobytes() + self.test.betas.tobytes()).hexdigest()[:12]
 
     @cached_property
     def test(self):
@@ -466,7 +467,7 @@ def save_ground_truth(request, feat):
     if request.control:
         raise utils.UserError(f"--control {request.control}: a null control of the brain's responses; with "
                               "--ground_truth there are none, leave one of them out")
-    held_out = (request.num_sessions, options.VAL_FRACTION, request.seed, request.hold_out)
+    held_out = (request.num_sessions, options.VAL_FRACTION, request.seed)
     paths, subj = request.paths, request.subj
     image_ids = load_test_set(paths, subj, held_out=held_out, split=request.test_split).image_ids
     true = feature_of(paths, feat, subj, image_ids)
