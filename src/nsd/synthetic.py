@@ -123,7 +123,8 @@ def open_synthetic_betas(paths, subj):
 
 
 def _damaged(file, error):
-    return utils.UserError(f"{file}: not readable as responses ({(str(error) or repr(error)).splitlines()[0]}); delete it and {HINT}")
+    reason = (str(error) or repr(error)).splitlines()[0]
+    return utils.UserError(f"{file}: not readable as responses ({reason}); delete it and {HINT}")
 
 
 def _open_hdf5(file, voxels):
@@ -163,13 +164,21 @@ class SyntheticStimuli:
     """
 
     def __init__(self, paths, subj):
+        self.paths = paths
         self.common = _open_brick(paths.synthetic / "nsdsynthetic_stimuli.hdf5")
         self.own = _open_brick(paths.synthetic / f"nsdsynthetic_colorstimuli_{subj}.hdf5")
-        self.path, self.side = self.own.path, open_stimuli(paths).shape[1]
-        self.shape = (len(self.common) + len(self.own), self.side, self.side, 3)
+        self.path = self.own.path
+
+    @cached_property
+    def side(self):
+        return open_stimuli(self.paths).shape[1]
+
+    @property
+    def shape(self):
+        return len(self), self.side, self.side, 3
 
     def __len__(self):
-        return self.shape[0]
+        return len(self.common) + len(self.own)
 
     def __getitem__(self, numbers):
         """numbers: (n,) integers -> (n, side, side, 3)."""
