@@ -1,9 +1,9 @@
 """Write mini-NSD: drawn scenes, and eight simulated brains looking at them, in the Natural Scenes Dataset's formats.
 
 A tenth of NSD: 7,300 images of 64 x 64, 8 subjects, 1,000 images a subject of which 100 are shared by all, 3 repeats,
-sessions of 75 trials. The voxels respond through encoding models that resemble their region (V1 oriented energy, V4
-colour and curvature, higher visual object kind and scene category) and are as noisy as NSD's: --check measures the
-noise ceilings from the repeats of the written betas.
+sessions of 75 trials; and each subject's session of NSD-synthetic, gratings and colours. The voxels respond through
+encoding models that resemble their region (V1 oriented energy, V4 colour and curvature, higher visual object kind and
+scene category) and are as noisy as NSD's: --check measures the noise ceilings from the repeats of the written betas.
 
     python demo/make_mini_nsd.py                      # the demo's world, into demo/
     python demo/make_mini_nsd.py --root DIR --size small      # 240 images, seconds: for the tests
@@ -11,6 +11,7 @@ noise ceilings from the repeats of the written betas.
 """
 
 import argparse
+import copy
 import gzip
 import io
 import json
@@ -29,10 +30,13 @@ import pandas as pd
 from scipy import fft, ndimage, stats
 from scipy.io import savemat
 
+import synthetic
 import utils
 from scenes import ATTRIBUTES, COLOURS, KINDS, PATTERNS, SETTINGS, captions, render, sample_scene
 
 WORLD_VERSION = 3  # raise it when the same seed gives other files
+SYNTHETIC_STIMULI = "nsddata_stimuli/stimuli/nsdsynthetic"
+SYNTHETIC_DESIGN = "nsddata/experiments/nsdsynthetic/nsdsynthetic_expdesign.mat"
 MARKER = "mini_nsd.json"  # in the root, written last: the world is whole
 IMAGE_SIZE = 64  # pixels, the tiny models' resolution
 N_SUBJECTS, N_REPEATS, N_CAPTIONS = 8, 3, 5
@@ -53,6 +57,8 @@ class World:
     n_own: int  # images that one subject alone sees
     sessions: tuple[int, ...]
     voxel_divisor: int  # NSD has this many times more voxels
+    n_gratings: int  # stimuli of the synthetic session that all subjects see
+    n_patches: int  # and that one subject alone sees
 
     @property
     def n_images(self):
@@ -68,8 +74,10 @@ class World:
 
 
 WORLDS = {
-    "full": World(n_shared=100, n_own=900, sessions=(40, 40, 32, 30, 40, 32, 40, 30), voxel_divisor=10),
-    "small": World(n_shared=40, n_own=25, sessions=(5, 5, 4, 4, 5, 4, 5, 4), voxel_divisor=200),
+    "full": World(n_shared=100, n_own=900, sessions=(40, 40, 32, 30, 40, 32, 40, 30), voxel_divisor=10,
+                  n_gratings=54, n_patches=24),
+    "small": World(n_shared=40, n_own=25, sessions=(5, 5, 4, 4, 5, 4, 5, 4), voxel_divisor=200,
+                   n_gratings=6, n_patches=4),
 }
 
 
@@ -94,9 +102,10 @@ def main(argv=None):
         parser.error(f"--seed {args.seed}: wanted 0 or more")
     marker, identity = args.root / MARKER, {"version": WORLD_VERSION, "size": args.size, "seed": args.seed}
     found = json.loads(marker.read_text()) if marker.exists() else None
-    if found == identity and not args.overwrite:
+    whole = (args.root / SYNTHETIC_DESIGN).exists()  # a world from before there was this session: the rest stays as is
+    if found == identity and whole and not args.overwrite:
         print(f"{args.root}: mini-NSD is already here; --overwrite writes it again")
-    elif found is not None and not args.overwrite:
+    elif found not in (None, identity) and not args.overwrite:
         parser.error(f"--root {args.root}: holds mini-NSD {found}, wanted {identity}; add --overwrite or change --root")
     else:
         start = time.perf_counter()
@@ -115,7 +124,10 @@ def write_world(root, world, seed):
     write_stimuli(root, images, texts, scenes, design, np.random.default_rng([seed, 2]))
     write_design(root, world, design)
 
-    features = image_features(images, scenes)
+    early, colour = low_level(images)
+    strength = colour.std(axis=(0, 1))
+    features = image_features(early, colour, strength, scenes)
+    gratings = write_gratings(root, world, np.random.default_rng([seed, 4]))
     masks = {}
     for s in utils.progress(range(N_SUBJECTS), desc="subjects"):
         rng = np.random.default_rng([seed, 3, s])
@@ -123,9 +135,12 @@ def write_world(root, world, seed):
         cortex = draw_cortex(world.n_voxels[s], rng)
         write_volumes(root, s, cortex)
         masks[subject_name(s)] = rois = cortex.masks
-        betas = simulate_betas(features, image_ids, rois, world.session_trials, rng)
+        same, scale = copy.deepcopy(rng), Scale()  # what the session of synthetic stimuli is simulated with
+        betas = simulate_betas(features, image_ids, rois, world.session_trials, rng, scale)
         write_betas(root, s, betas)
         write_shards(root, s, behaviour(s, image_ids, design.shared, world.session_trials, rng), world.session_trials)
+        rng = np.random.default_rng([seed, 4, 1 + s])
+        write_synthetic(root, s, world, cortex, gratings, strength, same, scale, rng)
     write_masks(root, masks)
 
 
@@ -157,19 +172,40 @@ N_SEEN = len(POSITIONS) * len(EXTENTS)
 OPPONENT_LEVELS, OPPONENT_WIDTH = ((0.1, 0.5, 0.9), (-0.4, 0.1, 0.6), (-0.6, -0.1, 0.5)), 0.28
 
 
-def image_features(images, scenes):
-    """Everything the voxels of all subjects are computed from.
-
-    images: (N, H, W, 3) uint8. Returns {"early": (N, P, C) energy and contrast, "colour": (N, P, C) colour and
-    curvature with the figure enhanced, "scene": (N, 8), and what object_features finds}.
-    """
+def low_level(images):
+    """Energy and contrast (N, P, C), and colour and curvature (N, P', C'), of pictures (N, H, W, 3) uint8."""
     batches = np.array_split(np.arange(len(images)), -(-len(images) // 256))
     pairs = [_batch_features(images[batch]) for batch in utils.progress(batches, desc="image features")]
-    early, colour = (np.concatenate(part) for part in zip(*pairs, strict=True))
-    colour /= colour.std(axis=(0, 1))  # channels of equal strength
+    return tuple(np.concatenate(part) for part in zip(*pairs, strict=True))
+
+
+def image_features(early, colour, strength, scenes):
+    """Everything the voxels of all subjects are computed from.
+
+    early, colour: of low_level; strength: of the channels of colour, which become equally strong. Returns {"early":
+    (N, P, C) energy and contrast, "colour": (N, P, C) colour and curvature with the figure enhanced, "scene": (N, 8),
+    and what object_features finds}.
+    """
+    colour /= strength
     colour *= 0.4 + figure_map(scenes)[:, :, None]
     scene = np.array([[scene.setting == name for name in SETTINGS] for scene in scenes], np.float32)
     return {"early": early, "colour": colour, "scene": scene, **object_features(scenes)}
+
+
+def synthetic_features(pictures, patches, strength):
+    """The same of the synthetic stimuli (N, H, W, 3) uint8, of which the last are `patches`.
+
+    There is no setting and no object; only a patch stands out, in its hue.
+    """
+    early, colour = low_level(pictures)
+    found = {"scene": np.zeros((len(pictures), len(SETTINGS)), np.float32)}
+    first = len(pictures) - len(patches)
+    figures = np.zeros(colour.shape[:2], np.float32)
+    figures[first:] = figure_map(patches)
+    for name, array in object_features(patches).items():
+        found[name] = np.zeros((len(pictures), array.shape[1]), np.float32)
+        found[name][first:] = array
+    return {"early": early, "colour": colour / strength * (0.4 + figures[:, :, None]), **found}
 
 
 def _batch_features(images):
@@ -257,6 +293,8 @@ def object_features(scenes):
             there = np.exp(-((thing.x - POSITIONS) ** 2) / (2 * 0.15**2))
             alike = np.exp(-((thing.size - EXTENTS) ** 2) / (2 * 0.08**2))
             for name, value in (("kind", thing.kind), ("hue", thing.colour), ("surface", thing.pattern)):
+                if value not in values[name]:
+                    continue  # a patch of colour is no object
                 found[name][i, values[name].index(value)] += np.outer(there, alike).ravel()
     return {name: array.reshape(len(scenes), -1) for name, array in found.items()}
 
@@ -330,7 +368,7 @@ def v4_response(features, n, rng):
     return pooled_response(features["colour"], receptive_fields(n, COLOUR_GRID, 0.1, 0.25, rng), tuning)
 
 
-def higher_response(features, n, rng):
+def higher_response(features, n, rng, scale):
     """A random mixture of tuning to scene category, object kind and, weakly, an object's colour and surface: (N, n).
 
     A voxel prefers objects at one horizontal position and of one size.
@@ -344,27 +382,50 @@ def higher_response(features, n, rng):
         tuning = rng.gamma(0.5, size=(len(values), 1, n))  # a few favourites
         parts.append(features[name] @ (tuning * gain).reshape(-1, n))
     mixture = rng.dirichlet((0.8, 1.3, 0.7, 0.4), n).T  # of variance
-    return sum(np.sqrt(share) * standardise(part) for share, part in zip(mixture, parts, strict=True))
+    return sum(np.sqrt(share) * scale(part) for share, part in zip(mixture, parts, strict=True))
 
 
 def standardise(array, axis=0):
     """Zero mean, unit variance; what does not vary becomes 0."""
+    mean, deviation = moments(array, axis)
+    return (array - mean) / deviation
+
+
+def moments(array, axis=0):
+    """The mean along an axis, and the standard deviation, 1 where there is none."""
     deviation = array.std(axis, keepdims=True)
-    return (array - array.mean(axis, keepdims=True)) / np.where(deviation > 1e-9, deviation, 1)
+    return array.mean(axis, keepdims=True), np.where(deviation > 1e-9, deviation, 1)
 
 
-def noiseless_responses(features, rois, rng):
-    """Every voxel's response to N images, standardised: (N, V). `features` as from image_features."""
+class Scale:
+    """Standardises one array after the other; from `replay` on as it did the first, the second, ..."""
+
+    def __init__(self):
+        self.known, self.replayed = [], None
+
+    def __call__(self, array):
+        if self.replayed is None:
+            self.known.append(moments(array))
+        mean, deviation = self.known[-1] if self.replayed is None else next(self.replayed)
+        return (array - mean) / deviation
+
+    def replay(self):
+        self.replayed = iter(self.known)
+        return self
+
+
+def noiseless_responses(features, rois, rng, scale):
+    """Every voxel's response to N images, standardised by a Scale: (N, V). `features` as from image_features."""
     models = {
         "V1": lambda n: early_response(features, n, 0.03, 0.07, 1.0, rng),
         "V2": lambda n: early_response(features, n, 0.06, 0.12, 0.7, rng),
         "V3": lambda n: early_response(features, n, 0.09, 0.18, 0.5, rng),
         "V4": lambda n: v4_response(features, n, rng),
-        "higher_vis": lambda n: higher_response(features, n, rng),
+        "higher_vis": lambda n: higher_response(features, n, rng, scale),
     }
     responses = np.empty((len(features["scene"]), len(rois["nsd_general"])))
     for roi, model in models.items():
-        responses[:, rois[roi]] = standardise(model(int(rois[roi].sum())))
+        responses[:, rois[roi]] = scale(model(int(rois[roi].sum())))
     # the last bits depend on the BLAS; without them the betas do not
     return np.round(responses, 6)
 
@@ -381,13 +442,13 @@ def explainable_variance(rois, rng):
     return explained
 
 
-def simulate_betas(features, image_ids, rois, session_trials, rng):
+def simulate_betas(features, image_ids, rois, session_trials, rng, scale):
     """Single-trial betas of one subject: (trials, V) float32, z-scored per session as NSD's `renorm` betas.
 
-    image_ids: 0-based, one per trial; features: of all images.
+    image_ids: 0-based, one per trial; features: of all images; scale: a Scale.
     """
     seen, trial_image = np.unique(image_ids, return_inverse=True)
-    signal = noiseless_responses({name: array[seen] for name, array in features.items()}, rois, rng)
+    signal = noiseless_responses({name: array[seen] for name, array in features.items()}, rois, rng, scale)
     explained = explainable_variance(rois, rng)
     return add_noise(signal[trial_image], explained, session_trials, rng)
 
@@ -408,6 +469,45 @@ def add_noise(signal, explained, session_trials, rng, n_shared=16):
     betas = np.sqrt(explained) * gain * signal + np.sqrt(1 - explained) * noise
     betas = standardise(betas.reshape(sessions, session_trials, n_voxels), axis=1)
     return betas.reshape(n_trials, n_voxels).astype(np.float32)
+
+
+# --- the session of synthetic stimuli -----------------------------------------------------------------------------
+
+
+def write_gratings(root, world, rng):
+    """The stimuli of the synthetic session that all subjects see, and its design, which is the same for all.
+
+    Returns their pictures (n_gratings, H, W, 3), and which stimulus each trial shows (trials,), 0-based.
+    """
+    told = synthetic.screens(synthetic.gratings(world.n_gratings, IMAGE_SIZE))
+    write_hdf5(_file(root, SYNTHETIC_STIMULI, "nsdsynthetic_stimuli.hdf5"), {"imgBrick": told})
+    numbers = np.arange(world.n_gratings + world.n_patches)
+    repeats = np.where(numbers < world.n_gratings, synthetic.GRATING_REPEATS, synthetic.PATCH_REPEATS)
+    order = rng.permutation(np.repeat(numbers, repeats))
+    write_mat(_file(root, SYNTHETIC_DESIGN), {"masterordering": (order + 1)[None].astype(np.uint16)})
+    return synthetic.shown(told), order
+
+
+def write_synthetic(root, s, world, cortex, common, strength, same, scale, rng):
+    """A subject's own stimuli, and its responses to all of them, as volumes of 300 times the percent signal change.
+
+    common: of write_gratings; same, scale: the random numbers and the Scale that its betas were simulated with, so that
+    these are the same voxels.
+    """
+    (gratings, order), rois = common, cortex.masks
+    patches, pictures = synthetic.patches(world.n_patches, IMAGE_SIZE, rng)
+    told = synthetic.screens(pictures)
+    write_hdf5(_file(root, SYNTHETIC_STIMULI, f"nsdsynthetic_colorstimuli_{subject_name(s)}.hdf5"), {"imgBrick": told})
+    pictures = np.concatenate([gratings, synthetic.shown(told)])
+    signal = noiseless_responses(synthetic_features(pictures, patches, strength), rois, same, scale.replay())
+    z_scored = add_noise(signal[order], explainable_variance(rois, same), len(order), rng)
+    percent = rng.uniform(-0.5, 1.5, z_scored.shape[1]) + z_scored * rng.uniform(0.4, 1.6, z_scored.shape[1])
+    volumes = np.zeros((len(order), *VOLUME[::-1]), np.int16)  # as MATLAB writes HDF5: (trials, Z, Y, X)
+    x, y, z = np.nonzero(cortex.nsdgeneral == 1)
+    volumes[:, z, y, x] = np.round(300 * percent)
+    folder = f"nsddata_betas/ppdata/{subject_name(s)}/func1pt8mm/nsdsyntheticbetas_fithrf_GLMdenoise_RR"
+    with h5py.File(_file(root, folder, "betas_nsdsynthetic.hdf5"), "w") as file:
+        file.create_dataset("betas", data=volumes, track_times=False, chunks=(16, *volumes.shape[1:]), compression=1)
 
 
 # --- the experiment -----------------------------------------------------------------------------------------------
@@ -484,6 +584,13 @@ def write_hdf5(path, arrays):
             file.create_dataset(name, data=array, track_times=False)
 
 
+def write_mat(path, contents):
+    """A MATLAB file without the time of writing, which scipy's own header names."""
+    buffer = io.BytesIO()
+    savemat(buffer, contents)
+    path.write_bytes(b"MATLAB 5.0 MAT-file, mini-NSD".ljust(116) + buffer.getvalue()[116:])
+
+
 def write_stimuli(root, images, texts, scenes, design, rng):
     """Pictures, captions and the table of stimuli; and, for the demo's judge, what is truly in the pictures."""
     write_hdf5(_file(root, "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5"), {"imgBrick": images})
@@ -521,10 +628,7 @@ def write_design(root, world, design):
     contents = {"masterordering": (design.ordering + 1)[None].astype(np.uint16), "stimpattern": pattern,
                 "subjectim": (design.subject_images + 1).astype(np.int32),
                 "sharedix": (design.shared + 1)[None].astype(np.int32)}
-    buffer = io.BytesIO()
-    savemat(buffer, contents)
-    header = b"MATLAB 5.0 MAT-file, mini-NSD".ljust(116)  # scipy's own names the time of writing
-    _file(root, "nsddata/experiments/nsd/nsd_expdesign.mat").write_bytes(header + buffer.getvalue()[116:])
+    write_mat(_file(root, "nsddata/experiments/nsd/nsd_expdesign.mat"), contents)
 
     folder = "MindEyeV2/mindeyev2"
     write_hdf5(_file(root, folder, "COCO_73k_subj_indices.hdf5"),

@@ -4,6 +4,7 @@
 #   bash scripts/features.sh                  all features of all images: 49 GB, about an hour on a GPU
 #   bash scripts/features.sh --subj 1         only the images that subject 1 saw; run again, it adds what is missing
 #   FEATS="c z" bash scripts/features.sh      only these
+#   bash scripts/features.sh --test_split synthetic --subj 1   of NSD-synthetic's stimuli, as subject 1 saw them
 #   LAUNCH="accelerate launch --config_file scripts/accelerate/ddp.yaml" bash scripts/features.sh   GPUs share the images
 #
 # Knobs, in front of the command:

@@ -124,6 +124,10 @@ def everything_to_look_at(world, args):
             yield f"trials: {subj}", mend, partial(checks.look_at_trials, world, subj)
             if not world.own:
                 yield f"old test trials: {subj}", mend, partial(checks.look_at_old_test, world, subj)
+        if "score" in args.stages and paths.synthetic_betas(subj).exists():  # who fetched it wants it checked
+            files = [paths.root / file.local for file in sources.files_of("synthetic", [subj])]
+            mend = download("synthetic", *files, subj=subj)
+            yield f"NSD-synthetic: {subj}", mend, partial(checks.look_at_synthetic, world, subj, args.deep)
         if "masks" in groups:
             yield f"regions: {subj}", download("masks rois", subj=subj), partial(checks.look_at_masks, world, subj)
     for group, flag in WEIGHTS.items():

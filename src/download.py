@@ -31,7 +31,7 @@ def get_parser():
                         help="whose betas, shards and regions (all eight, for pretraining)")
     parser.add_argument("--what", nargs="+", choices=list(sources.GROUPS), default=sources.DEFAULT_GROUPS,
                         metavar="GROUP", help="; ".join(f"{name}: {what}" for name, what in sources.GROUPS.items())
-                        + " (all but gnet)")
+                        + " (all but gnet, synthetic, imagery)")
     parser.add_argument("--to", metavar="DIR", help="another disk: files go there, in the same folders, and are linked "
                                                     "into --root")
     parser.add_argument("--verify", action="store_true", help="also check the checksums of files that are there; "

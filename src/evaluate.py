@@ -8,13 +8,14 @@ PNGs + index.csv of recon.py, stimuli -> protocol `mindeye2` -> a value per metr
     python src/evaluate.py --images DIR --seen     # the seen images against themselves: every metric's best
 
 Of recon.py's flags only those are needed that name the folder: --subj, --method, --guidance_scale, --guidance_strength,
---control, --test_split, --repeats, --run ground_truth, --use_gnet with --gnet_roi and --gnet_kappa. What else was set
-is read from the folder's config.json; --images DIR needs none of them.
+--control, --test_split, --repeats, --hold_out, --run ground_truth, --use_gnet with --gnet_roi and --gnet_kappa. What
+else was set is read from the folder's config.json; --images DIR needs none of them.
 
 Reads index.csv and config.json of the images, nsd_stimuli.hdf5, the scores behind them and, for brain
 correlation, betas and the GNet of --gnet_run. Beside the images it writes
     metrics.json           the values            metrics_per_image.csv   a row per image
     metrics.csv            every row of the table   metrics.tex          a line for a paper
+    parts.json             of NSD-synthetic, and of a cluster that was held out: the values of each part
     compared.json          each --compare and control: its values, and the difference, images paired
     report/index.html      all of it, to browse  contact_sheet.png       seen and reconstructed
     rating/index.html      with --rating_page: blinded trials for people, whose answers --ratings reads
@@ -128,14 +129,16 @@ def evaluate(args, paths):
     from evaluation.gallery import sheet_of
     from evaluation.measuring import Findings, Scale, brain_of, unmeasured
     from evaluation.networks import FeatureStore, load_networks
+    from evaluation.parts import parts_of
     from evaluation.picture_sets import MADE, SEEN, PictureSet, check_ids, of_the_same_images, read_compared, unlike
     from evaluation.results import check_writable, no_longer_compared
-    from nsd.rows import open_stimuli
+    from nsd.synthetic import stimuli_of
     from sampling.folders import name_of, read_images
 
     # which pictures, and which run's scores they were drawn from
     images = read_images(images_folder(args, paths))
-    stimuli = open_stimuli(paths)
+    subj = (images.config or {}).get("subj", args.subj)
+    stimuli = stimuli_of(paths, subj, images.image_ids)
     check_ids(images, stimuli)
     run, no_run = run_behind(images)
     check_rows(images, run, paths)
@@ -162,7 +165,6 @@ def evaluate(args, paths):
     networks, missing = load_networks(eval_clip, device, weights_dir)
     if len(images.image_ids) == 1:
         missing |= dict.fromkeys((name for name in networks if name.endswith("_two_way")), "needs at least two images")
-    subj = (images.config or {}).get("subj", args.subj)
     brain, no_brain = brain_of(paths, subj, images.image_ids, args.gnet_run, args.seed, device)
     if brain is None:
         missing["brain_correlation"] = no_brain
@@ -214,27 +216,28 @@ def evaluate(args, paths):
     findings = Findings(images, {SEEN: seen, made.label: made, **whole}, measured, differences, absent | lacking,
                         tuple(filter(None, remarks)), scale.kinds, ratings, explained, tuple(curves))
     folders = {label: paths.as_recorded(other.folder) for label, other in (compared | drawn).items()}
-    write(outdir, findings, folders, sheet, note, paths, args)
+    write(outdir, findings, folders, sheet, note, parts_of(images, stimuli, paths), len(stimuli), paths, args)
     kept = store.trim(args.cache_gb * 1e9)
     print(f"kept features  {store.folder}, {utils.in_bytes(kept)} of --cache_gb {args.cache_gb:g} (0 empties it)")
     return found
 
 
-def write(outdir, findings, folders, sheet, note, paths, args):
+def write(outdir, findings, folders, sheet, note, parts, n_stimuli, paths, args):
     """Everything that was found: to files, to the report, to W&B and to the terminal."""
     from disk.files import file_hash
     from evaluation import report
+    from evaluation.parts import format_parts, measure_parts
     from evaluation.results import format_absent, format_explained, format_sets, format_table, table_of, write_results
-    from nsd.rows import open_stimuli
     from sampling.folders import name_of, set_hash
     from training.settings import Wandb
     from training.tracking import Dashboard
 
     folder, results = findings.images.folder, findings.results
     config = {"protocol": "mindeye2", "images": str(folder), "n_samples": findings.n_samples,
-              "stimuli": len(open_stimuli(paths)),
+              "stimuli": n_stimuli,
               "git_commit": utils.git_commit(), "options": vars(args), "brain_correlation": note}
-    write_results(outdir, findings, config, sheet, folders)
+    found_in_parts = measure_parts(findings.measured, parts, args.seed)
+    write_results(outdir, findings, config, sheet, folders, found_in_parts)
     report.write(outdir / "report", findings, config, paths)
 
     name = f"evaluate_{args.subj}_{name_of(folder)}".replace(" ", "_")
@@ -250,6 +253,7 @@ def write(outdir, findings, folders, sheet, note, paths, args):
     print(format_table(results))
     if len(findings.measured) > 1:
         print(f"\n{format_sets(findings.measured)}\n")
+    print(format_parts(found_in_parts), end="")
     print(format_explained(results, findings.explained), end="")
     if note:
         print(f"brain_correlation: {note}")

@@ -38,6 +38,8 @@ def get_parser():
                         help="c, z, g_2, g_4, ... (all)")
     parser.add_argument("--subj", "--subject", dest="subj", nargs="+", type=options.subject, metavar="1..99",
                         help="only the images that these subjects saw (all images)")
+    parser.add_argument("--test_split", type=options.test_split, choices=["new_test", "synthetic"], default="new_test",
+                        help="synthetic: z and g of NSD-synthetic's stimuli, as --subj (1) saw them, instead")
     parser.add_argument("--sd_model", default=sources.SD_MODEL, metavar="NAME|DIR",
                         help="Stable Diffusion 1.x: its text encoder makes c, its VAE z")
     parser.add_argument("--clip_model", default=sources.CLIP_MODEL, metavar="NAME|DIR",
@@ -80,6 +82,8 @@ def main(argv=None):
     if args.caption_model and "c" not in args.feats:
         raise utils.UserError("--caption_model: writes captions, of which c is made; add c to --feats, or leave it out")
     team = Team.assemble(args.device, "fp32", timedelta(days=1))  # shares may take hours longer than others
+    if args.test_split == "synthetic":
+        return write_synthetic(args, paths, team)
     write = partial(extract, paths=paths, team=team, subjects=args.subj, dtype=args.dtype,
                     num_workers=args.num_workers, overwrite=args.overwrite)
     if args.caption_model:
@@ -92,6 +96,25 @@ def main(argv=None):
         write(VisionFeatures(layers, open_stimuli(paths), args.clip_model, args.batch_size, team.device))
     for feat in dict.fromkeys(args.feats) if args.components else ():
         write_components(paths, feat, args.components, args.seed, team, args.overwrite, others)
+
+
+def write_synthetic(args, paths, team):
+    """Write the features of NSD-synthetic's stimuli, of which some were shown to one subject alone, to files of their
+    own: z and g. c is of captions, and they have none; components are those of NSD's images."""
+    from features.extraction import extract
+    from features.makers import Latents, VisionFeatures
+    from nsd.synthetic import SyntheticStimuli
+
+    if "c" in args.feats:
+        team.print("c: left out, the stimuli of NSD-synthetic have no captions")
+    for subj in args.subj or ["subj01"]:
+        stimuli = SyntheticStimuli(paths, subj)
+        write = partial(extract, paths=paths, team=team, dtype=args.dtype, num_workers=args.num_workers,
+                        overwrite=args.overwrite, file_of=partial(paths.synthetic_feature, subj=subj))
+        if "z" in args.feats:
+            write(Latents(stimuli, args.sd_model, args.batch_size, team.device))
+        if layers := [feat for feat in dict.fromkeys(args.feats) if feat.startswith("g_")]:
+            write(VisionFeatures(layers, stimuli, args.clip_model, args.batch_size, team.device))
 
 
 if __name__ == "__main__":

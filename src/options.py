@@ -22,6 +22,7 @@ MODELS = ("components", "mindeye2", "ridge")  # what --model takes
 # what --guidance_rule, --guidance_grad and --guidance_x0 take
 RULES, GRADS, X0S = ("posterior", "raw", "norm"), ("xt", "x0"), ("cond", "cfg")
 SOLVERS = ("ddim", "dpm")  # what --solver takes
+TEST_SPLITS = ("new_test", "test", "val", "synthetic")  # what --test_split takes
 SELECTORS = ("g", "gnet")  # what --select takes
 MAX_SHIFT = 0.6  # --guidance_rule norm and posterior move the predicted image by at most this many sigma (rms)
 
@@ -202,6 +203,9 @@ def add_run(parser, hidden_dim=HIDDEN_DIM, note=""):
                      "docs/data.md, Names on disk.")
     parser.add_argument("--hidden_dim", type=whole, default=hidden_dim, metavar="UNITS",
                         help="width of the shared space" + note)
+    parser.add_argument("--hold_out", type=hold_out, metavar="K/N",
+                        help="of N clusters of images, by their captions' embedding, the K-th is left out of training "
+                             "and validation (3/10): its test images are of a kind that was never seen")
     add_sessions(parser)
 
 
@@ -221,11 +225,31 @@ def add_scored_run(parser):
     parser.add_argument("--head", type=head, metavar="own|adapt|1..99",
                         help="voxel encoder: --subj's own in that run; a new one, fitted to --subj's training trials "
                              "with the rest frozen; or another subject's (default: own where there is one, else adapt)")
-    parser.add_argument("--test_split", choices=["new_test", "test", "val"], default="new_test",
+    parser.add_argument("--test_split", type=test_split, default="new_test", metavar="|".join(TEST_SPLITS),
                         help="new_test: the shared images (1000 of subjects 1, 2, 5, 7); test: MindEye1's 982 of them; "
-                             "val: training images held out for validation, to choose settings on")
+                             "val: training images held out for validation, to choose settings on; synthetic: another "
+                             "kind of stimuli, NSD-synthetic's 284")
     parser.add_argument("--repeats", choices=["mean", "single"], default="mean",
                         help="decode the mean of an image's trials (3, or as many as there are), or the first alone")
+
+
+def hold_out(text):
+    """'3/10': cluster 3 of 10, from 1."""
+    k, slash, n = text.partition("/")
+    if not (slash and k.isdigit() and n.isdigit() and 2 <= int(n) and 1 <= int(k) <= int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a cluster; wanted K/N, such as 3/10: cluster 3 of 10")
+    return f"{int(k)}/{int(n)}"
+
+
+def test_split(text):
+    """One of TEST_SPLITS."""
+    if text == "imagery":
+        raise argparse.ArgumentTypeError("imagery: which of NSD-Imagery's 720 trials imagined or saw which stimulus is "
+                                         "not known here, and is not guessed; download.py --what imagery fetches its "
+                                         "responses, a test set needs that table")
+    if text not in TEST_SPLITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a test set; wanted {', '.join(TEST_SPLITS)}")
+    return text
 
 
 def tag(text):

@@ -383,6 +383,9 @@ def resolve(args, paths):
     """
     args.feats = sorted({feat for feat in args.feats if feat}, key=lambda feat: int(feat.removeprefix("g_")))
     with_defaults(args)
+    if args.hold_out and (args.use_gnet or args.select == "gnet"):
+        raise utils.UserError(f"--hold_out {args.hold_out} with --use_gnet or --select gnet: the encoding model has "
+                              "seen responses to the images that were held out; leave one of them out")
     if args.use_gnet:
         resolve_gnet(args, paths)
     elif not args.feats:
@@ -493,6 +496,8 @@ def config_of(args, paths, files):
 
     decisive = {name: paths.as_recorded(value) if name in PATH_OPTIONS and value else value
                 for name, value in vars(args).items() if name not in FREE_OPTIONS}
+    if not args.hold_out:  # so that pictures from before there was the flag are the same
+        del decisive["hold_out"]
     if not args.use_gnet:  # what does not guide does not matter
         decisive = {name: value for name, value in decisive.items() if name not in GNET_OPTIONS}
     if not args.feats and not args.use_gnet:

@@ -109,6 +109,34 @@ def test_a_list_that_only_this_check_reads(paths, capsys):
     assert status == 0 and len(found) == 2, lines
     assert all(line.startswith("warn") and "COCO_73k_subj_indices.hdf5 would confirm: not there" in line for line in
                found)
+def test_who_fetched_nsd_synthetic_has_it_checked(paths, capsys):
+    def line_of(*flags):
+        status, lines = examine(paths, capsys, "--stages", "score", "--subj", "1", *flags)
+        return status, [line for line in lines if "NSD-synthetic: subj01" in line], lines[-1]
+
+    status, (line,), _ = line_of()
+    assert status == 0
+    assert line.endswith("26 trials, 78 voxels; 6 stimuli that all saw and 4 of its own, each shown 2 to 3 times")
+    betas, design = paths.synthetic_betas("subj01") / "betas_nsdsynthetic.hdf5", paths.synthetic_design
+    own = paths.synthetic / "nsdsynthetic_colorstimuli_subj01.hdf5"
+    kept = {file: file.read_bytes() for file in (betas, design, own)}
+    order = scipy.io.loadmat(design)["masterordering"]
+    damages = {
+        "25 trials, wanted 26": lambda: replace(betas, "betas", tiny_nsd.read_hdf5(betas, "betas")[:-1]),
+        "9 is the last stimulus, wanted 7": lambda: replace(own, "imgBrick", tiny_nsd.read_hdf5(own, "imgBrick")[:2]),
+        "wanted int16": lambda: replace(betas, "betas", tiny_nsd.read_hdf5(betas, "betas").astype(np.float32)),
+        "not readable": lambda: scipy.io.savemat(design, {"masterordering": order - 1}),
+        "all zeros": lambda: replace(own, "imgBrick", np.zeros_like(tiny_nsd.read_hdf5(own, "imgBrick"))),
+    }
+    for words, damage in damages.items():
+        damage()
+        status, (line,), mend = line_of()
+        assert status == 1 and line.startswith("fail") and words in line, line
+        assert "bash scripts/download.sh --what synthetic --subj 1" in mend and "rm " in mend
+        for file, content in kept.items():
+            file.write_bytes(content)
+    shutil.rmtree(betas.parent)
+    assert line_of()[1] == []
 
 
 def test_an_empty_root_is_one_line(tmp_path, capsys):

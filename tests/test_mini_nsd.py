@@ -1,5 +1,6 @@
 """mini-NSD: NSD's formats, ids that agree across files, determinism, and noise ceilings as wanted."""
 
+import copy
 import csv
 import hashlib
 import io
@@ -17,7 +18,10 @@ from scipy.io import loadmat
 
 import make_mini_nsd
 import scenes
+from disk.names import Paths
 from make_mini_nsd import EXPLAINABLE, N_SUBJECTS, ROI_SHARES, WORLDS, subject_name
+from nsd.repeats import load_test_set
+from nsd.synthetic import SyntheticStimuli
 from scenes import ATTRIBUTES, COLOURS, KINDS, PATTERNS, SIZES, captions, describe, render, sample_scene, vocabulary
 
 WORLD = WORLDS["small"]
@@ -237,6 +241,56 @@ def test_volumes_hold_the_regions_of_the_masks(root):
         for name, values in (("V1", (1, 2)), ("V2", (3, 4)), ("V3", (5, 6)), ("V4", (7,)), ("higher_vis", (0,))):
             mask = read_hdf5(root / DATA / "brain_region_masks.hdf5", f"{subject_name(s)}/{name}")
             assert np.array_equal(mask, np.isin(inside, values))
+
+
+def test_the_synthetic_session_is_in_nsds_formats(root):
+    paths = Paths(root, root / DATA)
+    design = loadmat(paths.synthetic_design)["masterordering"]
+    n = WORLD.n_gratings + WORLD.n_patches
+    assert design.shape == (1, 26) and design.min() == 1
+    assert np.bincount(design[0])[1:].tolist() == [3] * WORLD.n_gratings + [2] * WORLD.n_patches
+    common = read_hdf5(paths.synthetic / "nsdsynthetic_stimuli.hdf5", "imgBrick")
+    assert common.shape == (WORLD.n_gratings, 64, 122, 3) and common.dtype == np.uint8
+    own = [read_hdf5(paths.synthetic / f"nsdsynthetic_colorstimuli_{subject_name(s)}.hdf5", "imgBrick")
+           for s in range(N_SUBJECTS)]
+    assert all(stimuli.shape == (WORLD.n_patches, 64, 122, 3) for stimuli in own) and not np.array_equal(*own[:2])
+    assert not np.array_equal(design[0], np.sort(design[0]))
+    stimuli = SyntheticStimuli(paths, "subj01")
+    gratings = stimuli[np.arange(WORLD.n_gratings)]
+    assert (np.abs(gratings[:, 0, 0].astype(int) - 128) < 2).all()  # gray where nothing is, on a usual display
+    patch = stimuli[[WORLD.n_gratings]][0].astype(int)
+    assert (np.abs(patch - COLOURS["red"]).max(axis=2) < 4).mean() > 0.05
+    for s, n_voxels in enumerate(WORLD.n_voxels):
+        file = paths.synthetic_betas(subject_name(s)) / "betas_nsdsynthetic.hdf5"
+        volumes = read_hdf5(file, "betas")
+        assert volumes.shape == (26, 34, 46, 36) and volumes.dtype == np.int16
+        assert np.count_nonzero(volumes.std(axis=0)) == n_voxels
+    test = load_test_set(paths, "subj08", split="synthetic")
+    assert test.betas.shape == (n, WORLD.n_voxels[7]) and np.isfinite(test.betas).all()
+
+
+def test_the_same_voxels_see_the_synthetic_stimuli():
+    """What replays the random numbers and the scale of a simulation gives the responses that were simulated."""
+    rng, images = np.random.default_rng(0), np.random.default_rng(1)
+    scenes_, _, pictures = make_mini_nsd.draw_images(12, images)
+    early, colour = make_mini_nsd.low_level(pictures)
+    features = make_mini_nsd.image_features(early, colour, colour.std(axis=(0, 1)), scenes_)
+    rois, scale = make_mini_nsd.draw_cortex(60, rng).masks, make_mini_nsd.Scale()
+    same = copy.deepcopy(rng)
+    first = make_mini_nsd.noiseless_responses(features, rois, rng, scale)
+    some = {name: array[[5, 2]] for name, array in features.items()}
+    again = make_mini_nsd.noiseless_responses(some, rois, same, scale.replay())
+    np.testing.assert_allclose(again, first[[5, 2]], atol=2e-6)
+    explained = (make_mini_nsd.explainable_variance(rois, generator) for generator in (rng, same))
+    np.testing.assert_array_equal(*explained)
+
+
+def test_a_world_from_before_the_synthetic_session_gets_it(root, tmp_path):
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "nsddata_betas")
+    shutil.rmtree(tmp_path / "nsddata/experiments/nsdsynthetic")
+    make_mini_nsd.main(["--root", str(tmp_path), "--size", "small"])
+    assert digests(tmp_path) == digests(root)
 
 
 def test_another_seed_gives_another_world(root, tmp_path):

@@ -71,7 +71,7 @@ def written(tmp_path_factory):
                  for step in (1, 2))
         (run / "metrics.jsonl").write_text("\n".join(lines))
     config = {"protocol": "mindeye2", "images": str(folder / "outputs_all/x"), "n_samples": 1,
-              "git_commit": "0123456789abcdef",
+              "git_commit": "0123456789abcdef", "stimuli": 50,
               "options": {"method": "m", "root": str(folder), "weights_dir": "/w/hub"},
               "brain_correlation": "predicted by gnet_subj01, fitted to the same subject"}
     images = ImageSet(Path("a <set>"), np.array(IDS), [], recon_config)

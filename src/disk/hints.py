@@ -9,12 +9,13 @@ from disk.names import head_of, images_name, runs_of
 
 AT_MOST = 8  # that an error names
 STAGES = {"multisubject": "pretrain", "pretrained": "finetune", "scratch": "scratch", "ridge": "ridge"}
+WITHOUT = r"(?:_without(?P<hold_out>\d+of\d+))?"
 RUN = (r"(?P<prefix>multisubject|pretrained|scratch|ridge)_(?P<of>subj\d\d)(?:_(?P<num_sessions>\d+)sess)?_ext1_{feat}"
-       r"(?:_(?P<hidden_dim>\d+))?(?:_mlp)?(?:_(?P<tag>.+?))??")
+       r"(?:_(?P<hidden_dim>\d+))?(?:_mlp)?" + WITHOUT + r"(?:_(?P<tag>.+?))??")
 CEILING = r"(?P<ceiling>ground_truth)_(?P<seen_by>subj\d\d)_{feat}"
 HEAD = r"(?:_adapt(?P<adapted>\d+)sess|_head(?P<lent>\d\d))?"
-VARIANT = r"(?:_(?P<test_split>test|val))?(?:_(?P<repeats>single))?(?:_(?P<control>shuffle|noise|mean))?"
-PICTURES = (r"(?P<method>.+?)(?P<ceiling>_ground_truth)?"
+VARIANT = r"(?:_(?P<test_split>test|val|synthetic))?(?:_(?P<repeats>single))?(?:_(?P<control>shuffle|noise|mean))?"
+PICTURES = (r"(?P<method>.+?)(?P<ceiling>_ground_truth)?" + WITHOUT +
             r"(?:_gnet_(?P<gnet_roi>[A-Za-z0-9]+|higher_vis|nsd_general)_(?P<gnet_kappa>[\d.e+-]+))?"
             r"(?:_select_(?P<select>g|gnet))?" + VARIANT)
 DEFAULTS = {"test_split": "new_test", "repeats": "mean", "control": None}
@@ -29,6 +30,7 @@ def how_to_train(paths, flags, feat):
     if stage != "pretrain" and flags["num_sessions"] != paths.sessions(subj):
         named.append(f"--num_sessions {flags['num_sessions']}")
     named += [f"--tag {flags['tag']}"] if flags["tag"] else []
+    named += [f"--hold_out {flags['hold_out']}"] if flags.get("hold_out") else []
     return " ".join([f"SUBJ={int(subj[-2:])} STAGES={stages} FEATS={feat} bash scripts/train.sh", *named])
 
 
@@ -41,8 +43,8 @@ def how_to_score(paths, flags, feat):
     if flags["num_sessions"] != paths.sessions(flags["subj"]):
         command.append(f"--num_sessions {flags['num_sessions']}")
     command += [f"--head {flags['head'].removeprefix('subj0')}"] if flags["head"] else []
-    for flag, default in {"tag": "", **DEFAULTS}.items():
-        command += [f"--{flag} {flags[flag]}"] if flags[flag] != default else []
+    for flag, default in {"tag": "", "hold_out": None, **DEFAULTS}.items():
+        command += [f"--{flag} {flags[flag]}"] if flags.get(flag, default) != default else []
     scoring = f"score {feat} ({' '.join(command)})"
     if ceiling or any((paths.run(name) / "last.pth").exists() for name in runs_of(flags, feat)):
         return scoring
@@ -65,12 +67,13 @@ def runs_like(paths, flags, feat, stage=None):
     return listed(found)
 
 
-def pretrained_widths(paths, subj, feat, tag):
-    """List the --hidden_dim of the runs of a feature that were pretrained without a subject, ascending."""
+def pretrained_widths(paths, subj, feat, tag, hold_out=None):
+    """List the --hidden_dim of the runs of a feature that were pretrained without a subject (and cluster), ascending.
+    """
     found = []
     for file in paths.run("").glob(f"multisubject_{subj}_*/last.pth"):
         name = re.fullmatch(RUN.replace("{feat}", feat), file.parent.name)
-        if name and (name["tag"] or "") == tag and name["hidden_dim"]:
+        if name and (name["tag"] or "", held_out_in(name)) == (tag, hold_out) and name["hidden_dim"]:
             found.append(int(name["hidden_dim"]))
     return sorted(found)
 
@@ -101,7 +104,8 @@ def pictures_like(paths, flags):
         except ValueError:
             continue
         of_set = {"subj": subj, "method": name["method"], "run": "ground_truth" if name["ceiling"] else "finetune",
-                  **variant_in(name), "use_gnet": name["gnet_roi"] is not None, "gnet_roi": name["gnet_roi"],
+                  "hold_out": held_out_in(name), **variant_in(name),
+                  "use_gnet": name["gnet_roi"] is not None, "gnet_roi": name["gnet_roi"],
                   "gnet_kappa": float(name["gnet_kappa"] or 0), "select": name["select"]}
         assert images_name(of_set) == method, f"{method}: {of_set}"
         words = differences(paths, {**flags, "run": flags["run"] if flags["run"] == "ground_truth" else "finetune"},
@@ -135,7 +139,8 @@ def run_flags(name, subj):
     """Return the flags that the match of a run's name stands for, when `subj` is decoded: those that it determines."""
     if name.groupdict().get("ceiling"):
         return {"run": "ground_truth"}
-    found = {"run": STAGES[name["prefix"]] + (f":{name['of']}" if name["of"] != subj else ""), "tag": name["tag"] or ""}
+    found = {"run": STAGES[name["prefix"]] + (f":{name['of']}" if name["of"] != subj else ""), "tag": name["tag"] or "",
+             "hold_out": held_out_in(name)}
     sessions = name["num_sessions"] or name.groupdict().get("adapted")
     found |= {"num_sessions": int(sessions)} if sessions else {}
     return found | ({"hidden_dim": int(name["hidden_dim"])} if name["hidden_dim"] else {})
@@ -144,6 +149,11 @@ def run_flags(name, subj):
 def head_in(name):
     """Return the voxel encoder that the match of a scores' name stands for, as disk.names.head_of does."""
     return f"subj{name['lent']}" if name["lent"] else "adapt" if name["adapted"] else "own"
+
+
+def held_out_in(name):
+    """Return the --hold_out that the match of a name stands for."""
+    return name["hold_out"] and name["hold_out"].replace("of", "/")
 
 
 def variant_in(name):
@@ -170,7 +180,7 @@ def differences(paths, wanted, found):
             words.append(f"--use_gnet --gnet_roi {found['gnet_roi']} --gnet_kappa {found['gnet_kappa']:g}")
     elif wanted.get("use_gnet") and "use_gnet" in found:
         words.append("without --use_gnet")
-    for flag in ("hidden_dim", "method", "select", "tag", "test_split", "repeats", "control"):
+    for flag in ("hidden_dim", "method", "select", "tag", "hold_out", "test_split", "repeats", "control"):
         if flag in found and found[flag] != wanted.get(flag):
             words.append(f"--{flag} {found[flag]}" if found[flag] else f"without --{flag}")
     return words

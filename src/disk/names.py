@@ -84,9 +84,31 @@ class Paths:
         """HDF5 file of a feature ('c', 'z', 'g_2', ...): one row per 73k image."""
         return self.stimuli / f"{feat}_all.hdf5"
 
+    @property
+    def synthetic(self):
+        """Folder of NSD-synthetic's stimuli and of their features."""
+        return self.root / "nsddata_stimuli/stimuli/nsdsynthetic"
+
+    @property
+    def synthetic_design(self):
+        """Table that says which stimulus each trial of NSD-synthetic showed."""
+        return self.root / "nsddata/experiments/nsdsynthetic/nsdsynthetic_expdesign.mat"
+
+    def synthetic_betas(self, subj):
+        """Folder of a subject's responses to NSD-synthetic, as volumes."""
+        return self.root / "nsddata_betas/ppdata" / subj / "func1pt8mm/nsdsyntheticbetas_fithrf_GLMdenoise_RR"
+
+    def synthetic_feature(self, feat, subj):
+        """HDF5 file of a feature of NSD-synthetic's stimuli, some of which one subject alone saw."""
+        return self.synthetic / f"{feat}_{subj}.hdf5"
+
     def components(self, feat):
         """HDF5 file of a feature's principal components, and of every image's coefficients."""
         return self.stimuli / f"{feat}_components.hdf5"
+
+    def clusters(self, n):
+        """HDF5 file that says which of n clusters each image is in."""
+        return self.stimuli / f"clusters_{n}.hdf5"
 
     def betas(self, subj):
         """HDF5 file of a subject's single-trial responses."""
@@ -134,13 +156,14 @@ class Paths:
         return self.images(flags["subj"], images_name(flags), flags["guidance_scale"], flags["guidance_strength"])
 
 
-def run_name(stage, subj, feat, hidden_dim, num_sessions=40, tag=""):
+def run_name(stage, subj, feat, hidden_dim, num_sessions=40, tag="", hold_out=None):
     """Return the name of a training run.
 
     stage: 'pretrain' (all subjects but `subj`), 'finetune' (`subj` alone, from the pretrained run), 'scratch' or
     'ridge' (the linear baseline, which has no hidden_dim), or 'ground_truth' (no run, but the true features of the
     images that `subj` saw). feat: 'gnet' with 'scratch' is the encoding model of `subj`, with 'pretrain' the one that
-    all subjects share. tag: the user's own, to keep variants apart.
+    all subjects share. tag: the user's own, to keep variants apart. hold_out: 'K/N', the cluster of images that it
+    never sees.
     """
     if stage == "ground_truth":
         return f"ground_truth_{subj}_{feat}"
@@ -149,13 +172,20 @@ def run_name(stage, subj, feat, hidden_dim, num_sessions=40, tag=""):
     prefix = {"pretrain": "multisubject", "finetune": "pretrained"}.get(stage, stage)
     sessions = "" if stage == "pretrain" else f"_{num_sessions}sess"
     width = "" if stage == "ridge" else f"_{hidden_dim}" + ("_mlp" if feat == "c" else "")
-    return f"{prefix}_{subj}{sessions}_ext1_{feat}{width}" + (f"_{tag}" if tag else "")
+    return f"{prefix}_{subj}{sessions}_ext1_{feat}{width}" + "".join(f"_{part}" for part in (*without(hold_out), tag)
+                                                                     if part)
+
+
+def without(hold_out):
+    """Parts of a name that say which cluster of images was held out: ['without3of10'] of '3/10', [] of None."""
+    return ["without" + hold_out.replace("/", "of")] if hold_out else []
 
 
 def run_of(flags, feat):
     """Return the name of the run that a score script's flags (a dict) mean: --run STAGE[:SUBJ] and what names it."""
     stage, _, subj = flags["run"].partition(":")
-    return run_name(stage, subj or flags["subj"], feat, flags["hidden_dim"], flags["num_sessions"], flags["tag"])
+    return run_name(stage, subj or flags["subj"], feat, flags["hidden_dim"], flags["num_sessions"], flags["tag"],
+                    flags.get("hold_out"))
 
 
 def runs_of(flags, feat):
@@ -192,7 +222,7 @@ def images_name(flags):
     ceiling = ["ground_truth"] if flags["run"] == "ground_truth" else []
     brain = ["gnet", flags["gnet_roi"], f"{flags['gnet_kappa']:g}"] if flags["use_gnet"] else []
     best = ["select", flags["select"]] if flags.get("select") else []
-    return "_".join([flags["method"], *ceiling, *brain, *best, *_variant_of(flags)])
+    return "_".join([flags["method"], *ceiling, *without(flags.get("hold_out")), *brain, *best, *_variant_of(flags)])
 
 
 def _variant_of(flags):

@@ -17,7 +17,9 @@ from disk.scores import load_scores, retrieval_stem
 from evaluation.decoded import folder_with
 from evaluation.networks import weights_hash
 from evaluation.picture_sets import PictureSet, as_float, unlike
+from nsd.clusters import in_cluster
 from nsd.rows import open_feature, open_stimuli, sample_hash
+from nsd.synthetic import is_synthetic
 from nsd.trials import load_trials
 from sampling.folders import read_images
 from training.bottleneck import numbers_left
@@ -48,7 +50,9 @@ def drawn(images, known):
     sets, absent = {}, {}
     for label, changed in (DRAWN | bottlenecks(images)).items():
         folder = folder_with(images, changed)
-        if folder is None or not (folder / "index.csv").exists():
+        if changed.get("run") == "ground_truth" and is_synthetic(images.image_ids):
+            absent[label] = "the stimuli have no captions, so no true c"
+        elif folder is None or not (folder / "index.csv").exists():
             flag = " ".join(f"--{key} {value}" for key, value in changed.items())
             absent[label] = f"score and draw it with {flag}"
         elif folder != images.folder and folder not in known:
@@ -92,7 +96,8 @@ def without_decoder(seen, run, no_run, paths, feat, store, device):
 
 def training_images(run, paths):
     """Ids (M,), ascending, of the images that the decoder's subject trained or validated on."""
-    return np.unique(load_trials(paths, run["subj"], "train", run["num_sessions"])["image_id"])
+    ids = np.unique(load_trials(paths, run["subj"], "train", run["num_sessions"])["image_id"])
+    return ids[~in_cluster(paths, run["hold_out"], ids)] if run.get("hold_out") else ids
 
 
 def mean_image(label, seen, run, paths, store):

@@ -14,7 +14,8 @@ from disk.scores import load_scores, retrieval_stem
 from evaluation import metrics
 from evaluation.measuring import summarise
 from nsd.components import open_components
-from nsd.rows import open_betas, open_feature
+from nsd.rows import open_betas
+from nsd.synthetic import feature_file, feature_of, is_synthetic
 
 AT_ONCE = 100  # images whose features are read together
 # what names the scores behind the images
@@ -30,7 +31,7 @@ def run_behind(images):
     if lacking:
         return None, f"{images.folder}/config.json does not say {', '.join(lacking)}"
     return {flag: config[flag] for flag in RUN_FLAGS} | {name: config.get(name) for name in
-                                                         ("sd_model", "score_hashes")}, None
+                                                         ("sd_model", "score_hashes", "hold_out")}, None
 
 
 def features_of(config):
@@ -97,13 +98,14 @@ def retrieval(run, no_run, paths, feat, seed):
     if changed := scored_since(run, paths, feat):
         return {}, dict.fromkeys(names, changed)
     stem = retrieval_stem(folder)
-    for file in (folder / f"{stem}.npy", paths.feature(feat)):
-        if not file.exists():
-            return {}, dict.fromkeys(names, f"{file} not found")
+    if not (folder / f"{stem}.npy").exists():
+        return {}, dict.fromkeys(names, f"{folder / stem}.npy not found")
     ids, brain = load_scores(folder, stem)
-    seen = open_feature(paths, feat)
+    seen, lacking = true_feature(run, paths, feat, ids)
+    if seen is None:
+        return {}, dict.fromkeys(names, lacking)
     if brain[0].size != np.prod(seen.row_shape):
-        raise utils.UserError(f"{folder}/{stem}.npy: rows of {brain.shape[1:]}, those of {paths.feature(feat)} are "
+        raise utils.UserError(f"{folder}/{stem}.npy: rows of {brain.shape[1:]}, those of {seen.path} are "
                               f"{seen.row_shape}; score again, or give --retrieval_feat another feature")
     found, galleries = {}, {"": min(metrics.GALLERY, len(ids))}
     if len(ids) > metrics.GALLERY:
@@ -129,10 +131,10 @@ def variance_explained(run, paths, feats, seed):
         if not (folder / "nsdgeneral.npy").exists() or scored_since(run, paths, feat):
             continue
         validated[feat] = load_json(folder / "config.json").get("r2", {})
-        if not paths.feature(feat).exists():
-            continue
         ids, predicted = load_scores(folder)
-        true = open_feature(paths, feat)
+        true, _ = true_feature(run, paths, feat, ids)
+        if true is None:
+            continue
         known = paths.components(feat).exists()
         mean = open_components(paths, feat).mean if known else np.mean(true[ids], axis=0, dtype=np.float64).ravel()
         missed, total = (np.zeros(len(ids)) for _ in range(2))
@@ -155,16 +157,27 @@ def effective_ranks(run, paths, feat):
 
     {} where there are no such scores.
     """
-    if run is None or not paths.feature(feat).exists():
+    if run is None:
         return {}
     folder = paths.scores(run["subj"], scores_name(run, feat), feat)
     if not (folder / "nsdgeneral.npy").exists() or scored_since(run, paths, feat):
         return {}
     ids, predicted = load_scores(folder)
-    true = open_feature(paths, feat)[ids]
+    true, _ = true_feature(run, paths, feat, ids)
+    if true is None:
+        return {}
+    true = true[ids]
     ranks = {suffix: metrics.effective_rank(rows) for suffix, rows in (("", predicted), ("_true", true))}
     return {f"effective_rank_{feat}{suffix}": {"value": rank, "ci_low": None, "ci_high": None, "n": len(ids),
                                                "of": scored(ids)} for suffix, rank in ranks.items()}
+
+
+def true_feature(run, paths, feat, ids):
+    """Open what the scored images (N,) truly have of a feature, by their ids; (None, why) where it is not there."""
+    file = feature_file(paths, feat, run["subj"], ids)
+    if file.exists():
+        return feature_of(paths, feat, run["subj"], ids), None
+    return None, "the stimuli have no captions" if is_synthetic(ids) and feat == "c" else f"{file} not found"
 
 
 def scored(ids):

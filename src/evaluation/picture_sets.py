@@ -9,6 +9,7 @@ import torch
 import utils
 from disk.hints import listed
 from evaluation.metrics import resize
+from nsd.synthetic import is_synthetic
 from sampling.folders import name_of, read_images, read_png
 from sampling.inputs import as_float
 
@@ -63,8 +64,10 @@ class PictureSet:
 
 
 def check_ids(images, stimuli):
-    """Refuse image ids of an ImageSet that the stimulus file does not have."""
-    if images.image_ids[0] < 0 or images.image_ids[-1] >= len(stimuli):
+    """Refuse image ids of an ImageSet that the stimulus file does not have; stimuli: Rows, or nsd.synthetic's."""
+    if is_synthetic(images.image_ids):
+        stimuli.require(images.image_ids)
+    elif images.image_ids[0] < 0 or images.image_ids[-1] >= len(stimuli):
         found = f"{images.image_ids[0]}..{images.image_ids[-1]}"
         raise utils.UserError(f"{images.folder}/index.csv: image_id {found}, wanted 0..{len(stimuli) - 1} "
                               f"({stimuli.path.parent}); give the --root they were made with")

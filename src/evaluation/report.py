@@ -23,7 +23,7 @@ from evaluation.picture_sets import SEEN
 from evaluation.published import AGREES_WITH_PEOPLE, NSD_IMAGES, PUBLISHED, PUBLISHED_BRAIN
 from evaluation.published import METRICS as PROTOCOL
 from nsd.captions import load_captions
-from nsd.rows import open_betas, open_stimuli
+from nsd.rows import open_betas
 from sampling.folders import name_of
 from training.tracking import load_rows
 
@@ -53,7 +53,7 @@ def write(folder, findings, config, paths):
     """Write the report of an evaluation's Findings into `folder`; config: what metrics_config.json holds."""
     drawn = findings.images.config or {}
     kinds = {label: kind_of(label, findings) for label in findings.measured}
-    n_stimuli = len(open_stimuli(paths))
+    n_stimuli = config["stimuli"]
     columns = columns_of(findings, kinds)
     files = save_copies(folder, [(findings.sets[column["set"]], column["sample"], column["large"])
                                  for column in columns])
@@ -232,7 +232,7 @@ def captions_of(ids, paths):
         captions = load_captions(paths)
     except utils.UserError:
         return None
-    return [captions[image_id] for image_id in ids]
+    return [captions[image_id] for image_id in ids] if max(ids) < len(captions) else None  # of NSD-synthetic: none
 
 
 # --- the one number ----------------------------------------------------------------------------------------------

@@ -33,9 +33,9 @@ def no_longer_compared(outdir, labels):
     return f"no longer compared, unlike in the report before: {', '.join(dropped)}; keep with --compare {flags}"
 
 
-def write_results(outdir, findings, config, sheet, folders):
+def write_results(outdir, findings, config, sheet, folders, parts):
     """The files beside the images, all or none; config: what metrics_config.json holds, sheet: a PIL image; folders:
-    {label: where it lies} of sets that were drawn."""
+    {label: where it lies} of sets that were drawn; parts: of parts.measure_parts."""
     rows = [{"image_id": image_id, **{name: float(values[i]) for name, values in findings.per_image.items()}}
             for i, image_id in enumerate(findings.images.image_ids)]
     compared = {label: {"results": findings.measured[label].results, "difference": found}
@@ -48,6 +48,7 @@ def write_results(outdir, findings, config, sheet, folders):
         outdir / "metrics_config.json": write_json(config),
         outdir / "metrics.tex": lambda path: path.write_text(line),
         outdir / "compared.json": write_json(compared),
+        **({outdir / "parts.json": write_json(parts)} if parts else {}),
         outdir / "metrics.csv": write_csv(table_of(findings.measured)),
         outdir / "metrics_per_image.csv": write_csv(rows),
         outdir / "contact_sheet.png": lambda path: sheet.save(path, format="PNG")})

@@ -204,7 +204,7 @@ def create_file(paths, feat, fit, n_images, shape, settings, basis=None):
     """Make a file of components, without any image's coefficients. basis: what its digest begins with where they were
     taken over (nsd.components.basis_in)."""
     path, k = paths.components(feat), len(fit.basis)
-    check_room(paths, [path.name], (n_images * k + fit.basis.size) * 4)
+    check_room(path.parent, [path.name], (n_images * k + fit.basis.size) * 4)
     known = {"shape": shape, "total": fit.total, "kept": fit.kept, "n_fitted": fit.n_fitted, **settings}
     parts = {"mean": fit.mean, "basis": fit.basis, "variances": fit.variances}
     digest = hashlib.sha256(repr(known).encode())

@@ -14,13 +14,15 @@ from features.files import FeatureFile, check_room, create_file, rows_there
 from nsd.trials import load_trials
 
 
-def extract(maker, paths, team, subjects=None, dtype="float16", num_workers=2, overwrite=False):
+def extract(maker, paths, team, subjects=None, dtype="float16", num_workers=2, overwrite=False, file_of=None):
     """Write what the files of maker's features lack of the images that the subjects saw, shared among the team.
 
-    maker: see features.makers; subjects: None for all images; dtype: of a new file; overwrite: replace what is there.
+    maker: see features.makers; subjects: None for all images; dtype: of a new file; overwrite: replace what is there;
+    file_of: feature -> its file, where these are not the features of NSD's images, which paths.feature names.
     """
+    of_nsd, file_of = file_of is None, file_of or paths.feature
     n_images, wanted = len(maker), wanted_images(paths, subjects, len(maker))
-    there = {feat: None if overwrite else rows_there(paths.feature(feat), maker, wanted, dtype, team.print)
+    there = {feat: None if overwrite else rows_there(file_of(feat), maker, wanted, dtype, team.print)
              for feat in maker.feats}
     maker.feats = [feat for feat in maker.feats if there[feat] is None or not there[feat][wanted].all()]
     if not maker.feats:
@@ -30,14 +32,16 @@ def extract(maker, paths, team, subjects=None, dtype="float16", num_workers=2, o
     network = maker.load()
     row_shape = maker.row_shape(network)
     needed = sum(missing.values()) * np.prod(row_shape) * np.dtype(dtype).itemsize
-    check_room(paths, [paths.feature(feat).name for feat in missing], needed)
+    files = [file_of(feat) for feat in missing]
+    check_room(files[0].parent, [file.name for file in files], needed)
     team.wait()  # until every process has looked
     for feat in missing:
         if there[feat] is None and team.is_main:
-            paths.components(feat).unlink(missing_ok=True)  # of the rows that are replaced
-            create_file(paths.feature(feat), n_images, row_shape, dtype, maker)
+            if of_nsd:
+                paths.components(feat).unlink(missing_ok=True)  # of the rows that are replaced
+            create_file(file_of(feat), n_images, row_shape, dtype, maker)
     team.wait()
-    files = {feat: FeatureFile(paths.feature(feat)) for feat in missing}
+    files = {feat: FeatureFile(file_of(feat)) for feat in missing}
     # Blocks are cut from the wanted images, not from the missing ones, and computed whole: in its last digits a feature
     # depends on the batch it is computed in. So a run that was killed and continued gives what another would have.
     blocks = np.split(wanted, range(maker.block_size, len(wanted), maker.block_size))

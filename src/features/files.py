@@ -50,14 +50,13 @@ def rows_there(path, maker, wanted, dtype, say=print):
     return written
 
 
-def check_room(paths, names, needed):
-    """Raise UserError when `needed` bytes for files of these names beside the stimuli are not free."""
-    paths.stimuli.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(paths.stimuli).free
+def check_room(folder, names, needed):
+    """Make a folder, and raise UserError when `needed` bytes for files of these names in it are not free."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
     if needed > free:
-        raise utils.UserError(f"{paths.stimuli}: {', '.join(names)}: needs "
-                              f"{utils.in_bytes(needed)}, {utils.in_bytes(free)} are free; make room on the disk or "
-                              "give fewer --feats")
+        raise utils.UserError(f"{folder}: {', '.join(names)}: needs {utils.in_bytes(needed)}, {utils.in_bytes(free)} "
+                              "are free; make room on the disk or give fewer --feats")
 
 
 def create_file(path, n_rows, row_shape, dtype, maker):

@@ -23,6 +23,7 @@ from nsd.design import check_shared_images, check_trial_images, listed_images, l
 from nsd.own_root import load_own
 from nsd.regions import roi_masks
 from nsd.rows import open_betas, open_feature, open_stimuli
+from nsd.synthetic import FIRST_ID, SyntheticStimuli, load_synthetic_trials, open_synthetic_betas
 from nsd.trials import load_trials
 
 SAMPLE = 16  # rows of a file that are looked at without --deep
@@ -271,6 +272,26 @@ def look_at_old_test(world, subj):
     if world.is_nsd:
         expect(folder, "trials", len(old), sources.PUBLISHED[subj][3])
     return f"{old['image_id'].nunique()} images, {len(old)} trials"
+
+
+def look_at_synthetic(world, subj, deep):
+    """A subject's session of NSD-synthetic fits its design, its stimuli and the voxels of its betas."""
+    paths = world.paths
+    trials, betas, stimuli = (load_synthetic_trials(paths, subj), open_synthetic_betas(paths, subj),
+                              SyntheticStimuli(paths, subj))
+    expect(betas.path, "trials", len(betas), len(trials))
+    shown, n = trials["image_id"] - FIRST_ID, (len(stimuli.common), len(stimuli.own))
+    expect(paths.synthetic_design, "is the last stimulus", shown.max(), len(stimuli) - 1)
+    if world.is_nsd:
+        expect(betas.path, "trials", len(betas), sources.OTHER_TRIALS["synthetic"])
+        expect(stimuli.path, "stimuli", n, sources.SYNTHETIC_STIMULI)
+    look_at_rows(stimuli.common, deep)
+    look_at_rows(stimuli.own, deep)
+    if deep:
+        look_at_rows(betas, deep)
+    repeats = shown.value_counts()
+    return f"{len(trials)} trials, {betas.shape[1]} voxels; {n[0]} stimuli that all saw and {n[1]} of its own, each " \
+           f"shown {repeats.min()} to {repeats.max()} times"
 
 
 def look_at_masks(world, subj):

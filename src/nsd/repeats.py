@@ -10,6 +10,7 @@ import pandas as pd
 
 import utils
 from nsd.rows import open_betas, read_betas
+from nsd.synthetic import SPLIT, is_synthetic, load_synthetic_trials, open_synthetic_betas
 from nsd.trials import load_trials, split_trials
 
 
@@ -87,15 +88,18 @@ class TestSet(NamedTuple):
 
 
 def load_test_set(paths, subj, control=None, seed=0, held_out=None, split="new_test", repeats="mean"):
-    """Read a subject's test set: the shared images, or the validation images that a training held out.
+    """Read a subject's test set: shared images, validation images that a training held out, or NSD-synthetic.
 
-    split: "new_test" or "test" (see load_trials), or "val", of which held_out says what it is: (num_sessions,
-    val_fraction, seed) of that training, as in split_trials. repeats: "mean" of an image's trials, or "single", the
-    first of them. control makes a null control with the same images and repeats:
+    split: "new_test" or "test" (see load_trials), "synthetic" (see nsd.synthetic), or "val", of which held_out says
+    what it is: (num_sessions, val_fraction, seed) of that training, as in split_trials. repeats: "mean" of an image's
+    trials, or "single", the first of them. control makes a null control with the same images and repeats:
         "shuffle"  trials permuted: every response is one to another image
         "noise"    normal noise with each voxel's mean and standard deviation over the test trials
         "mean"     the mean response for every image
     """
+    if split == SPLIT:
+        trials = load_synthetic_trials(paths, subj)
+        return average_repeats(open_synthetic_betas(paths, subj), trials, control, seed, repeats)
     trials = split_trials(paths, subj, *held_out)[1] if split == "val" else load_trials(paths, subj, split)
     return average_repeats(open_betas(paths, subj), trials, control, seed, repeats)
 
@@ -103,18 +107,20 @@ def load_test_set(paths, subj, control=None, seed=0, held_out=None, split="new_t
 def responses_to(paths, subj, image_ids, num_sessions=None, control=None, seed=0, repeats="mean"):
     """Average a subject's responses to exactly these images (N,); returns a TestSet.
 
-    All are test images, or all are training images of the first num_sessions. control, seed, repeats: as in
-    load_test_set. Raises UserError for an image that the subject did not see.
+    All are test images, or all are training images of the first num_sessions, or all are NSD-synthetic's. control,
+    seed, repeats: as in load_test_set. Raises UserError for an image that the subject did not see.
     """
-    trials = load_trials(paths, subj, "new_test")
-    if not np.isin(image_ids, trials["image_id"]).all():
+    synthetic = is_synthetic(image_ids)
+    trials = load_synthetic_trials(paths, subj) if synthetic else load_trials(paths, subj, "new_test")
+    if not synthetic and not np.isin(image_ids, trials["image_id"]).all():
         trials = load_trials(paths, subj, "train", num_sessions)
     trials = trials[trials["image_id"].isin(image_ids)]
     unseen = np.setdiff1d(image_ids, trials["image_id"])
     if unseen.size:
         raise utils.UserError(f"image id {unseen[0]}: {subj} did not see it and {unseen.size - 1} others, all as test "
                               "images or all as training images; check --subj")
-    return average_repeats(open_betas(paths, subj), trials, control, seed, repeats)
+    betas = open_synthetic_betas(paths, subj) if synthetic else open_betas(paths, subj)
+    return average_repeats(betas, trials, control, seed, repeats)
 
 
 def average_repeats(betas, trials, control=None, seed=0, repeats="mean"):

@@ -36,12 +36,14 @@ GROUPS = {  # name: what it is
     "masks": "regions of interest over the betas' voxels",
     "rois": "NSD's own volumes of them, to check the masks against",
     "gnet": "the published brain encoding model",
+    "synthetic": "NSD-synthetic: stimuli of another kind, and responses to them",
+    "imagery": "NSD-Imagery: responses to what was imagined (no test set yet)",
     "sd": "Stable Diffusion v1.4",
     "taesd": "a small decoder of its latents, for guidance",
     "clip": "CLIP ViT-B/32, for g",
     "eval_clip": "CLIP ViT-L/14, the judge",
 }
-DEFAULT_GROUPS = [group for group in GROUPS if group != "gnet"]
+DEFAULT_GROUPS = [group for group in GROUPS if group not in ("gnet", "synthetic", "imagery")]
 # which groups a stage of the pipeline reads
 STAGES = {
     "features": ["design", "stimuli", "captions", "sd", "clip"],
@@ -71,6 +73,16 @@ SIZES = {
     "vae/diffusion_pytorch_model.safetensors": 4 * 83_653_863,
     f"{CLIP_MODEL}/model.safetensors": 4 * 151_277_313, f"{EVAL_CLIP}/model.safetensors": 4 * 427_616_513,
 }
+# of the other experiments: trials; stimuli that all subjects saw, and each subject alone, of 714 x 1360 pixels
+OTHER_TRIALS = {"synthetic": 744, "imagery": 720}
+SYNTHETIC_STIMULI = (220, 64)
+OTHER_BETAS = "nsddata_betas/ppdata/{0}/func1pt8mm/nsd{1}betas_fithrf_GLMdenoise_RR/betas_nsd{1}.hdf5"
+SYNTHETIC_BRICK = "nsddata_stimuli/stimuli/nsdsynthetic/nsdsynthetic_{}.hdf5"
+SIZES |= {SYNTHETIC_BRICK.format("stimuli"): SYNTHETIC_STIMULI[0] * 714 * 1360 * 3}
+SIZES |= {SYNTHETIC_BRICK.format(f"colorstimuli_{subj}"): SYNTHETIC_STIMULI[1] * 714 * 1360 * 3 for subj in SUBJECTS}
+# int16; of subject 1's volume, which the others' are about as large as
+SIZES |= {OTHER_BETAS.format(subj, group): trials * 81 * 104 * 83 * 2
+          for subj in SUBJECTS for group, trials in OTHER_TRIALS.items()}
 
 
 class Wanted(NamedTuple):
@@ -101,6 +113,13 @@ def files_of(group, subjects):
     if group == "rois":
         return [nsd(f"nsddata/ppdata/{subj}/func1pt8mm/roi/{name}.nii.gz") for subj in subjects
                 for name in ("nsdgeneral", "prf-visualrois")]
+    if group == "synthetic":
+        bricks = ["stimuli", *(f"colorstimuli_{subj}" for subj in subjects)]
+        return [nsd("nsddata/experiments/nsdsynthetic/nsdsynthetic_expdesign.mat"),
+                *(nsd(SYNTHETIC_BRICK.format(name)) for name in bricks),
+                *(nsd(OTHER_BETAS.format(subj, group)) for subj in subjects)]
+    if group == "imagery":
+        return [nsd(OTHER_BETAS.format(subj, group)) for subj in subjects]
     return [hub("gnet_multisubject.pt")] if group == "gnet" else []
 
 

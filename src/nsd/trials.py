@@ -6,12 +6,14 @@ Image ids are 0-based 73k ids everywhere; the official files that count from 1 a
 import io
 import tarfile
 import zipfile
+from functools import partial
 
 import numpy as np
 import pandas as pd
 
 import utils
 from disk.files import atomic_path, load_npy
+from nsd.clusters import in_cluster
 from nsd.design import check_against_expdesign, expdesign_file
 from nsd.sources import DOWNLOAD
 
@@ -156,9 +158,17 @@ def shared_images(paths, n_images):
 # --- training and validation images -------------------------------------------------------------------------------
 
 
-def split_trials(paths, subj, num_sessions, fraction, seed):
-    """Read a subject's trials and split them into those that train and those that validate; see split_by_image."""
-    return split_by_image(load_trials(paths, subj, "train", num_sessions), fraction, seed)
+def split_trials(paths, subj, num_sessions, fraction, seed, hold_out=None):
+    """Read a subject's trials and split them into those that train and those that validate; see split_by_image.
+
+    hold_out: 'K/N', the cluster of images (nsd.clusters) that is in neither; clusters that are not there yet are made.
+    """
+    trials = load_trials(paths, subj, "train", num_sessions)
+    if hold_out:
+        trials = trials[~in_cluster(paths, hold_out, trials["image_id"], partial(shared_images, paths))]
+        if trials.empty:
+            raise utils.UserError(f"--hold_out {hold_out}: {subj} saw no other images; give more clusters")
+    return split_by_image(trials, fraction, seed)
 
 
 def split_by_image(trials, fraction, seed):

@@ -8,6 +8,8 @@ from disk.files import archive_hash
 from nsd.components import open_components, source_of
 from nsd.rows import open_betas, open_feature, open_stimuli, sample_hash
 
+CLUSTERS = "clusters of images"  # of --hold_out, in what a run was made from
+
 
 def inputs_there(paths, subjects=(), components=(), features=(), stimuli=False, runs=()):
     """Return {what it is, in words: its identity} of those inputs that are there.

@@ -3,6 +3,7 @@
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from disk.checkpoints import RUN_KEYS, load_checkpoint
 from disk.files import load_json
 from disk.names import run_name
 from nsd.batches import EpochBatches, read_targets
+from nsd.clusters import clusters_digest, read_clusters
 from nsd.components import CoefficientRows, open_components
 from nsd.repeats import AveragedRows
 from nsd.rows import open_betas, open_feature, open_stimuli
-from nsd.trials import list_subjects, split_trials
-from training.origins import changed, inputs_there
+from nsd.trials import list_subjects, shared_images, split_trials
+from training.origins import CLUSTERS, changed, inputs_there
 from training.team import Team
 from training.tracking import check_tracking, load_rows
 
@@ -107,7 +109,7 @@ def gather_component_run(plan, config, team, subjects, feats, pretrained=None):
     betas, tables = {"train": {}, "val": {}}, {"train": {}, "val": {}}
     for subj in subjects:
         rows = open_betas(plan.paths, subj)
-        train, val = split_trials(plan.paths, subj, plan.num_sessions, plan.val_fraction, plan.loop.seed)
+        train, val = split_of(plan, subj)
         rows.require(train["row"].to_numpy())
         averaged = AveragedRows(rows, val)
         tables["train"][subj], betas["train"][subj] = train, rows
@@ -135,6 +137,11 @@ def ridge_r2(plan, name, feats):
     return {}
 
 
+def split_of(plan, subj):
+    """Read a subject's trials as a plan splits them: (train, val), tables of trials."""
+    return split_trials(plan.paths, subj, plan.num_sessions, plan.val_fraction, plan.loop.seed, plan.hold_out)
+
+
 def subjects_of(plan):
     """List whose trials a plan learns from: all but its subject in pretraining, else that one alone."""
     if plan.stage != "pretrain":
@@ -157,7 +164,7 @@ def open_encoding_run(plan):
         return None
     tables, responses = {"train": {}, "val": {}}, {"train": {}, "val": {}}
     for subj in subjects:
-        parts = split_trials(plan.paths, subj, plan.num_sessions, plan.val_fraction, plan.loop.seed)
+        parts = split_of(plan, subj)
         for part, trials in zip(("train", "val"), parts, strict=True):
             rows = AveragedRows(open_betas(plan.paths, subj), trials)
             tables[part][subj], responses[part][subj] = rows.table, rows
@@ -175,11 +182,31 @@ def claim(plan, feat, subjects, components=(), features=(), stimuli=False, **fur
     config = plan.config | {"feat": feat, "run": name, **further, "made_from": inputs_there(
         plan.paths, subjects, components, features, stimuli, [plan.pretrained_path(feat)])}
     team = Team.assemble(plan.loop.device, plan.loop.precision)
+    if plan.hold_out:
+        read_clusters(plan.paths, int(plan.hold_out.split("/")[1]), partial(shared_images, plan.paths))
+        config["made_from"][CLUSTERS] = clusters_digest(plan.paths, plan.hold_out)
+        check_pretrained(plan, feat, config)
     if finished(plan.paths.run(name), config, plan.loop, team.print):
         untold = "; W&B was told nothing, a further run needs another --tag" if plan.loop.wandb.log else ""
         team.print(f"{name}: already finished, kept (--overwrite trains it again{untold})")
         return None, team
     return config, team
+
+
+def check_pretrained(plan, feat, config):
+    """Raise UserError where the run to fine-tune from may have seen the cluster of images that is held out."""
+    checkpoint = plan.pretrained_path(feat)
+    file = checkpoint and checkpoint.with_name("config.json")
+    if not file or not file.exists():
+        return
+    found = load_json(file)
+    if found.get("hold_out") != plan.hold_out:
+        raise utils.UserError(f"--hold_out {plan.hold_out}: {file.parent.name} was pretrained with "
+                              f"{found.get('hold_out') or 'nothing'} held out, and may have seen these images; give "
+                              "--multisubject_ckpt a run with the same --hold_out, or auto")
+    if others := changed(found["made_from"], {CLUSTERS: config["made_from"][CLUSTERS]}):
+        raise utils.UserError(f"{file.parent}: was pretrained with others than are there now: {', '.join(others)}; "
+                              "pretrain it again with --overwrite")
 
 
 def finished(folder, config, loop, say=print):
@@ -216,8 +243,7 @@ def gather_run(plan, config, team, subjects, targets, pretrained=None):
     targets = {name: open_feature(plan.paths, feat) for name, feat in targets.items()}
     tables = {"train": {}, "val": {}}
     for subj in subjects:
-        tables["train"][subj], tables["val"][subj] = split_trials(plan.paths, subj, plan.num_sessions,
-                                                                  plan.val_fraction, seed)
+        tables["train"][subj], tables["val"][subj] = split_of(plan, subj)
         betas[subj].require(np.concatenate([tables[part][subj]["row"] for part in ("train", "val")]))
     run = make_run(plan, config, team, tables, {"train": betas, "val": betas}, targets, pretrained)
     run.target_statistics = target_statistics(targets["target"], tables["train"], seed)

@@ -5,6 +5,7 @@ feature (`open_source`), predicts and saves: `score`. A subject that the run doe
 own, fitted to its training trials with everything else frozen (`adapt`).
 """
 
+import hashlib
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -20,14 +21,16 @@ from disk.hints import how_to_train, runs_like
 from disk.names import Paths, head_of, runs_of, scores_name
 from disk.scores import save_scores
 from models import build_model, load_trunk, restore
+from nsd.clusters import clusters_digest
 from nsd.components import Components, open_components, source_of
 from nsd.repeats import average_repeats, load_test_set
 from nsd.rows import open_betas, open_feature, sample_hash
+from nsd.synthetic import SPLIT, feature_of
 from nsd.trials import split_trials
 from training.bottleneck import fit_bottleneck, numbers_left
 from training.loop import fit
 from training.objectives import OBJECTIVES, ComponentObjective
-from training.origins import changed, inputs_there
+from training.origins import CLUSTERS, changed, inputs_there
 from training.runs import gather_component_run, gather_run
 from training.settings import Loop, Plan, Wandb
 from training.team import Team
@@ -58,6 +61,7 @@ class Request:
     num_workers: int
     overwrite: bool
     wandb: Wandb = Wandb()
+    hold_out: str | None = None  # 'K/N', the cluster of images that the run never saw
 
     @classmethod
     def from_args(cls, args):
@@ -90,6 +94,7 @@ class Trained:
         seed = request.seed if self.head == "adapt" else state["config"]["seed"]
         # which of the subject's training images validated the run: arguments of split_trials
         self.held_out = (request.num_sessions, state["config"]["val_fraction"], seed)
+        self.held_out += (request.hold_out,) if request.hold_out else ()
         self._states, self._ridges = {}, {}  # by their checkpoints
 
     @cached_property
@@ -100,6 +105,11 @@ class Trained:
     def betas(self):
         """Identity of the subject's responses."""
         return sample_hash(open_betas(self.request.paths, self.request.subj))
+
+    @cached_property
+    def synthetic_betas(self):
+        """Identity of the subject's responses to NSD-synthetic, and of the stimuli that each is to."""
+        return hashlib.sha256(self.test.image_ids.tobytes() + self.test.betas.tobytes()).hexdigest()[:12]
 
     @cached_property
     def test(self):
@@ -156,7 +166,7 @@ class Trained:
         it would seem better than it is, and get all the weight.
         """
         state = self._ridge_state(file)
-        splits = (state["config"]["val_fraction"], state["config"]["seed"]), self.held_out[1:]  # of the same sessions
+        splits = (state["config"]["val_fraction"], state["config"]["seed"]), self.held_out[1:3]  # of the same sessions
         if splits[0] != splits[1]:
             found, wanted = ("--val_fraction {} --seed {}".format(*split) for split in splits)
             raise utils.UserError(f"{file}: held out the validation images of {found}, the network those of {wanted}; "
@@ -197,6 +207,8 @@ def open_trained(request, feat, known=None):
                               f"{subj}; fine-tune on {subj}, or use --head adapt")
     if "components" in state["model_args"]:
         check_inputs(state, checkpoint, inputs_there(paths, components=[feat]))
+    if request.hold_out:
+        check_inputs(state, checkpoint, {CLUSTERS: clusters_digest(paths, request.hold_out)})
     return known
 
 
@@ -233,6 +245,10 @@ def open_source(trained, feat, **settings):
               "num_sessions": request.num_sessions, "checkpoint": trained.file.name, "checkpoint_hash": trained.hash,
               "betas": trained.betas, "test_split": request.test_split, "repeats": request.repeats,
               "control": request.control, "prior_steps": request.prior_steps, "seed": request.seed, **settings}
+    if request.hold_out:
+        config["hold_out"] = request.hold_out
+    if request.test_split == SPLIT:
+        config["synthetic_betas"] = trained.synthetic_betas
     if trained.head == "adapt":
         config["adapt_epochs"] = request.adapt_epochs
     components, ridge = None, None
@@ -403,7 +419,7 @@ def adapt(request, feat, run, state, checkpoint_hash):
                 weight_decay=trained.get("weight_decay", 0.01), num_workers=request.num_workers, resume=True,
                 overwrite=changed)
     plan = Plan(request.paths, "adapt", request.subj, request.num_sessions, trained["val_fraction"],
-                request.hidden_dim, request.tag, None, loop, config)
+                request.hidden_dim, request.tag, None, loop, config, request.hold_out)
     team = Team.assemble(request.device)
     if kind == "components":
         fitted, components = gather_component_run(plan, config, team, [request.subj], feats)
@@ -454,10 +470,12 @@ def save_ground_truth(request, feat):
         raise utils.UserError(f"--control {request.control}: a null control of the brain's responses; with "
                               "--ground_truth there are none, leave one of them out")
     held_out = (request.num_sessions, options.VAL_FRACTION, request.seed)
-    image_ids = load_test_set(request.paths, request.subj, held_out=held_out, split=request.test_split).image_ids
+    paths, subj = request.paths, request.subj
+    image_ids = load_test_set(paths, subj, held_out=held_out, split=request.test_split).image_ids
+    true = feature_of(paths, feat, subj, image_ids)
     folder = request.folder(feat)
     config = {"run": request.run, "feat": feat, "subj": request.subj, "test_split": request.test_split}
-    save_scores(folder, image_ids, {"nsdgeneral": open_feature(request.paths, feat)[image_ids]}, config)
+    save_scores(folder, image_ids, {"nsdgeneral": true[image_ids]}, config)
     show(request, feat, config)
     print(f"{folder}: {len(image_ids)} images, true {feat}")
 

@@ -83,6 +83,7 @@ class Plan:
     multisubject_ckpt: str | None  # finetune: the pretrained run, or "auto"
     loop: Loop
     config: dict  # all that decides the result but the feature: settings_of
+    hold_out: str | None = None  # 'K/N', the cluster of images that neither trains nor validates
 
     @classmethod
     def from_args(cls, args):
@@ -112,11 +113,12 @@ class Plan:
         # --num_sessions counts those of --subj; pretraining uses every session of the other subjects
         num_sessions = None if args.multi_subject else args.num_sessions
         return cls(Paths.from_args(args), stage, args.subj, num_sessions, args.val_fraction, hidden_dim, args.tag,
-                   multisubject_ckpt, Loop.from_args(args), config)
+                   multisubject_ckpt, Loop.from_args(args), config, getattr(args, "hold_out", None))
 
     def run_name(self, feat):
         """Return the name of a feature's run."""
-        return run_name(self.stage, self.subj, feat, self.hidden_dim, self.num_sessions, self.tag)
+        return run_name(self.stage, self.subj, feat, self.hidden_dim, self.num_sessions, self.tag,
+                        self.hold_out)
 
     def folder(self, feat):
         """Return the folder of a feature's run."""
@@ -125,14 +127,15 @@ class Plan:
     def pretrained_path(self, feat):
         """Return the checkpoint to fine-tune from, whether it is there or not; None in other stages.
 
-        `auto` is the pretraining of the same subject, feature and width: of the same tag where there is one, else of
-        none.
+        `auto` is the pretraining of the same subject, feature, width and cluster held out: of the same tag where
+        there is one, else of none.
         """
         if self.stage != "finetune":
             return None
         name = self.multisubject_ckpt
         if name == "auto":
-            names = [run_name("pretrain", self.subj, feat, self.hidden_dim, tag=tag) for tag in (self.tag, "")]
+            names = [run_name("pretrain", self.subj, feat, self.hidden_dim, tag=tag, hold_out=self.hold_out)
+                     for tag in (self.tag, "")]
             name = next((name for name in names if (self.paths.run(name) / "last.pth").exists()), names[-1])
         return self.paths.run_given(name) / "last.pth"
 
@@ -141,7 +144,8 @@ class Plan:
         checkpoint = self.pretrained_path(feat)
         if checkpoint is None or checkpoint.exists():
             return checkpoint
-        wanted = {"subj": self.subj, "run": "pretrain", "hidden_dim": self.hidden_dim, "tag": self.tag}
+        wanted = {"subj": self.subj, "run": "pretrain", "hidden_dim": self.hidden_dim, "tag": self.tag,
+                  "hold_out": self.hold_out}
         there = runs_like(self.paths, wanted, feat, "pretrain")
         return utils.require(checkpoint, "--multisubject_ckpt: the pretrained run",
                              (f"{there}: give the flags of one, or " if there else "")
@@ -173,8 +177,8 @@ def like_pretrained(feats, args):
 
 def pretrained_run(paths, args, tag, feat):
     """Return the name of the run without args.subj that `auto` means, of this tag and feature; None for none."""
-    names = {width: run_name("pretrain", args.subj, feat, width, tag=tag)
-             for width in pretrained_widths(paths, args.subj, feat, tag)}
+    names = {width: run_name("pretrain", args.subj, feat, width, tag=tag, hold_out=args.hold_out)
+             for width in pretrained_widths(paths, args.subj, feat, tag, args.hold_out)}
     if args.hidden_dim or HIDDEN_DIM in names:
         return names.get(args.hidden_dim or HIDDEN_DIM)
     if len(names) > 1:
@@ -206,6 +210,8 @@ def settings_of(flags, stage):
     flags: {name: value} of the whole command line; stage: of a Plan, or gnet. A run with other settings is another run.
     """
     config = {key: value for key, value in flags.items() if key not in NOT_SCIENCE}
+    if not config.get("hold_out"):  # so that a run says what it said before there was the flag
+        config.pop("hold_out", None)
     if flags.get("model") == "components":
         config = {key: value for key, value in config.items() if key not in OF_MINDEYE2}
     if stage == "pretrain":
@@ -213,5 +219,6 @@ def settings_of(flags, stage):
     if stage == "gnet" and flags["multi_subject"]:  # the same network, whichever subject's command trains it
         del config["subj"], config["num_sessions"]
     if stage == "ridge":
-        config = {key: config[key] for key in ("subj", "num_sessions", "seed", "model", "val_fraction")}
+        config = {key: config[key] for key in ("subj", "num_sessions", "seed", "model", "val_fraction", "hold_out")
+                  if key in config}
     return config | {"stage": stage}
