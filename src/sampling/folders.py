@@ -22,7 +22,8 @@ from disk.files import atomic_path, file_hash, load_csv, load_json, remove_lefto
 FILE_NAME = re.compile(r"(\d{5,})(?:_s(\d+))?\.png")
 # what config.json says that names of other folders are made of, and what says whether it may
 NAMES = {"subj": options.subject, "run": options.run, "head": options.head, "sd_model": str} | dict.fromkeys(
-    ("method", "tag", "control", "test_split", "repeats", "gnet_run", "gnet_roi"), options.tag)
+    ("method", "tag", "control", "test_split", "repeats", "gnet_run", "gnet_roi"), options.tag) | dict.fromkeys(
+    ("voxels", "without"), options.regions)
 OTHER_HASHES = ("image_ids", "gnet", "target", "measurements")  # of score_hashes, beside the features
 NUMBERS = ("hidden_dim", "num_sessions", "gnet_kappa")
 KINDS = (".png", ".jpg", ".jpeg")  # of pictures that recon.py did not draw
