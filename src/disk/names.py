@@ -99,6 +99,14 @@ class Paths:
         """Folder of one feature's scores that the flags of a score script (a dict) mean."""
         return self.scores(flags["subj"], scores_name(flags, feat), feat)
 
+    def maps(self, subj):
+        """Folder of a subject's maps of the brain."""
+        return self.outputs_all / subj / "maps"
+
+    def transforms(self, subj):
+        """Folder of NSD's transforms between a subject's spaces."""
+        return self.root / "nsddata/ppdata" / subj / "transforms"
+
     def images(self, subj, method, guidance_scale, guidance_strength):
         """Folder of a set of reconstructions; those without guidance lie in 0/0."""
         if not guidance_scale * guidance_strength:
