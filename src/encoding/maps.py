@@ -137,8 +137,8 @@ def pulls(encoder, pictures, measured, errors, seed=0, directions=None, at_once=
     A voxel's term is (predicted - measured)^2 / 2 errors (encoding.guide.BrainMeasurement); its pull is the length of
     the term's gradient with respect to the picture, root mean square over pictures. The length of a gradient is that of
     its products with random directions (Hutchinson 1990), which forward differentiation gives of all voxels at once.
-    pictures: (N, H, W, 3) uint8; measured (N, V): the responses that each is pulled towards; errors (V,); directions: of
-    each picture (None: PULLED of all together).
+    pictures: (N, H, W, 3) uint8; measured (N, V): the responses that each is pulled towards; errors (V,): mean squared
+    ones of true pictures; directions: of each picture (None: PULLED of all together).
     """
     device = next(encoder.model.parameters()).device
     generator, found, n = torch.Generator().manual_seed(seed), 0.0, len(pictures)

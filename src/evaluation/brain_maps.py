@@ -1,8 +1,8 @@
 """Maps of the brain and what regions contribute: values of every voxel, tables of regions, files. docs/maps.md.
 
-A map is {name: (V,)}; a line of the table says of one region and one map its value, and an interval: 95 %, bootstrap
-over images, or, where images are not what it varies with, the quartiles of the region's voxels. Letters: N images,
-V voxels, B bootstrap draws.
+A map is {name: (V,)}; a line of the table says of one region and one map its value and an interval: the mean, and 95 %
+by a bootstrap over images, or, where images are not what it varies with, median and quartiles of the region's voxels.
+Letters: N images, V voxels, B bootstrap draws.
 """
 
 import gzip
@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-import utils
 from disk.files import load_csv, load_json, save_together, write_csv, write_json
 from encoding.guide import GOOD_R, PREFLIGHT_IMAGES, check_voxel_order
 from encoding.maps import (
@@ -131,9 +130,9 @@ def stacked(parts):
 
 
 def voxel_lines(maps, regions):
-    """Lines of maps whose values do not vary with the images that were drawn."""
-    return [Line(name, int(mask.sum()), of, *map(float, (values[mask].mean(), *np.quantile(values[mask], (0.25, 0.75)))),
-                 OVER_VOXELS) for of, values in maps.items() for name, mask in regions.items()]
+    """Lines of maps whose values do not vary with the images that were drawn: median and quartiles of a region."""
+    return [Line(name, int(mask.sum()), of, *map(float, np.quantile(values[mask], (0.5, 0.25, 0.75))), OVER_VOXELS)
+            for of, values in maps.items() for name, mask in regions.items()]
 
 
 # --- decoders -----------------------------------------------------------------------------------------------------
@@ -241,8 +240,8 @@ def format_lines(lines, maps, title):
     for region in regions:
         known = [found.get((region, name)) for name in maps]
         if any(known):
-            cells = ["" if line is None else f"{line.value:.3f}" + f" ({line.low:.3f} .. {line.high:.3f})" * (width > 12)
-                     for line in known]
+            spread = " ({0.low:.3f} .. {0.high:.3f})" if width == 24 else ""
+            cells = ["" if line is None else f"{line.value:.3f}" + spread.format(line) for line in known]
             rows.append(f"{region:<14}{next(filter(None, known)).voxels:>7}"
                         + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(rows)

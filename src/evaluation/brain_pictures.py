@@ -11,7 +11,7 @@ from encoding.maps import to_volume
 from nsd.sources import DOWNLOAD
 
 SLICES = 8
-FSAVERAGE5 = 10242  # vertices of a hemisphere: the first of fsaverage's, each level of its icosahedron keeps those before
+FSAVERAGE5 = 10242  # vertices of a hemisphere: the first ones of fsaverage's, which divides it further
 HEMISPHERES = {"lh": "left", "rh": "right"}
 DEPTH = "layerB2"  # NSD's surface half way through the cortex
 SHOWN = 1e-6  # what nilearn takes for nothing: a map's values at or below 0 get the lowest colour instead
@@ -79,21 +79,24 @@ def shown(values, space):
 
 
 def draw_slices(maps, space, title, cmap, vmin, vmax):
-    """A row of horizontal slices for each map, on the cortex of the volume; x and z in mm of the volume's own space."""
+    """A row of horizontal slices for each map, within the outline of the volume's cortex; z in mm of its own space."""
     import nibabel
     from nilearn import plotting
 
     places = np.argwhere(space.inside)
     heights = nibabel.affines.apply_affine(space.affine, places)[:, 2]
-    cuts = np.unique(np.quantile(heights, np.linspace(0.04, 0.96, SLICES)).round(1))
-    around = [slice(max(first - 3, 0), last + 4) for first, last in zip(places.min(0), places.max(0), strict=True)]
+    cuts = np.unique(np.quantile(heights, np.linspace(0.04, 0.96, SLICES), method="nearest"))
+    around = [slice(max(first - margin, 0), last + margin) for first, last, margin in
+              zip(places.min(0), places.max(0), (3, 6, 3), strict=True)]
     cortex = nibabel.Nifti1Image(space.cortex.astype(np.float32), space.affine).slicer[tuple(around)]
     figure, boxes = figure_of(len(maps), 13, 1.6, title)
     for (name, values), box in zip(maps.items(), boxes, strict=True):
         image = shown(values, space).slicer[tuple(around)]
-        plotting.plot_stat_map(image, bg_img=cortex, display_mode="z", cut_coords=cuts, cmap=cmap, vmin=vmin,
-                               vmax=vmax, threshold=SHOWN, symmetric_cbar=False, annotate=True, draw_cross=False,
-                               black_bg=False, dim=-0.6, figure=figure, axes=box)
+        slices = plotting.plot_stat_map(image, bg_img=None, display_mode="z", cut_coords=cuts, cmap=cmap, vmin=vmin,
+                                        vmax=vmax, threshold=SHOWN, symmetric_cbar=False, annotate=False,
+                                        draw_cross=False, black_bg=False, figure=figure, axes=box)
+        slices.annotate(size=8)
+        slices.add_contours(cortex, levels=[0.5], colors="darkgrey", linewidths=0.6)
         figure.text(0.01, box[1] + box[3] / 2, name.replace("_", " "), fontsize=10, va="center")
     return figure
 
@@ -176,6 +179,6 @@ def draw_surface(maps, title, cmap, vmin, vmax):
             plotting.plot_surf_stat_map(
                 mesh[f"infl_{HEMISPHERES[side]}"], values[side], hemi=HEMISPHERES[side], view=view, cmap=cmap,
                 vmin=vmin, vmax=vmax, bg_map=mesh[f"sulc_{HEMISPHERES[side]}"], bg_on_data=False, threshold=None,
-                colorbar=(side, view) == views[-1], axes=axes, figure=figure)
+                colorbar=(side, view) == views[-1], cbar_tick_format="%.2g", axes=axes, figure=figure)
         figure.text(0.01, bottom + height / 2, name.replace("_", " "), fontsize=10, va="center")
     return figure
