@@ -19,7 +19,6 @@ import sys
 
 import options
 import utils
-from disk.hints import how_to_train
 from disk.names import Paths, run_name, runs_of
 
 # of scoring.Request: maps are of whole responses, by the decoder that scores
@@ -97,6 +96,7 @@ def folder_of(args, paths):
 def decoders(args, paths, absent):
     """{feature: scoring.Source} of the decoders that are mapped; those that are not there go to `absent`, or are an
     error where --feats names them."""
+    from disk.hints import how_to_train
     from training.scoring import Request, open_source, open_trained
 
     request = Request.from_args(argparse.Namespace(**SCORED | vars(args)))

@@ -222,22 +222,18 @@ def test_tables_say_what_the_volumes_say(brain):
     assert brain_maps.maps_of(brain, "subj02") == ({}, [], {})
 
 
-def test_without_nilearn_volumes_are_written_and_one_line_says_so(brain, tmp_path, monkeypatch, capsys):
+def test_what_is_missing_is_left_out_in_a_line_each(brain, tmp_path, monkeypatch, capsys):
+    """Without nilearn the pictures, without a training its maps; volumes are those that were written before."""
     monkeypatch.setitem(sys.modules, "nilearn", None)
-    assert run(brain, "--feats", "none", "--outdir", tmp_path / "maps") == 0
+    assert run(brain, "--outdir", tmp_path / "maps") == 0
     printed = capsys.readouterr()
+    assert "left out: reads_c, costs_c: pretrained_subj01_3sess_ext1_c_8_mlp was not trained" in printed.out
+    assert "STAGES=\"pretrain finetune\" FEATS=z bash scripts/train.sh" in printed.out
     (line,) = [line for line in printed.out.splitlines() if line.startswith("left out: pictures")]
     assert "bash scripts/setup.sh requirements-maps.txt" in line and not printed.err
     assert (tmp_path / "maps/encoding_r.nii.gz").read_bytes() == (
         brain.maps("subj01") / "encoding_r.nii.gz").read_bytes()
     assert not list((tmp_path / "maps").glob("*.png"))
-
-
-def test_what_was_not_trained_is_left_out_with_the_command(brain, tmp_path, capsys):
-    assert run(brain, "--outdir", tmp_path / "maps") == 0
-    said = capsys.readouterr().out
-    assert "left out: reads_c, costs_c: pretrained_subj01_3sess_ext1_c_8_mlp was not trained" in said
-    assert "STAGES=\"pretrain finetune\" FEATS=z bash scripts/train.sh" in said
 
 
 # --- what regions contribute --------------------------------------------------------------------------------------

@@ -65,9 +65,9 @@ def voxel_space(paths, subj):
     file = paths.rois(subj) / "nsdgeneral.nii.gz"
     general, affine = _read_volume(file)
     n_voxels = open_betas(paths, subj).shape[1]
-    if general.ndim != 3 or (general == 1).sum() != n_voxels:
-        raise utils.UserError(f"{file}: {(general == 1).sum()} voxels in {general.shape}, the betas of {subj} have "
-                              f"{n_voxels}; check that both are of one subject and one data set")
+    if (general == 1).sum() != n_voxels:
+        raise utils.UserError(f"{file}: {(general == 1).sum()} voxels, the betas of {subj} have {n_voxels}; check that "
+                              "both are of one subject and one data set")
     return Space(general == 1, general >= 0, affine)  # -1 is outside of cortex
 
 
