@@ -56,12 +56,15 @@ def main(argv=None):
     from encoding.encoder import load_encoder
     from evaluation import brain_maps
     from evaluation.brain_pictures import draw
+    from nsd.lesions import voxel_statistics
     from nsd.regions import roi_masks, voxel_space
+    from nsd.rows import open_betas
+    from nsd.trials import split_trials
 
     paths = Paths.from_args(args)
     folder = folder_of(args, paths)
     space, masks = voxel_space(paths, args.subj), roi_masks(paths, args.subj)
-    maps, lines, absent, made_from = {}, [], {}, {}
+    maps, lines, absent, made_from, statistics = {}, [], {}, {}, {}
     own = run_name("scratch", args.subj, "gnet", None)
     if args.gnet_run or (paths.run(own) / "best.pth").exists():
         encoder = load_encoder(paths, args.subj, args.gnet_run, args.seed, utils.pick_device(args.device))
@@ -70,7 +73,11 @@ def main(argv=None):
     else:
         absent["encoding_r, noise_ceiling, pull"] = f"{own} was not trained (STAGES=gnet bash scripts/train.sh)"
     for feat, source in decoders(args, paths, absent).items():
-        found = brain_maps.decoder_maps(source, masks, args.seed)
+        held_out = source.trained.held_out
+        if held_out not in statistics:
+            betas, trials = open_betas(paths, args.subj), split_trials(paths, args.subj, *held_out)[0]
+            statistics[held_out] = voxel_statistics(betas, trials)
+        found = brain_maps.decoder_maps(source, masks, *statistics[held_out], args.seed)
         maps, lines = maps | found[0], lines + found[1]
         made_from[feat] = {name: source.config.get(name) for name in ("run", "checkpoint_hash", "stacked_with")}
     if not maps:

@@ -259,11 +259,12 @@ def test_what_a_region_costs_is_r2_by_scikit_learn(decoders, words, monkeypatch)
     request = Request.from_args(SimpleNamespace(**map_brain.SCORED | vars(args)))
     source = open_source(open_trained(request, "c"), "c")
     masks = {"V1": np.arange(7) < 2, "V2": np.arange(7) // 2 == 1, "nsd_general": np.ones(7, bool)}
-    found, lines = brain_maps.decoder_maps(source, masks)
     trained = source.trained
     val, kept = trained.validation, np.arange(7) >= 2
     seen = AveragedRows(open_betas(decoders, "subj01"), split_trials(decoders, "subj01", *trained.held_out)[0])
-    mean = np.mean([seen[np.array([i])][0] for i in range(len(seen.image_ids))], axis=0)
+    rows = np.array([seen[np.array([i])][0] for i in range(len(seen.image_ids))])
+    mean, spread = rows.mean(0), rows.std(0)
+    found, lines = brain_maps.decoder_maps(source, masks, mean, spread)
     lesioned = np.array([[x if keep else m for x, keep, m in zip(row, kept, mean, strict=True)] for row in val.betas])
     errors = []
     for responses in (val.betas, lesioned.astype(np.float32)):

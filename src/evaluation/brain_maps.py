@@ -6,7 +6,6 @@ Letters: N images, V voxels, B bootstrap draws.
 """
 
 import gzip
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -24,23 +23,22 @@ from encoding.maps import (
 )
 from evaluation.measuring import summarise
 from evaluation.metrics import mean_of
-from nsd.lesions import Lesion, kept_voxels, voxel_statistics
+from nsd.lesions import Lesion, kept_voxels
 from nsd.repeats import AveragedRows, average_repeats, load_test_set, noise_ceiling
 from nsd.rows import open_betas, open_stimuli
 from nsd.trials import load_trials, split_trials
 
-DRAWS = 500
-DRAWS_AT_ONCE = 50
+DRAWS = 500  # of a bootstrap, of all voxels at once
 WHOLE = "nsd_general"
 EARLY = ("V1", "V2", "V3")
-# {name of a map: what it is}; docs/maps.md
+# {what a map's name begins with: what it is, in the 79 letters that NIfTI has for it}; docs/maps.md
 MEANING = {
-    "encoding_r": "correlation of GNet's prediction with the response, over test images",
+    "encoding_r": "r of GNet's prediction with the response, over test images",
     "noise_ceiling": "highest r that any prediction can reach with these responses",
-    "share_of_ceiling": "encoding r over the noise ceiling",
-    "pull": "how hard the voxel pulls a picture when the brain guides (GNet)",
-    "reads": "how far the decoder's prediction moves with the voxel, in standard deviations of the feature",
-    "costs": "R2 that is lost without the voxel's region, on validation images",
+    "share_of_ceiling": "encoding r over noise ceiling",
+    "pull": "how hard the voxel pulls a picture when the brain guides",
+    "reads_": "the feature's standard deviations that the prediction moves with the voxel",
+    "costs_": "R2 that is lost without the voxel's region, on validation images",
 }
 OVER_IMAGES, OVER_VOXELS = "95 %, images", "quartiles of voxels"
 
@@ -80,19 +78,14 @@ def encoding_maps(paths, encoder, masks, seed=0):
     predicted = encoder.predict(stimuli.batches(test.image_ids, 50), show=f"predict {encoder.run}")
     repeated = AveragedRows(betas, load_trials(paths, subj, "train"))
     maps = {"encoding_r": correlation(predicted, test.betas)}
-    rng, rows = np.random.default_rng(seed), {}
-    regions = regions_of(masks)
-    drawn_r, drawn_ceiling = [], []
+    rng, regions = np.random.default_rng(seed), regions_of(masks)
+    drawn = correlation(predicted, test.betas, draw(rng, len(test.image_ids)))
+    rows = {"encoding_r": (by_region(maps["encoding_r"], regions), by_region(drawn, regions))}
     ceiling = noise_ceiling(repeated, test.n_repeats)
-    for _ in range(0, DRAWS, DRAWS_AT_ONCE):
-        drawn_r.append(by_region(correlation(predicted, test.betas, draw(rng, len(test.image_ids))), regions))
-        if ceiling is not None:
-            found = ceiling_draws(repeated, test.n_repeats, draw(rng, len(repeated.image_ids)))
-            drawn_ceiling.append(by_region(found, regions))
-    rows["encoding_r"] = by_region(maps["encoding_r"], regions), stacked(drawn_r)
     if ceiling is not None:
         maps |= {"noise_ceiling": ceiling, "share_of_ceiling": share_of_ceiling(maps["encoding_r"], ceiling)}
-        rows["noise_ceiling"] = by_region(ceiling, regions), stacked(drawn_ceiling)
+        drawn = ceiling_draws(repeated, test.n_repeats, draw(rng, len(repeated.image_ids)))
+        rows["noise_ceiling"] = by_region(ceiling, regions), by_region(drawn, regions)
         rows["share_of_ceiling"] = tuple(
             {name: r[name] / np.maximum(top[name], 1e-6) for name in regions}
             for r, top in zip(rows["encoding_r"], rows["noise_ceiling"], strict=True))
@@ -115,18 +108,13 @@ def evenly(ids, at_most):
 
 
 def draw(rng, n):
-    """Draws of a bootstrap: how often each of n images counts, (DRAWS_AT_ONCE, n)."""
-    return np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(DRAWS_AT_ONCE)])
+    """Draws of a bootstrap: how often each of n images counts, (DRAWS, n)."""
+    return np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(DRAWS)])
 
 
 def by_region(values, regions):
     """Mean over a region's voxels: values (..., V) -> {region: (...)}."""
     return {name: values[..., mask].mean(-1) for name, mask in regions.items()}
-
-
-def stacked(parts):
-    """[{region: (b,)}] -> {region: (B,)}."""
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def voxel_lines(maps, regions):
@@ -138,14 +126,14 @@ def voxel_lines(maps, regions):
 # --- decoders -----------------------------------------------------------------------------------------------------
 
 
-def decoder_maps(source, masks, seed=0):
+def decoder_maps(source, masks, mean, spread, seed=0):
     """What a feature's decoder reads, and what each region contributes to it: {map: (V,)}, [Line].
 
-    source: scoring.Source of whole responses. costs_<feat> is R2 without a lesion minus R2 with the region's voxels at
-    their mean, on the images that the training held out, which are paired; only_<feat> is R2 from that region alone.
+    source: scoring.Source of whole responses; mean, spread (V,): of responses to the training images. costs_<feat> is
+    R2 without a lesion minus R2 with the region's voxels at their mean, on the images that the training held out, which
+    are paired; only_<feat> is R2 from that region alone.
     """
     trained, feat, val = source.trained, source.config["feat"], source.trained.validation
-    mean, spread = statistics_of(source.request.paths, source.request.subj, trained.held_out)
     regions = regions_of(masks)
     maps = {f"reads_{feat}": reads(source.model, trained.whose, val.betas, spread)}
     lines = voxel_lines(maps, regions)
@@ -165,12 +153,6 @@ def decoder_maps(source, masks, seed=0):
     return maps | {f"costs_{feat}": lesioned}, lines
 
 
-@cache
-def statistics_of(paths, subj, held_out):
-    """Mean and spread (V,) of a subject's responses to the images of a training."""
-    return voxel_statistics(open_betas(paths, subj), split_trials(paths, subj, *held_out)[0])
-
-
 def image_line(region, n_voxels, of, values, seed):
     """The line of a mean over images (N,)."""
     found = summarise(mean_of(values), len(values), seed)
@@ -180,12 +162,13 @@ def image_line(region, n_voxels, of, values, seed):
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def nifti(values, space):
+def nifti(name, values, space):
     """A NIfTI image of a map (V,): of nsdgeneral's shape and affine, float32, NaN outside."""
     import nibabel
 
     image = nibabel.Nifti1Image(to_volume(values, space.inside), space.affine)
     image.header.set_xyzt_units("mm")
+    image.header["descrip"] = next(what for begin, what in MEANING.items() if name.startswith(begin))
     known = values[np.isfinite(values)]
     image.header["cal_min"], image.header["cal_max"] = (known.min(), known.max()) if len(known) else (0, 0)
     return image
@@ -206,10 +189,15 @@ def write_maps(folder, maps, lines, masks, space, config):
     voxels = [{"voxel": v, **dict(zip("ijk", map(int, places[v]), strict=True)),
                **{axis: round(float(at), 3) for axis, at in zip("xyz", in_mm[v], strict=True)}, "region": region[v],
                **{name: f"{values[v]:.6g}" for name, values in maps.items()}} for v in range(len(places))]
-    save_together({folder / "config.json": write_json(config),
-                   **{folder / f"{name}.nii.gz": write_nifti(nifti(values, space)) for name, values in maps.items()},
+    images = {folder / f"{name}.nii.gz": nifti(name, values, space) for name, values in maps.items()}
+    save_together({folder / "config.json": write_json(config),  # in place last: it says what these are
+                   **{file: write_nifti(image) for file, image in images.items()},
                    folder / "voxels.csv": write_csv(voxels),
                    folder / "regions.csv": write_csv([line._asdict() for line in lines])})
+    for begin in MEANING:  # maps of an earlier run
+        for file in folder.glob(f"{begin}*.nii.gz"):
+            if file not in images:
+                file.unlink()
 
 
 def maps_of(paths, subj):

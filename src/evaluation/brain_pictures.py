@@ -16,6 +16,7 @@ HEMISPHERES = {"lh": "left", "rh": "right"}
 DEPTH = "layerB2"  # NSD's surface half way through the cortex
 SHOWN = 1e-6  # what nilearn takes for nothing: a map's values at or below 0 get the lowest colour instead
 NOWHERE = 9999  # of NSD's transforms: a vertex outside of the volume
+KINDS = ("slices", "glass", "surface")
 # maps that share a picture, a row each: {name: (which, colours, smallest and largest value; None: the maps' own)}
 PICTURES = {
     "encoding": (lambda name: name in ("encoding_r", "noise_ceiling", "share_of_ceiling"), "inferno", 0, 1),
@@ -28,8 +29,9 @@ PICTURES = {
 def draw(folder, maps, space, paths, subj):
     """Draw maps {name: (V,)} into a folder, in place of the pictures that are there; returns lines of what was left
     out, and why."""
-    for old in folder.glob("*.png"):
-        old.unlink()
+    for kind in KINDS:
+        for name in PICTURES:
+            (folder / f"{kind}_{name}.png").unlink(missing_ok=True)
     try:
         from nilearn import plotting  # noqa: F401 - takes seconds, and may not be there
     except ModuleNotFoundError as error:
