@@ -229,7 +229,8 @@ def format_lines(lines, maps, title):
         known = [found.get((region, name)) for name in maps]
         if any(known):
             spread = " ({0.low:.3f} .. {0.high:.3f})" if width == 24 else ""
-            cells = ["" if line is None else f"{line.value:.3f}" + spread.format(line) for line in known]
+            form = "{:.3f}" if spread else "{:.3g}"
+            cells = ["" if line is None else form.format(line.value) + spread.format(line) for line in known]
             rows.append(f"{region:<14}{next(filter(None, known)).voxels:>7}"
                         + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(rows)

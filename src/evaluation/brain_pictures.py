@@ -17,12 +17,12 @@ DEPTH = "layerB2"  # NSD's surface half way through the cortex
 SHOWN = 1e-6  # what nilearn takes for nothing: a map's values at or below 0 get the lowest colour instead
 NOWHERE = 9999  # of NSD's transforms: a vertex outside of the volume
 KINDS = ("slices", "glass", "surface")
-# maps that share a picture, a row each: {name: (which, colours, smallest and largest value; None: the maps' own)}
+# maps that share a picture, a row each: {name: (what their names begin with, largest value; None: each map's own)}
 PICTURES = {
-    "encoding": (lambda name: name in ("encoding_r", "noise_ceiling", "share_of_ceiling"), "inferno", 0, 1),
-    "pull": (lambda name: name == "pull", "inferno", 0, None),
-    "reads": (lambda name: name.startswith("reads_"), "inferno", 0, None),
-    "costs": (lambda name: name.startswith("costs_"), "inferno", 0, None),
+    "encoding": (("encoding_r", "noise_ceiling", "share_of_ceiling"), 1),
+    "pull": (("pull",), None),
+    "reads": (("reads_",), None),
+    "costs": (("costs_",), None),
 }
 
 
@@ -40,19 +40,19 @@ def draw(folder, maps, space, paths, subj):
         return ["left out: pictures (nilearn is not installed: bash scripts/setup.sh requirements-maps.txt); volumes "
                 "and tables are there"]
     surfaces, why = read_transforms(paths, subj, space.inside.shape)
-    for name, (belongs, colours, low, high) in PICTURES.items():
-        chosen = {key: values for key, values in maps.items() if belongs(key)}
+    for name, (begins, largest) in PICTURES.items():
+        chosen = {key: values for key, values in maps.items() if key.startswith(begins)}
         if not chosen:
             continue
-        largest = high or max(np.nanquantile(values, 0.99) for values in chosen.values())
-        limits = {"cmap": colours, "vmin": low, "vmax": max(largest, 1e-6)}
+        limits = {key: {"cmap": "inferno", "vmin": 0, "vmax": largest or max(np.nanquantile(values, 0.99), 2 * SHOWN)}
+                  for key, values in chosen.items()}
         title = f"{subj}: {name}"
-        save(draw_slices(chosen, space, title, **limits), folder / f"slices_{name}.png")
-        save(draw_glass(chosen, space, title, **limits), folder / f"glass_{name}.png")
+        save(draw_slices(chosen, space, title, limits), folder / f"slices_{name}.png")
+        save(draw_glass(chosen, space, title, limits), folder / f"glass_{name}.png")
         if surfaces:
             on_surface = {key: {side: on_fsaverage5(to_volume(values, space.inside), *found)
                                 for side, found in surfaces.items()} for key, values in chosen.items()}
-            save(draw_surface(on_surface, title, **limits), folder / f"surface_{name}.png")
+            save(draw_surface(on_surface, title, limits), folder / f"surface_{name}.png")
     return [] if surfaces else [f"left out: surface ({why})"]
 
 
@@ -80,8 +80,11 @@ def shown(values, space):
     return nibabel.Nifti1Image(np.where(np.isfinite(volume), np.maximum(volume, 2 * SHOWN), 0), space.affine)
 
 
-def draw_slices(maps, space, title, cmap, vmin, vmax):
-    """A row of horizontal slices for each map, within the outline of the volume's cortex; z in mm of its own space."""
+def draw_slices(maps, space, title, limits):
+    """A row of horizontal slices for each map, within the outline of the volume's cortex; z in mm of its own space.
+
+    limits: {name: {"cmap", "vmin", "vmax"}}, the colours of each map.
+    """
     import nibabel
     from nilearn import plotting
 
@@ -94,17 +97,17 @@ def draw_slices(maps, space, title, cmap, vmin, vmax):
     figure, boxes = figure_of(len(maps), 13, 1.6, title)
     for (name, values), box in zip(maps.items(), boxes, strict=True):
         image = shown(values, space).slicer[tuple(around)]
-        slices = plotting.plot_stat_map(image, bg_img=None, display_mode="z", cut_coords=cuts, cmap=cmap, vmin=vmin,
-                                        vmax=vmax, threshold=SHOWN, symmetric_cbar=False, annotate=False,
-                                        draw_cross=False, black_bg=False, figure=figure, axes=box)
+        slices = plotting.plot_stat_map(image, bg_img=None, display_mode="z", cut_coords=cuts, threshold=SHOWN,
+                                        symmetric_cbar=False, annotate=False, draw_cross=False, black_bg=False,
+                                        figure=figure, axes=box, **limits[name])
         slices.annotate(size=8)
         slices.add_contours(cortex, levels=[0.5], colors="darkgrey", linewidths=0.6)
         figure.text(0.01, box[1] + box[3] / 2, name.replace("_", " "), fontsize=10, va="center")
     return figure
 
 
-def draw_glass(maps, space, title, cmap, vmin, vmax):
-    """A row of glass brains for each map: the largest value along each line of sight.
+def draw_glass(maps, space, title, limits):
+    """A row of glass brains for each map, its colours as of draw_slices: the largest value along each line of sight.
 
     nilearn's outline is that of MNI's brain, and the volume lies in the subject's own space: it shows where front and
     left are, and no more.
@@ -113,9 +116,8 @@ def draw_glass(maps, space, title, cmap, vmin, vmax):
 
     figure, boxes = figure_of(len(maps), 11, 2.4, f"{title} (outline: MNI's brain, not this one's)")
     for (name, values), box in zip(maps.items(), boxes, strict=True):
-        plotting.plot_glass_brain(shown(values, space), display_mode="lyrz", threshold=SHOWN, cmap=cmap, vmin=vmin,
-                                  vmax=vmax, plot_abs=False, symmetric_cbar=False, colorbar=True, figure=figure,
-                                  axes=box)
+        plotting.plot_glass_brain(shown(values, space), display_mode="lyrz", threshold=SHOWN, plot_abs=False,
+                                  symmetric_cbar=False, colorbar=True, figure=figure, axes=box, **limits[name])
         figure.text(0.01, box[1] + box[3] / 2, name.replace("_", " "), fontsize=10, va="center")
     return figure
 
@@ -167,7 +169,7 @@ def on_fsaverage5(volume, places, nearest):
     return values[nearest[:FSAVERAGE5]]
 
 
-def draw_surface(maps, title, cmap, vmin, vmax):
+def draw_surface(maps, title, limits):
     """A row of inflated hemispheres for each map {name: {"lh": (n,), "rh": (n,)}}: from behind, inside and below."""
     from nilearn import datasets, plotting
 
@@ -179,8 +181,8 @@ def draw_surface(maps, title, cmap, vmin, vmax):
             axes = figure.add_axes((left + column * width / len(views), bottom, width / len(views), height),
                                    projection="3d")
             plotting.plot_surf_stat_map(
-                mesh[f"infl_{HEMISPHERES[side]}"], values[side], hemi=HEMISPHERES[side], view=view, cmap=cmap,
-                vmin=vmin, vmax=vmax, bg_map=mesh[f"sulc_{HEMISPHERES[side]}"], bg_on_data=False, threshold=None,
+                mesh[f"infl_{HEMISPHERES[side]}"], values[side], hemi=HEMISPHERES[side], view=view, **limits[name],
+                bg_map=mesh[f"sulc_{HEMISPHERES[side]}"], bg_on_data=False, threshold=None,
                 colorbar=(side, view) == views[-1], cbar_tick_format="%.2g", axes=axes, figure=figure)
         figure.text(0.01, bottom + height / 2, name.replace("_", " "), fontsize=10, va="center")
     return figure
