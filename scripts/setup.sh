@@ -54,7 +54,7 @@ if [[ ${1:-} == --renew ]]; then
 fi
 requirements=${1:-requirements.txt}
 [[ -f $requirements ]] || { echo "error: $requirements: no such file; give requirements.txt, -dev, -eval or -maps" >&2; exit 2; }
-wanted=(requirements.txt "$requirements" constraints.txt)
+wanted=(requirements*.txt constraints.txt) # one may name others
 stamp=.venv/installed-$(basename "$requirements")
 if [[ -f $stamp ]] && cat "${wanted[@]}" | cmp -s - "$stamp"; then
     exit 0

@@ -185,9 +185,9 @@ def is_variant(args):
     return bool(args.control or args.voxels or args.without) or args.run == "ground_truth"
 
 
-def how_to_evaluate(folder, is_variant):
+def how_to_evaluate(folder, is_compared):
     """Say what evaluates the pictures; those to be compared are rows beside the reconstructions."""
-    if is_variant:
+    if is_compared:
         return "evaluate with  bash scripts/evaluate.sh  # of the reconstructions: these are then a row of their table"
     return f"evaluate with  bash scripts/evaluate.sh --images {shlex.quote(str(folder))}  # contact sheet, report"
 

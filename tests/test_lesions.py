@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import recon
 import utils
 from disk.files import save_json
 from disk.names import Paths, images_name
@@ -75,6 +76,14 @@ def test_the_weight_of_the_ridge_is_that_of_whole_responses():
     error = np.square(model.coefficients({"s": torch.from_numpy(lesioned.betas)})[0].detach().numpy()
                       - known.coefficients).sum(1).mean()
     assert found["scored"] == pytest.approx(1 - error, abs=1e-5) and error > 0.01
+
+
+@pytest.mark.parametrize("given", [{"voxels": "V1"}, {"without": "V1"}, {"control": "bottleneck2"}])
+def test_the_brain_does_not_guide_from_more_than_is_decoded(given):
+    flags = SimpleNamespace(**{"voxels": None, "without": None, "control": None} | given)
+    ((name, value),) = given.items()
+    with pytest.raises(utils.UserError, match=f"--{name} {value} with --use_gnet"):
+        recon.brain_guide(flags, None, None, None, False)
 
 
 def test_lesions_beside_reconstructions_are_found(tmp_path):
