@@ -23,5 +23,8 @@ export SCORE_FLAGS="--hidden_dim 512"
 export RECON_FLAGS="--hidden_dim 512 --sd_model models/sd --clip_model models/clip --guidance_decoder models/taesd
     --num_inference_steps 12 --cfg_scale 5 --strength 0.5"
 
+# maps.sh: whose decoders
+export MAPS_FLAGS="--hidden_dim 512"
+
 # evaluate.sh: the pictures of recon.sh, and the CLIP that judges
 export EVALUATE_FLAGS="--hidden_dim 512 --eval_clip models/clip"

@@ -11,7 +11,7 @@ refuse() {
     exit 2
 }
 
-if [[ -z ${ROOT:-} && ${0##*/} =~ ^(train|score|recon|evaluate)\.sh$ && -e $REPO/demo/nsddata/experiments &&
+if [[ -z ${ROOT:-} && ${0##*/} =~ ^(train|score|recon|evaluate|maps)\.sh$ && -e $REPO/demo/nsddata/experiments &&
     ! -e $REPO/nsddata/experiments ]]; then
     echo "note: there is no data in $REPO yet; to work on the demo world: source demo/settings.sh" >&2
 fi

@@ -5,6 +5,7 @@
 #   STAGES=ridge bash scripts/score.sh                      by another of its runs: the same as --run ridge
 #   SUBJ=3 bash scripts/score.sh --run pretrain:1           subject 3, by the run pretrained without subject 1
 #   bash scripts/score.sh --control shuffle                 the null control (or noise, mean)
+#   bash scripts/score.sh --without higher_vis              a lesion: these voxels say nothing; --voxels V1,V2: only these
 #   bash scripts/score.sh --ground_truth                    the ceiling: true features instead of decoded ones
 #   STAGES=gnet bash scripts/score.sh                       the reverse: GNet predicts the responses to images
 #

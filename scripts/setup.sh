@@ -5,6 +5,7 @@
 #   bash scripts/setup.sh requirements-dev.txt     and what the tests need
 #   bash scripts/setup.sh requirements-eval.txt    and torchvision, for the metrics that need it
 #   bash scripts/setup.sh requirements-wandb.txt   and what makes a workspace on W&B
+#   bash scripts/setup.sh requirements-maps.txt    and nilearn, for pictures of maps of the brain
 #   bash scripts/setup.sh --renew                  after a pin in requirements*.txt was changed: write constraints.txt
 #
 # PYTHON=/path/to/python3 chooses the Python that .venv is made of (3.11 or newer).
@@ -31,7 +32,8 @@ renew() {
     trap 'rm -rf "$work"' EXIT
     "$python" -m venv "$work"
     "$work/bin/python" -m pip install --quiet --disable-pip-version-check --dry-run --ignore-installed \
-        --report "$work/report.json" -r requirements-dev.txt -r requirements-eval.txt -r requirements-wandb.txt
+        --report "$work/report.json" -r requirements-dev.txt -r requirements-eval.txt -r requirements-wandb.txt \
+        -r requirements-maps.txt
     "$work/bin/python" - "$work/report.json" <<'END' >"$work/constraints.txt"
 import json
 import re
@@ -53,8 +55,8 @@ if [[ ${1:-} == --renew ]]; then
     exit 0
 fi
 requirements=${1:-requirements.txt}
-[[ -f $requirements ]] || { echo "error: $requirements: no such file; give requirements.txt, -dev, -eval or -wandb" >&2; exit 2; }
-wanted=(requirements.txt "$requirements" constraints.txt)
+[[ -f $requirements ]] || { echo "error: $requirements: no such file; give requirements.txt, -dev, -eval, -maps or -wandb" >&2; exit 2; }
+wanted=(requirements*.txt constraints.txt) # one may name others
 stamp=.venv/installed-$(basename "$requirements")
 if [[ -f $stamp ]] && cat "${wanted[@]}" | cmp -s - "$stamp"; then
     exit 0

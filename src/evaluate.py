@@ -8,8 +8,8 @@ PNGs + index.csv of recon.py, stimuli -> protocol `mindeye2` -> a value per metr
     python src/evaluate.py --images DIR --seen     # the seen images against themselves: every metric's best
 
 Of recon.py's flags only those are needed that name the folder: --subj, --method, --guidance_scale, --guidance_strength,
---control, --test_split, --repeats, --hold_out, --run ground_truth, --use_gnet with --gnet_roi and --gnet_kappa. What
-else was set is read from the folder's config.json; --images DIR needs none of them.
+--control, --voxels, --without, --test_split, --repeats, --hold_out, --run ground_truth, --use_gnet with --gnet_roi and
+--gnet_kappa. What else was set is read from the folder's config.json; --images DIR needs none of them.
 
 Reads index.csv and config.json of the images, nsd_stimuli.hdf5, the scores behind them and, for brain
 correlation, betas and the GNet of --gnet_run. Beside the images it writes
@@ -53,6 +53,7 @@ def get_parser():
     options.add_run(parser)
     options.add_scored_run(parser)
     options.add_control(parser)
+    options.add_lesion(parser)
     options.add_guidance_folder(parser)
     options.add_gnet(parser)
     parser.add_argument("--images", metavar="DIR", help="folder of reconstructions; instead of naming it by flags")

@@ -728,7 +728,10 @@ class Decoder(nn.Module):
 
     def forward(self, voxels):
         """{subject: (b, V)} -> coefficients {feature: (B, K)} and those for the contrast, {feature: (B, K)}."""
-        x = self.voxelenc(voxels)  # (B, H)
+        return self.decode(self.voxelenc(voxels))
+
+    def decode(self, x):
+        """What follows the voxel encoder: (B, H) -> as forward."""
         for block in self.blocks:
             x = x + block(x)
         x = self.out(x)

@@ -314,6 +314,24 @@ def add_control(parser):
                              "(null controls); bottleneck<K>, such as bottleneck5: the response squeezed to K numbers")
 
 
+def regions(text):
+    """'V2,V1' -> 'V1,V2': names of regions of interest, in one order, each once."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(re.fullmatch(r"[A-Za-z0-9_]+", name) for name in names):
+        raise argparse.ArgumentTypeError(f"{text!r} are no regions; wanted names with commas between them, such as "
+                                         "V1,V2")
+    return ",".join(sorted(set(names)))
+
+
+def add_lesion(parser):
+    """Flags that say which regions' voxels still tell what was seen (nsd/lesions.py)."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--voxels", type=regions, metavar="ROI,...",
+                       help="decode from these regions alone, such as V1,V2: all other voxels have their mean response")
+    which.add_argument("--without", type=regions, metavar="ROI,...",
+                       help="decode without these regions, such as higher_vis: their voxels have their mean response")
+
+
 def add_guidance_folder(parser):
     """Flags that name a folder of reconstructions."""
     parser.add_argument("--method", type=tag, default="cp_4096_v1", metavar="NAME",
@@ -458,6 +476,8 @@ def scoring_parser(doc):
     add_compute(parser)
     add_control(parser)
     add_tracking(parser)
+    add_lesion(parser)
+    add_regions(parser)
     parser.add_argument("--ground_truth", action="store_const", const="ground_truth", dest="run",
                         help="write the test images' true features as scores: the ceiling of what can be drawn "
                              "(--run ground_truth, in recon.py too)")

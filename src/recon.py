@@ -11,8 +11,8 @@ Writes  outputs_all/subj0X/<method>/<guidance_scale>/<guidance_strength>/%05d.pn
 An interrupted run continues. The noise of an image depends on --seed, its id and the sample's number only, so a subset
 (--limit, --ids), another batch size or number of processes draws the same pictures; on a CPU, to the bit. A null
 control (--control) gets the folder <method>_<control>, true features (--run ground_truth) <method>_ground_truth,
-validation images (--test_split val) <method>_val, single trials (--repeats single) <method>_single; unguided pictures
-go to <method>/0/0.
+validation images (--test_split val) <method>_val, single trials (--repeats single) <method>_single, regions alone or
+left out (--voxels, --without) <method>_only_V1+V2, <method>_without_V4; unguided pictures go to <method>/0/0.
 
 --guidance_rule posterior takes what was decoded as measurements of the picture, with the errors that they had on
 validation images: guidance_scale (default 30) multiplies their log likelihood, of which each step follows the gradient
@@ -44,7 +44,7 @@ from pathlib import Path
 
 import options
 import utils
-from disk.names import Paths, run_name, scores_name
+from disk.names import LESIONS, Paths, run_name, scores_name
 from nsd import sources
 
 PUBLISHED = {"guidance_strength": 0.2, "num_inference_steps": 50, "guidance_decoder": "full"}
@@ -70,6 +70,7 @@ def get_parser():
     options.add_run(parser)
     options.add_scored_run(parser)
     options.add_control(parser)
+    options.add_lesion(parser)
     parser.add_argument("--feats", type=layer_or_none, nargs="*", default=options.VISION_LAYERS, metavar="g_K",
                         help="CLIP layers that guide; none = no guidance")
     parser.add_argument("--z", default="scores", metavar="scores|none|FILE",
@@ -180,7 +181,7 @@ def main(argv=None):
             misfit = selector(args, paths, image_ids, team)
             select(drawn, folder, args.num_samples, misfit, args.select, selection, args.overwrite)
         show(board, folder, image_ids, rows, files, config["score_hashes"])
-        print(f"pictures       {folder}\n{how_to_evaluate(folder, args.control or args.run == 'ground_truth')}")
+        print(f"pictures       {folder}\n{how_to_evaluate(folder, is_variant(args))}")
 
 
 def show(board, folder, image_ids, rows, files, hashes):
@@ -208,9 +209,14 @@ def show(board, folder, image_ids, rows, files, hashes):
     board.finish()
 
 
-def how_to_evaluate(folder, is_control):
-    """Say what evaluates the pictures; a control and the ceiling are rows beside the reconstructions."""
-    if is_control:
+def is_variant(args):
+    """Say whether these pictures are a control, a lesion or the ceiling, to be compared with the reconstructions."""
+    return bool(args.control or args.voxels or args.without) or args.run == "ground_truth"
+
+
+def how_to_evaluate(folder, is_compared):
+    """Say what evaluates the pictures; those to be compared are rows beside the reconstructions."""
+    if is_compared:
         return "evaluate with  bash scripts/evaluate.sh  # of the reconstructions: these are then a row of their table"
     return f"evaluate with  bash scripts/evaluate.sh --images {shlex.quote(str(folder))}  # contact sheet, report"
 
@@ -360,9 +366,11 @@ def brain_guide(args, paths, image_ids, team, posterior):
     from nsd.repeats import responses_to
     from training.bottleneck import numbers_left
 
-    if numbers_left(args.control):
-        raise utils.UserError(f"--control {args.control} with --use_gnet or --select gnet: the encoding model would "
-                              "read the whole response; leave one of them out")
+    if numbers_left(args.control) or args.voxels or args.without:
+        given = next(f"--{name} {getattr(args, name)}" for name in ("voxels", "without", "control")
+                     if getattr(args, name))
+        raise utils.UserError(f"{given} with --use_gnet or --select gnet: the encoding model would read the whole "
+                              "response; leave one of them out")
     encoder = load_encoder(paths, args.subj, args.gnet_run, args.seed, team.device)
     if args.target_fmri_npy:
         targets = read_target(Path(args.target_fmri_npy), image_ids, len(encoder.val_r))
@@ -496,8 +504,8 @@ def config_of(args, paths, files):
 
     decisive = {name: paths.as_recorded(value) if name in PATH_OPTIONS and value else value
                 for name, value in vars(args).items() if name not in FREE_OPTIONS}
-    if not args.hold_out:  # so that pictures from before there was the flag are the same
-        del decisive["hold_out"]
+    free = {"hold_out", *LESIONS}  # without them pictures are as before there were these flags
+    decisive = {name: value for name, value in decisive.items() if name not in free or value}
     if not args.use_gnet:  # what does not guide does not matter
         decisive = {name: value for name, value in decisive.items() if name not in GNET_OPTIONS}
     if not args.feats and not args.use_gnet:

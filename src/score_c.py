@@ -5,6 +5,7 @@ repeat-averaged betas (N, V) -> the subject's fine-tuned encoder -> c (N, T, D),
     python src/score_c.py --subj 1
     python src/score_c.py --subj 1 --num_sessions 1
     python src/score_c.py --subj 1 --control shuffle      # null control: responses of other images
+    python src/score_c.py --subj 1 --without higher_vis   # lesion: these voxels say nothing; --voxels V1,V2: only these
 
 Reads train_logs/<run>/last.pth, betas and wds/*/new_test; writes scores_all/subj01/<run>/.
 """

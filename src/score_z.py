@@ -49,8 +49,11 @@ def finish(transductive, source, predicted):
     from training.latent_statistics import restandardise, training_statistics
     from training.scoring import predict, r2_of_rows
 
-    on_validation = predict(source, source.trained.validation, "validate")["nsdgeneral"]
-    of_predictions, of_latents = training_statistics(source, on_validation)
+    trained = source.trained
+    on_validation = on_whole = predict(source, trained.validation, "validate")["nsdgeneral"]
+    if trained.validation is not trained.whole_validation:  # the statistics are the decoder's: of whole responses
+        on_whole = predict(source, trained.whole_validation, "validate")["nsdgeneral"]
+    of_predictions, of_latents = training_statistics(source, on_whole)
     if transductive:
         of_predictions = predicted.mean(axis=0), predicted.std(axis=0)
     restandardised = restandardise(on_validation, *of_predictions, *of_latents)

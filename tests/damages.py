@@ -14,14 +14,21 @@ import torch
 
 from disk import files
 from disk.files import load_json, save_json
+from disk.names import Paths
 from nsd.trials import read_shard
 from published_gnet import published_gnet
+from tiny_brain import LABELS, write_volumes
 from tiny_nsd import SHARED, write_tar
 from whole_world import DATA, IMAGES, SHARDS
 
 
 def whole(world):
     """Nothing is broken, or the flags are."""
+
+
+def volumes(labels=LABELS, **how):
+    """NSD's ROI volumes of subject 1 beside the masks; how: as write_volumes takes it."""
+    return lambda world: write_volumes(Paths(world.root, world.root / DATA), "subj01", labels, **how)
 
 
 def both(*damages):

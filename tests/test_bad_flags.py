@@ -2,6 +2,7 @@
 
 import convert_gnet
 import evaluate
+import map_brain
 import recon
 import score_c
 import score_g
@@ -12,9 +13,11 @@ import train_g
 import train_gnet
 import train_z
 from damages import (
+    both,
     sd_without_weights,
     target,
     text,
+    volumes,
     whole,
     without,
 )
@@ -84,6 +87,19 @@ CASES = [  # script, what is broken, how, flags, words of the line: flag or file
     (train_c, "two stages", whole, ["--multi_subject", "--multisubject_ckpt", "auto"], ("--multi_subject and", "two")),
     (train_c, "ridge has no pretraining", whole, ["--model", "ridge", "--multi_subject"], ("--model ridge", "leave")),
     (train_c, "subject without data", whole, ["--subj", 7], ("betas of subj07", "not found", "--subj")),
+    (score_c, "lesion of an unknown region", whole, ["--voxels", "V1,V9"],
+     ("--voxels V1,V9", "no region V9 of subj01", "wanted some of V1, V2")),
+    (score_g, "lesion of everything", whole, ["--without", "nsd_general"], ("--without nsd_general", "leaves none")),
+    (score_c, "no regions", whole, ["--voxels", "V1 V2"], ("--voxels", "'V1 V2'", "V1,V2")),
+    (score_c, "both kinds of lesion", whole, ["--voxels", "V1", "--without", "V2"], ("--without", "--voxels")),
+    (score_c, "lesion of numbers", whole, ["--voxels", "V1", "--control", "bottleneck2"],
+     ("--control bottleneck2", "--voxels", "leave one")),
+    (score_c, "truth of a lesion", whole, ["--ground_truth", "--voxels", "V1"], ("--voxels", "--ground_truth")),
+    (recon, "lesion without scores", whole, ["--without", "V1"], ("scores of c not found", "--without V1")),
+    (map_brain, "maps of no decoder and no GNet", both(volumes(), without(f"train_logs/{GNET}")), ["--feats", "none"],
+     ("nothing to map", "gnet_subj01 was not trained")),
+    (map_brain, "maps of the truth", volumes(), ["--run", "ground_truth"], ("--run ground_truth", "reads no voxel")),
+    (map_brain, "maps of a run that is not there", volumes(), ["--tag", "no"], ("--tag", "not found", "train it")),
     (score_c, "truth of a control", whole, ["--ground_truth", "--control", "mean"],
      ("--control mean", "--ground_truth")),
     (score_c, "own head of a pretraining", whole, ["--run", "pretrain", "--head", "own"], ("subj02", "wanted subj01")),

@@ -18,7 +18,8 @@ from disk.scores import load_scores
 from models import Decoder, restore
 from nsd.components import open_components
 from nsd.repeats import load_test_set
-from nsd.rows import open_feature
+from nsd.rows import open_betas, open_feature
+from nsd.trials import split_trials
 from tiny_nsd import SHARED
 from tiny_runs import SMALL, checkpoint, copy_world, flags_of, stopped_at, train, write_world
 from training.bottleneck import fit_bottleneck
@@ -217,6 +218,45 @@ def test_scores_through_a_bottleneck_are_the_networks_of_squeezed_responses(trai
     assert not np.allclose(*errors)  # measured through the same bottleneck: the sampler is told how little is known
     assert score(trained, "--control", "bottleneck999") == 2
     assert "--control bottleneck999: wanted 1 to 7 numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "name", "kept"), [
+    (["--without", "V1"], "_without_V1", [False] * 2 + [True] * 5), (["--voxels", "V1"], "_only_V1", [True] * 2)])
+def test_scores_of_a_lesion_are_the_networks_of_responses_with_means(trained, capsys, words, name, kept):
+    assert score(trained, "--no-stack", *words) == 0
+    assert capsys.readouterr().out.splitlines()[-1] in ("(without V1)", "(from V1 alone)")
+    state = checkpoint(trained, RUNS[train_c])
+    train_trials, _ = split_trials(trained, "subj01", 3, state["config"]["val_fraction"], state["config"]["seed"])
+    betas, test = open_betas(trained, "subj01"), load_test_set(trained, "subj01").betas.copy()
+    for v in range(7):
+        if not (kept + [False] * 7)[v]:
+            of_images = [np.mean([betas[[row]][0, v] for row in rows["row"]])
+                         for _, rows in train_trials.groupby("image_id")]
+            test[:, v] = np.mean(of_images)
+    known, network = open_components(trained, "c"), restore(state, "c").eval()
+    with torch.no_grad():
+        coefficients = network({"subj01": torch.from_numpy(test)})[0]["c"].numpy() * known.total**0.5
+    rows = load_scores(folder_of(trained, score_c, name))[1].reshape(len(SHARED), -1)
+    np.testing.assert_allclose(rows, known.mean + coefficients @ known.basis[:coefficients.shape[1]], atol=1e-3)
+    config = json.loads((folder_of(trained, score_c, name) / "config.json").read_text())
+    assert config["lesion"] and words[1] in (config["voxels"], config["without"])
+    assert score(trained, "--no-stack", *words) == 0 and "kept" in capsys.readouterr().out
+
+
+def test_a_lesion_leaves_the_decoders_own_statistics_alone(trained, tmp_path, capsys):
+    """z's standardisation is that of whole responses, whichever is scored first."""
+    found = []
+    for order in (((), ("--without", "V1")), (("--without", "V1"), ())):
+        paths = copy_world(trained, tmp_path / str(len(found)))
+        for file in paths.run(RUNS[train_z]).glob("z_statistics*"):
+            file.unlink()
+        for words in order:
+            assert score(paths, *words, script=score_z) == 0
+        found.append([np.load(folder_of(paths, score_z, suffix) / "nsdgeneral.npy")
+                      for suffix in ("", "_without_V1")])
+    for first, second in zip(*found, strict=True):
+        np.testing.assert_array_equal(first, second)
+    assert not np.allclose(*found[0])
 
 
 def test_missing_components_are_one_line(tmp_path, capsys):

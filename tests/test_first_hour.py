@@ -161,9 +161,11 @@ def test_every_name_leads_back_to_the_flags_that_made_it(tmp_path):
     paths = Paths(tmp_path, tmp_path)
     choices = {"run": ("finetune", "pretrain", "scratch", "ridge", "finetune:subj02", "pretrain:subj05"),
                "tag": ("", "v2", "lr=1e-3_a"), "head": (None, "adapt", "subj07"), "control": (None, "shuffle"),
-               "test_split": ("new_test", "val"), "repeats": ("mean", "single")}
+               "test_split": ("new_test", "val"), "repeats": ("mean", "single"),
+               "lesion": ({}, {"voxels": "V1,V2"}, {"without": "higher_vis"})}
     for values in itertools.product(*choices.values()):
         flags = {**SIZES, **dict(zip(choices, values, strict=True))}
+        flags |= flags.pop("lesion")
         for feat in ("c", "g_12", "z"):
             pattern = f"(?:{hints.RUN}|{hints.CEILING}){hints.HEAD}{hints.VARIANT}".replace("{feat}", feat)
             name = re.fullmatch(pattern, scores_name(flags, feat))
@@ -200,6 +202,7 @@ def test_a_run_that_is_trained_is_only_scored(tmp_path):
     assert hints.how_to_score(paths, flags, "g_2") == (
         "score g_2 (SUBJ=1 FEATS=g_2 bash scripts/score.sh --run pretrain --hidden_dim 8 --num_sessions 3 "
         "--test_split val --repeats single)")
+    assert hints.how_to_score(paths, {**flags, "without": "V1,V2"}, "g_2").endswith("--repeats single --without V1,V2)")
     assert hints.how_to_score(paths, flags, "z").startswith("train it first (SUBJ=1 STAGES=pretrain FEATS=z ")
 
 
@@ -210,7 +213,7 @@ def test_eight_choices_are_all_listed():
 
 
 @pytest.mark.parametrize("changed", [
-    {}, {"run": "ground_truth"}, {"control": "mean", "repeats": "single"},
+    {}, {"run": "ground_truth"}, {"control": "mean", "repeats": "single"}, {"voxels": "V1,V2", "test_split": "val"},
     {"use_gnet": True, "gnet_roi": "higher_vis", "gnet_kappa": 0.5, "test_split": "val"}])
 def test_pictures_lead_back_to_the_flags_that_drew_them(tmp_path, changed):
     paths = Paths(tmp_path, tmp_path)

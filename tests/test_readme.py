@@ -23,7 +23,7 @@ REPO = Path(__file__).resolve().parent.parent
 README, FLAGS = REPO / "README.md", REPO / "docs/flags.md"  # test_tracking.py compares the metrics of the latter
 SCRIPTS = [*sorted(REPO.glob("scripts/*.sh")), REPO / "scripts/slurm/submit.sh"]  # the comments at their heads: --help
 PAGES = [README, *sorted(REPO.glob("docs/*.md")), *sorted(REPO.glob("[a-zA-Z]*/README.md"))]
-RUN_ELSEWHERE = {"demo.sh", "test.sh", "setup.sh", "submit.sh", "curves.sh"}  # by CI and by tests
+RUN_ELSEWHERE = {"demo.sh", "test.sh", "setup.sh", "submit.sh", "curves.sh", "lesions.sh"}  # by CI and tests
 COMMAND = re.compile(r"^(?P<knobs>(?:[A-Z_]+=(?:\"[^\"]*\"|\S*) +)*)"
                      r"(?P<words>(?:bash )?(?:scripts/)?(?:slurm/)?(?!settings)\w+\.sh\b.*"
                      r"|source \S+|(?:\.venv/bin/)?(?:python3?|hf|wandb) .*)$")

@@ -8,20 +8,8 @@ import pytest
 import train_gnet
 import utils
 from disk.names import Paths
-from nsd.regions import roi_masks
-
-
-def write_volumes(paths, subj, labels_inside, shape=(3, 4, 5), transposed=False, seed=0):
-    """NSD's two ROI volumes: voxels at random places inside, labels_inside in C order of (X, Y, Z)."""
-    inside = np.zeros(np.prod(shape), bool)
-    inside[np.random.default_rng(seed).choice(inside.size, len(labels_inside), replace=False)] = True
-    general, labels = np.where(inside, 1, -1).astype(np.int16), np.full(inside.size, -1, np.int16)
-    labels[inside] = labels_inside
-    paths.rois(subj).mkdir(parents=True, exist_ok=True)
-    for name, volume in (("nsdgeneral", general), ("prf-visualrois", labels)):
-        volume = volume.reshape(shape)
-        nibabel.save(nibabel.Nifti1Image(volume.T.copy() if transposed else volume, np.eye(4)),
-                     paths.rois(subj) / f"{name}.nii.gz")
+from nsd.regions import roi_masks, voxel_space
+from tiny_brain import write_volumes
 
 
 def test_roi_masks(paths):
@@ -66,6 +54,19 @@ def test_one_of_two_that_disagree_can_be_named(paths):
         words = ["--root", str(paths.root), "--data_path", str(paths.data_path), "--roi_source", source]
         named = Paths.from_args(train_gnet.get_parser().parse_args(words))
         assert np.flatnonzero(roi_masks(named, "subj01")["V1"]).tolist() == voxels
+
+
+def test_voxels_lie_where_the_volume_says(paths):
+    write_volumes(paths, "subj01", [1, 2, 3, 4, 5, 7, 0])
+    space = voxel_space(paths, "subj01")
+    labels = nibabel.load(paths.rois("subj01") / "prf-visualrois.nii.gz")
+    at = [index for index in np.ndindex(3, 4, 5) if labels.dataobj[index] >= 0]  # the last axis runs fastest
+    assert np.argwhere(space.inside).tolist() == [list(index) for index in at] and (space.cortex == space.inside).all()
+    assert [int(labels.dataobj[index]) for index in at] == [1, 2, 3, 4, 5, 7, 0]
+    moved = nibabel.Nifti1Image(np.asarray(labels.dataobj), np.diag([2, 1, 1, 1]))
+    nibabel.save(moved, paths.rois("subj01") / "prf-visualrois.nii.gz")
+    with pytest.raises(utils.UserError, match="different affines .*1 mm"):
+        roi_masks(paths, "subj01")
 
 
 def test_volumes_of_another_subject_or_damaged_are_refused(paths):

@@ -176,6 +176,8 @@ def test_own_head_of_a_run_that_has_none_is_refused(world, capsys):
     ({}, "pretrained_subj01_40sess_ext1_c_1024_mlp"),
     ({"tag": "b", "control": "noise"}, "pretrained_subj01_40sess_ext1_c_1024_mlp_b_noise"),
     ({"run": "ridge"}, "ridge_subj01_40sess_ext1_c"),
+    ({"voxels": "V1,V2", "control": "mean"}, "pretrained_subj01_40sess_ext1_c_1024_mlp_mean_only_V1+V2"),
+    ({"run": "ridge", "without": "higher_vis"}, "ridge_subj01_40sess_ext1_c_without_higher_vis"),
     ({"run": "ridge", "test_split": "val", "control": "mean"}, "ridge_subj01_40sess_ext1_c_val_mean"),
     ({"run": "ridge", "test_split": "test", "repeats": "single"}, "ridge_subj01_40sess_ext1_c_test_single"),
     ({"run": "ground_truth"}, "ground_truth_subj01_c"),

@@ -14,8 +14,9 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(REPO.glob("scripts/*.sh"), key=lambda file: file.name)
 SHOWING = [file for file in [*SCRIPTS, REPO / "scripts/slurm/submit.sh"] if file.name not in ("common.sh", "help.sh")]
-RUNNING = ["check_data", "download", "evaluate", "features", "recon", "score", "train"]  # that take knobs
-FIRST = {"features": "img2feat.py", "train": "train_c.py", "score": "score_c.py"}  # where their names differ
+RUNNING = ["check_data", "download", "evaluate", "features", "maps", "recon", "score", "train"]  # that take knobs
+# where their names differ
+FIRST = {"features": "img2feat.py", "train": "train_c.py", "score": "score_c.py", "maps": "map_brain.py"}
 G = [f"g_{k}" for k in (2, 4, 6, 8, 10, 12)]
 
 
@@ -90,6 +91,16 @@ def test_curves_draw_through_bottlenecks_and_from_few_sessions_and_compare_them(
     assert done.returncode == 2 and not done.calls and "BOTTLENECKS: a few are no numbers" in done.stderr
 
 
+def test_lesions_are_scored_drawn_and_compared(call):
+    done = call("lesions", "--seed", "3", FEATS="c", WITHOUT="V1,V2 V4", ONLY="higher_vis")
+    assert done.returncode == 0, done.stderr
+    assert names(done.calls) == ["score_c.py", "recon.py"] * 3 + ["evaluate.py"]
+    for i, (flag, regions) in enumerate((("--without", "V1,V2"), ("--without", "V4"), ("--voxels", "higher_vis"))):
+        assert all(after(words, flag) == [regions] for words in done.calls[2 * i:2 * i + 2])
+        assert after(done.calls[2 * i + 1], "--seed") == ["3"]
+    assert names(call("lesions", FEATS="c", WITHOUT="", ONLY="").calls) == ["evaluate.py"]
+
+
 def test_what_other_programs_export_is_let_through(call):
     others = {"FEATURES": "sandbox ccache", "STAGE": "prod", "SUBJECT": "bert", "SUBJECTS_DIR": "/data", "JOB": "dbus",
               "SLURM_JOB_ID": "7", "FEAT": "/opt/fsl/feat", "SUB": "sub-02"}
@@ -116,6 +127,8 @@ def test_features_in_every_script_that_lists_them(call):
         assert after(words, "--feats") == wanted
     (words,) = call("features").calls
     assert "--feats" not in words  # all
+    assert after(call("maps", FEATS="c z").calls[0], "--feats") == ["c", "z"]
+    assert "--feats" not in call("maps").calls[0]
     (words,) = call("features", "--feats", "z", FEATS="c").calls
     assert words[-2:] == ["--feats", "z"], "the user's flag is the last, and wins"
     (words,) = call("check_data", FEATS="c").calls
@@ -157,7 +170,7 @@ def test_logging_to_wandb(call):
 def test_flags_of_the_environment_stand_before_the_users(call):
     knobs = {f"{name}_FLAGS": f"--of {name.lower()}" for name in (
         "TRAIN", "PRETRAIN", "FINETUNE_Z", "TRAIN_GNET", "SCORE", "SCORE_GNET", "RECON", "EVALUATE", "FEATURES",
-        "CHECK_DATA", "DOWNLOAD")}
+        "CHECK_DATA", "DOWNLOAD", "MAPS")}
     for name in RUNNING:
         made = call(name, "--mine", STAGES="pretrain finetune gnet", FEATS="c z", **knobs).calls
         found = [[after(words[i:], "--of")[0] for i, word in enumerate(words) if word == "--of"] for words in made]
@@ -171,10 +184,10 @@ def test_flags_of_the_environment_stand_before_the_users(call):
 
 def test_the_demos_settings(call, tmp_path):
     """After `source demo/settings.sh`, from any folder, scripts get flags that their parsers take."""
-    for name in ("features", "train", "score", "recon", "evaluate", "check_data"):
+    for name in ("features", "train", "score", "recon", "evaluate", "maps", "check_data"):
         command = f'source "{REPO}/demo/settings.sh"; bash "{REPO}/scripts/{name}.sh"'
         done = subprocess.run(["bash", "-c", f'{command} --dry_run --hidden_dim 8' if name in (
-            "train", "score", "recon", "evaluate") else f"{command} --dry_run"], cwd=tmp_path, text=True,
+            "train", "score", "recon", "evaluate", "maps") else f"{command} --dry_run"], cwd=tmp_path, text=True,
             capture_output=True, check=False, env={"PATH": os.environ["PATH"], "PYTHON": os.environ.get("PYTHON", "")})
         assert done.returncode == 0, done.stderr
         assert f"--root {REPO}/demo" in done.stdout

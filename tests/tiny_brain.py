@@ -1,6 +1,7 @@
 """A tiny world whose brain is a GNet of random weights plus noise: the encoding model guides, and knows it well."""
 
 import h5py
+import nibabel
 import numpy as np
 import torch
 
@@ -14,6 +15,7 @@ from tiny_nsd import SHARED, write_tiny_nsd
 from tiny_sd import TOKENS, WIDTH
 
 V = 60  # voxels of subj01: 25 of V1, 22 of V2, 3 of V3, 10 of no region
+LABELS = [1] * 12 + [2] * 13 + [3] * 22 + [5] * 3 + [0] * 10  # of prf-visualrois, voxel by voxel
 RUN = "gnet_subj01"
 
 
@@ -46,6 +48,19 @@ def write_brain(root, noise=0.5):
         folder = paths.scores("subj01", run_name("finetune", "subj01", feat, 1024, 3), feat)
         save_scores(folder, SHARED, {"nsdgeneral": rng.standard_normal((len(SHARED), *shape))}, {})
     return paths
+
+
+def write_volumes(paths, subj, labels_inside, shape=(3, 4, 5), affine=None, transposed=False, seed=0):
+    """NSD's two ROI volumes: voxels at random places inside, labels_inside in C order of (X, Y, Z)."""
+    inside = np.zeros(np.prod(shape), bool)
+    inside[np.random.default_rng(seed).choice(inside.size, len(labels_inside), replace=False)] = True
+    general, labels = np.where(inside, 1, -1).astype(np.int16), np.full(inside.size, -1, np.int16)
+    labels[inside] = labels_inside
+    paths.rois(subj).mkdir(parents=True, exist_ok=True)
+    for name, volume in (("nsdgeneral", general), ("prf-visualrois", labels)):
+        volume = volume.reshape(shape).T.copy() if transposed else volume.reshape(shape)
+        image = nibabel.Nifti1Image(volume, np.eye(4) if affine is None else affine)
+        nibabel.save(image, paths.rois(subj) / f"{name}.nii.gz")
 
 
 def write_run(paths, gnet, run=RUN, val_r=None):

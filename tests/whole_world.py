@@ -16,6 +16,7 @@ import pytest
 
 import convert_gnet
 import evaluate
+import map_brain
 import recon
 import score_c
 import score_g
@@ -50,6 +51,7 @@ FLAGS = {
             "--num_inference_steps", 2, "--guidance_rule", "raw", "--guidance_scale", 300, "--guidance_strength", 0.5],
     evaluate: [*SCORED, "--eval_clip", "none", "--no-controls", "--guidance_scale", 300, "--guidance_strength", 0.5],
     convert_gnet: [],
+    map_brain: [*SCORED, "--feats", "c"],
 }
 NEW = ["--method", "new"]  # pictures that have no folder yet
 DATA, STIMULI, STIMULUS_FILE = "MindEyeV2/mindeyev2", "nsddata_stimuli/stimuli/nsd", "nsd_stimuli.hdf5"

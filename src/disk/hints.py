@@ -5,7 +5,7 @@ The reverse of disk.names, which makes names of flags (dicts, as it takes them);
 
 import re
 
-from disk.names import head_of, images_name, runs_of
+from disk.names import LESIONS, head_of, images_name, runs_of
 
 AT_MOST = 8  # that an error names
 STAGES = {"multisubject": "pretrain", "pretrained": "finetune", "scratch": "scratch", "ridge": "ridge"}
@@ -14,7 +14,9 @@ RUN = (r"(?P<prefix>multisubject|pretrained|scratch|ridge)_(?P<of>subj\d\d)(?:_(
        r"(?:_(?P<hidden_dim>\d+))?(?:_mlp)?" + WITHOUT + r"(?:_(?P<tag>.+?))??")
 CEILING = r"(?P<ceiling>ground_truth)_(?P<seen_by>subj\d\d)_{feat}"
 HEAD = r"(?:_adapt(?P<adapted>\d+)sess|_head(?P<lent>\d\d))?"
-VARIANT = r"(?:_(?P<test_split>test|val|synthetic))?(?:_(?P<repeats>single))?(?:_(?P<control>shuffle|noise|mean))?"
+VARIANT = (r"(?:_(?P<test_split>test|val|synthetic))?(?:_(?P<repeats>single))?"
+           r"(?:_(?P<control>shuffle|noise|mean|bottleneck\d+))?"
+           r"(?:_only_(?P<voxels>[A-Za-z0-9_+]+)|_without_(?P<without>[A-Za-z0-9_+]+))?")
 PICTURES = (r"(?P<method>.+?)(?P<ceiling>_ground_truth)?" + WITHOUT +
             r"(?:_gnet_(?P<gnet_roi>[A-Za-z0-9]+|higher_vis|nsd_general)_(?P<gnet_kappa>[\d.e+-]+))?"
             r"(?:_select_(?P<select>g|gnet))?" + VARIANT)
@@ -43,7 +45,7 @@ def how_to_score(paths, flags, feat):
     if flags["num_sessions"] != paths.sessions(flags["subj"]):
         command.append(f"--num_sessions {flags['num_sessions']}")
     command += [f"--head {flags['head'].removeprefix('subj0')}"] if flags["head"] else []
-    for flag, default in {"tag": "", "hold_out": None, **DEFAULTS}.items():
+    for flag, default in {"tag": "", "hold_out": None, **DEFAULTS, **dict.fromkeys(LESIONS)}.items():
         command += [f"--{flag} {flags[flag]}"] if flags.get(flag, default) != default else []
     scoring = f"score {feat} ({' '.join(command)})"
     if ceiling or any((paths.run(name) / "last.pth").exists() for name in runs_of(flags, feat)):
@@ -157,7 +159,8 @@ def held_out_in(name):
 
 
 def variant_in(name):
-    return {flag: name[flag] or default for flag, default in DEFAULTS.items()}
+    lesion = {flag: name[flag] and name[flag].replace("+", ",") for flag in LESIONS}
+    return {flag: name[flag] or default for flag, default in DEFAULTS.items()} | lesion
 
 
 def differences(paths, wanted, found):
@@ -180,7 +183,7 @@ def differences(paths, wanted, found):
             words.append(f"--use_gnet --gnet_roi {found['gnet_roi']} --gnet_kappa {found['gnet_kappa']:g}")
     elif wanted.get("use_gnet") and "use_gnet" in found:
         words.append("without --use_gnet")
-    for flag in ("hidden_dim", "method", "select", "tag", "hold_out", "test_split", "repeats", "control"):
+    for flag in ("hidden_dim", "method", "select", "tag", "hold_out", "test_split", "repeats", "control", *LESIONS):
         if flag in found and found[flag] != wanted.get(flag):
             words.append(f"--{flag} {found[flag]}" if found[flag] else f"without --{flag}")
     return words

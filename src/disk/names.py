@@ -9,6 +9,8 @@ from pathlib import Path
 import options
 from utils import UserError
 
+LESIONS = {"voxels": "only", "without": "without"}  # {flag: what stands before its regions in a name}
+
 
 @dataclass(frozen=True)
 class Paths:
@@ -145,6 +147,14 @@ class Paths:
         """Folder of one feature's scores that the flags of a score script (a dict) mean."""
         return self.scores(flags["subj"], scores_name(flags, feat), feat)
 
+    def maps(self, subj):
+        """Folder of a subject's maps of the brain."""
+        return self.outputs_all / subj / "maps"
+
+    def transforms(self, subj):
+        """Folder of NSD's transforms between a subject's spaces."""
+        return self.root / "nsddata/ppdata" / subj / "transforms"
+
     def images(self, subj, method, guidance_scale, guidance_strength):
         """Folder of a set of reconstructions; those without guidance lie in 0/0."""
         if not guidance_scale * guidance_strength:
@@ -205,7 +215,7 @@ def head_of(flags):
 
 
 def scores_name(flags, feat):
-    """Name a folder of scores: the run, then what sets these apart (an adapted or borrowed head, a null control)."""
+    """Name a folder of scores: the run, then what sets these apart (another head, a null control, a lesion)."""
     head = head_of(flags)
     parts = [run_of(flags, feat)]
     parts += {"own": [], "adapt": [f"adapt{flags['num_sessions']}sess"]}.get(head, [f"head{head[-2:]}"])
@@ -226,6 +236,7 @@ def images_name(flags):
 
 
 def _variant_of(flags):
-    """Parts of a name, each where it is not the default: the images, the trials of each, a null control."""
+    """Parts of a name, each where it is not the default: the images, the trials of each, a null control, a lesion."""
     parts = {"test_split": "new_test", "repeats": "mean", "control": None}
-    return [flags[name] for name, default in parts.items() if flags[name] != default]
+    named = [flags[name] for name, default in parts.items() if flags[name] != default]
+    return named + [f"{word}_{flags[name].replace(',', '+')}" for name, word in LESIONS.items() if flags.get(name)]

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 import utils
-from disk.files import write_npy
-from disk.names import scores_name
+from disk.files import load_json, write_npy
+from disk.names import LESIONS, scores_name
 from disk.scores import load_scores, retrieval_stem
 from evaluation.decoded import folder_with
 from evaluation.networks import weights_hash
@@ -48,7 +48,7 @@ def drawn(images, known):
     {label: how to get it}.
     """
     sets, absent = {}, {}
-    for label, changed in (DRAWN | bottlenecks(images)).items():
+    for label, changed in (DRAWN | bottlenecks(images) | lesions(images)).items():
         folder = folder_with(images, changed)
         if changed.get("run") == "ground_truth" and is_synthetic(images.image_ids):
             absent[label] = "the stimuli have no captions, so no true c"
@@ -71,6 +71,18 @@ def bottlenecks(images):
     beside = () if folder is None else folder.parents[1].parent.glob(f"{folder.parents[1].name}_bottleneck*")
     widths = sorted(filter(None, (numbers_left(other.name.rpartition("_")[2]) for other in beside)))
     return {f"bottleneck: {k} number{'s' * (k > 1)}": {"control": f"bottleneck{k}"} for k in widths}
+
+
+def lesions(images):
+    """{label: what differs} of the drawings from some regions only that lie beside `images`."""
+    folder, found = folder_with(images, {}), {}
+    for flag, word in LESIONS.items() if folder is not None else ():
+        name = f"{folder.parents[1].name}_{word}_"
+        for file in sorted(folder.parents[2].glob(f"{name}*/{folder.parent.name}/{folder.name}/config.json")):
+            regions = file.parts[-4].removeprefix(name).replace("+", ",")
+            if load_json(file).get(flag) == regions:  # or it is a --method that is called so
+                found[f"lesion: {word} {regions.replace(',', ', ')}"] = {flag: regions}
+    return found
 
 
 def without_decoder(seen, run, no_run, paths, feat, store, device):

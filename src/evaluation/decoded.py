@@ -9,7 +9,7 @@ import numpy as np
 
 import utils
 from disk.files import file_hash, load_csv, load_json, load_npy
-from disk.names import images_name, scores_name
+from disk.names import LESIONS, images_name, scores_name
 from disk.scores import load_scores, retrieval_stem
 from evaluation import metrics
 from evaluation.measuring import summarise
@@ -31,7 +31,7 @@ def run_behind(images):
     if lacking:
         return None, f"{images.folder}/config.json does not say {', '.join(lacking)}"
     return {flag: config[flag] for flag in RUN_FLAGS} | {name: config.get(name) for name in
-                                                         ("sd_model", "score_hashes", "hold_out")}, None
+                                                         (*LESIONS, "sd_model", "score_hashes", "hold_out")}, None
 
 
 def features_of(config):

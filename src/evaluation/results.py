@@ -26,7 +26,7 @@ def no_longer_compared(outdir, labels):
     them; None for none."""
     file = outdir / "compared.json"
     dropped = {label: found.get("folder", "DIR") for label, found in (load_json(file) if file.exists() else {}).items()
-               if label not in labels and not label.startswith(("control:", "ceiling:"))}
+               if label not in labels and not label.startswith(("control:", "ceiling:", "bottleneck:", "lesion:"))}
     if not dropped:
         return None
     flags = " ".join(shlex.quote(f"{label}={folder}") for label, folder in dropped.items())

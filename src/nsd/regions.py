@@ -1,4 +1,6 @@
-"""Regions of interest over the voxels of a subject's betas. Letter: V voxels."""
+"""Regions of interest over the voxels of a subject's betas, and where these lie. Letter: V voxels."""
+
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -47,28 +49,52 @@ def roi_masks(paths, subj):
     return masks
 
 
-def _masks_of_volumes(paths, subj):
-    """Make the masks of NSD's nsdgeneral and prf-visualrois volumes, (X, Y, Z); voxels in C order, as the betas are."""
+class Space(NamedTuple):
+    """Where the voxels of a subject's betas lie: those of nsdgeneral, in C order of its axes."""
+
+    inside: np.ndarray  # (X, Y, Z) bool: the V voxels
+    cortex: np.ndarray  # (X, Y, Z) bool: all of cortex that the volume knows
+    affine: np.ndarray  # (4, 4): indices of a voxel -> mm, as NIfTI has it
+
+
+def voxel_space(paths, subj):
+    """Read where a subject's voxels lie, from NSD's nsdgeneral volume; returns a Space.
+
+    Raises UserError for a missing or damaged volume, and for one with another number of voxels than the betas.
+    """
+    file = paths.rois(subj) / "nsdgeneral.nii.gz"
+    general, affine = _read_volume(file)
+    n_voxels = open_betas(paths, subj).shape[1]
+    if (general == 1).sum() != n_voxels:
+        raise utils.UserError(f"{file}: {(general == 1).sum()} voxels, the betas of {subj} have {n_voxels}; check that "
+                              "both are of one subject and one data set")
+    return Space(general == 1, general >= 0, affine)  # -1 is outside of cortex
+
+
+def _read_volume(file):
+    """Read a NIfTI volume: (array, affine (4, 4)); UserError for none."""
     import nibabel
 
-    folder = paths.rois(subj)
-    volumes = {}
-    for name in ("nsdgeneral", "prf-visualrois"):
-        file = utils.require(folder / f"{name}.nii.gz", "ROI volume", DOWNLOAD)
-        try:
-            volumes[name] = np.asarray(nibabel.load(file).dataobj)
-        except Exception as error:  # nibabel and gzip raise many types for damaged files
-            raise utils.UserError(f"{file}: not a readable NIfTI volume ({error}); download it again") from None
-    general, labels = volumes.values()
-    if general.shape != labels.shape:
-        raise utils.UserError(f"{folder}: nsdgeneral is of {general.shape}, prf-visualrois of {labels.shape}, wanted "
-                              "the same; download both again")
-    inside = general.ravel() == 1  # C order; -1 is outside
-    n_voxels = open_betas(paths, subj).shape[1]
-    if inside.sum() != n_voxels:
-        raise utils.UserError(f"{folder}/nsdgeneral.nii.gz: {inside.sum()} voxels, the betas of {subj} have "
-                              f"{n_voxels}; check that both are of one subject and one data set")
-    label = labels.ravel()[inside]
+    utils.require(file, "ROI volume", DOWNLOAD)
+    try:
+        image = nibabel.load(file)
+        return np.asarray(image.dataobj), image.affine
+    except Exception as error:  # nibabel and gzip raise many types for damaged files
+        raise utils.UserError(f"{file}: not a readable NIfTI volume ({error}); download it again") from None
+
+
+def _masks_of_volumes(paths, subj):
+    """Make the masks of NSD's nsdgeneral and prf-visualrois volumes, (X, Y, Z); voxels in C order, as the betas are."""
+    space, folder = voxel_space(paths, subj), paths.rois(subj)
+    labels, affine = _read_volume(folder / "prf-visualrois.nii.gz")
+    if labels.shape != space.inside.shape:
+        raise utils.UserError(f"{folder}: nsdgeneral is of {space.inside.shape}, prf-visualrois of {labels.shape}, "
+                              "wanted the same; download both again")
+    if not np.allclose(affine, space.affine, atol=0.01):
+        raise utils.UserError(f"{folder}: nsdgeneral and prf-visualrois have different affines (their voxels lie "
+                              f"{np.abs(affine - space.affine).max():g} mm apart or more), wanted the same; download "
+                              "both again")
+    label, n_voxels = labels[space.inside], int(space.inside.sum())
     masks = {name: np.isin(label, values) for name, values in PRF_LABELS.items()}
     early = np.any(list(masks.values()), axis=0)
     return {"nsd_general": np.ones(n_voxels, bool), **masks, "higher_vis": ~early}

@@ -22,7 +22,7 @@ from disk.files import atomic_path, file_hash, load_csv, load_json, remove_lefto
 FILE_NAME = re.compile(r"(\d{5,})(?:_s(\d+))?\.png")
 # what config.json says that names of other folders are made of, and what says whether it may
 NAMES = {"subj": options.subject, "run": options.run, "head": options.head, "hold_out": options.hold_out,
-         "sd_model": str} | dict.fromkeys(
+         "voxels": options.regions, "without": options.regions, "sd_model": str} | dict.fromkeys(
     ("method", "tag", "control", "test_split", "repeats", "gnet_run", "gnet_roi"), options.tag)
 OTHER_HASHES = ("image_ids", "gnet", "target", "measurements")  # of score_hashes, beside the features
 NUMBERS = ("hidden_dim", "num_sessions", "gnet_kappa")

@@ -17,8 +17,8 @@ def training_statistics(source, on_validation):
 
     A network's predictions vary more on what it was fitted to. So the deviations of the predictions are multiplied by
     one number, which gives them the total variance that those on the validation images have. source: a scoring.Source
-    of z; on_validation: its predictions there, (N, 4, h, w). The statistics are kept in the run's folder, and made
-    again when the checkpoint or the voxel encoder is another.
+    of z; on_validation: its predictions there from whole responses, (N, 4, h, w). The statistics are kept in the run's
+    folder, and made again when the checkpoint or the voxel encoder is another.
     """
     trained, request, config = source.trained, source.request, source.config
     made_from = {key: config[key] for key in ("checkpoint_hash", "betas", "latents", "subj", "head", "num_sessions",

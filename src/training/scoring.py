@@ -23,6 +23,7 @@ from disk.scores import save_scores
 from models import build_model, load_trunk, restore
 from nsd.clusters import clusters_digest
 from nsd.components import Components, open_components, source_of
+from nsd.lesions import make_lesion
 from nsd.repeats import average_repeats, load_test_set
 from nsd.rows import open_betas, open_feature, sample_hash
 from nsd.synthetic import SPLIT, feature_of
@@ -53,6 +54,8 @@ class Request:
     test_split: str
     repeats: str
     control: str | None
+    voxels: str | None  # a lesion: only these regions, or all without those
+    without: str | None
     prior_steps: int
     stack: bool  # with a ridge run, where there is one
     batch_size: int  # images
@@ -69,6 +72,9 @@ class Request:
         for name, least in (("batch_size", 1), ("prior_steps", 1), ("adapt_epochs", 1), ("num_workers", 0)):
             if getattr(args, name) < least:
                 raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least {least}")
+        if numbers_left(args.control) and (args.voxels or args.without):
+            raise utils.UserError(f"--control {args.control} with --voxels or --without: the numbers that are left are "
+                                  "made of all voxels; leave one of them out")
         given = {field.name: getattr(args, field.name) for field in fields(cls) if field.name in args}
         return cls(Paths.from_args(args), **given, wandb=Wandb.from_args(args))
 
@@ -116,27 +122,39 @@ class Trained:
         """The TestSet that is scored."""
         wanted = self.request
         null = None if numbers_left(wanted.control) else wanted.control
-        return self._squeezed(load_test_set(wanted.paths, wanted.subj, null, wanted.seed, self.held_out,
-                                            wanted.test_split, wanted.repeats))
+        return self._changed(load_test_set(wanted.paths, wanted.subj, null, wanted.seed, self.held_out,
+                                           wanted.test_split, wanted.repeats))
+
+    @cached_property
+    def whole_validation(self):
+        """The TestSet of the images that the training held out."""
+        paths, subj = self.request.paths, self.request.subj
+        return average_repeats(open_betas(paths, subj), split_trials(paths, subj, *self.held_out)[1])
 
     @cached_property
     def validation(self):
-        """The TestSet of the images that the training held out. Squeezed like those that are scored: the errors that
-        are measured on it say how far the scores can be trusted."""
-        paths, subj = self.request.paths, self.request.subj
-        return self._squeezed(average_repeats(open_betas(paths, subj), split_trials(paths, subj, *self.held_out)[1]))
+        """The same, squeezed or lesioned like those that are scored: the errors that are measured on it say how far the
+        scores can be trusted."""
+        return self._changed(self.whole_validation)
 
-    def _squeezed(self, responses):
-        """A TestSet through the bottleneck that --control asks for."""
-        if self._bottleneck is None:
-            return responses
-        return responses._replace(betas=self._bottleneck(responses.betas))
+    def _changed(self, responses):
+        """A TestSet through the bottleneck that --control asks for, or the lesion of --voxels or --without."""
+        change = self._bottleneck or self.lesion
+        return responses if change is None else responses._replace(betas=change(responses.betas))
 
     @cached_property
     def _bottleneck(self):
         wanted = self.request
         k = numbers_left(wanted.control)
         return fit_bottleneck(wanted.paths, wanted.subj, self.held_out, k) if k else None
+
+    @cached_property
+    def lesion(self):
+        """The Lesion that is asked for, or None."""
+        wanted = self.request
+        if not (wanted.voxels or wanted.without):
+            return None
+        return make_lesion(wanted.paths, wanted.subj, self.held_out, wanted.voxels, wanted.without)
 
     @cached_property
     def network(self):
@@ -251,6 +269,8 @@ def open_source(trained, feat, **settings):
         config["synthetic_betas"] = trained.synthetic_betas
     if trained.head == "adapt":
         config["adapt_epochs"] = request.adapt_epochs
+    if trained.lesion is not None:
+        config |= {"voxels": request.voxels, "without": request.without, "lesion": trained.lesion.digest}
     components, ridge = None, None
     if "components" in trained.state["model_args"]:
         components = open_components(request.paths, feat)
@@ -330,11 +350,13 @@ class FeatureOf(torch.nn.Module):
 def validate(model, ridge, trained):
     """Stack a FeatureOf with a ridge's network, if there is one, and measure it on the validation images.
 
-    The weight is the one with the least squared error there. Sets model.errors, (K + 1,): the mean squared error of
+    The weight is the one with the least squared error there, for whole responses: a lesion or a bottleneck changes what
+    the same predictor reads. Sets model.errors, (K + 1,): the mean squared error of
     each coefficient, and the variance beyond them. Returns R2 {"network", "ridge", "scored"}.
     """
     known, val = model.components, trained.validation
-    voxels = torch.from_numpy(val.betas).to(trained.device)  # (N, V)
+    voxels, whole = ({trained.whose: torch.from_numpy(part.betas).to(trained.device)}  # (N, V)
+                     for part in (val, trained.whole_validation))
     truth = torch.from_numpy(known.coefficients[val.image_ids])  # (N, K)
 
     def errors_of(found):
@@ -342,15 +364,15 @@ def validate(model, ridge, trained):
         return np.append(errors.numpy(), np.float32(known.beyond(len(errors))))
 
     with torch.no_grad():
-        coefficients = model.coefficients({trained.whose: voxels})[0].cpu()
-        found = {"ridge" if trained.kind == "ridge" else "network": coefficients}
+        found = {"ridge" if trained.kind == "ridge" else "network": model.coefficients(voxels)[0].cpu()}
         if ridge is not None:
+            by_network = model.coefficients(whole)[0].cpu()
             model.ridge, model.weight = ridge, 0.0
-            found["ridge"] = model.coefficients({trained.whose: voxels})[0].cpu()
-            towards = found["network"] - found["ridge"]
-            weight = (towards * (truth[:, :towards.shape[1]] - found["ridge"])).sum() / towards.square().sum()
+            found["ridge"], by_ridge = (model.coefficients(part)[0].cpu() for part in (voxels, whole))
+            towards = by_network - by_ridge
+            weight = (towards * (truth[:, :towards.shape[1]] - by_ridge)).sum() / towards.square().sum()
             model.weight = float(weight.clamp(0, 1))
-        found["scored"] = model.coefficients({trained.whose: voxels})[0].cpu()
+        found["scored"] = model.coefficients(voxels)[0].cpu()
     model.errors = errors_of(found["scored"])
     return {name: float(1 - errors_of(rows).sum() / known.total) for name, rows in found.items()}
 
@@ -466,6 +488,9 @@ def save(source, scores):
 
 def save_ground_truth(request, feat):
     """Write the true features of the test images, (N, ...), as scores: what a perfect decoder would predict."""
+    if request.voxels or request.without:
+        raise utils.UserError("--voxels, --without: lesions of the brain's responses; with --ground_truth there are "
+                              "none, leave one of them out")
     if request.control:
         raise utils.UserError(f"--control {request.control}: a null control of the brain's responses; with "
                               "--ground_truth there are none, leave one of them out")
@@ -516,11 +541,12 @@ def score(request, feats, finish=None, **settings):
             show(request, feat, source.config, [(trained.file, trained.hash)]
                  + ([(stacked, source.config["stacked_with"])] if stacked else []))
         r2[feat] = load_json(request.folder(feat) / "config.json").get("r2", {})
-    print_r2(r2, request.control)
+    print_r2(r2, request.control, request.voxels, request.without)
 
 
-def print_r2(found, control=None):
-    """Print R2 on validation images, {feature: {prediction: R2}}, as a table; control: of the scores."""
+def print_r2(found, control=None, voxels=None, without=None):
+    """Print R2 on validation images, {feature: {prediction: R2}}, as a table; control, voxels, without: of the scores.
+    """
     columns = list(dict.fromkeys(name for values in found.values() for name in values))
     if not columns:
         return
@@ -534,3 +560,5 @@ def print_r2(found, control=None):
     if control:
         print(f"(through --control {control})" if numbers_left(control) else
               f"(of the subject's own responses; --control {control} is applied to the test images)")
+    if voxels or without:
+        print(f"(from {voxels} alone)" if voxels else f"(without {without})")
