@@ -1,6 +1,7 @@
 """The benchmarks run, and the pictures of the fast sampler are those of the published procedure rendered plainly."""
 
 import importlib
+import re
 import sys
 import time
 from collections import Counter
@@ -29,6 +30,7 @@ import distil_decoder
 import gnet_guidance
 import gpu
 import guidance_choice
+import lesions
 import recon
 import sampler_costs
 import stage_costs
@@ -182,6 +184,22 @@ def test_the_gain_of_guidance_is_paired_and_its_figure_is_drawn(tmp_path):
     assert np.isfinite(guidance_choice.gain_of("second", guided, plain)).all()
     guidance_choice.plot({0: plain, 1: guided, 10: guided}, tmp_path / "figure.png")
     assert min(Image.open(tmp_path / "figure.png").size) > 400
+
+
+def test_what_a_lesion_costs_is_paired():
+    """Against scipy's bootstrap of paired differences."""
+    rng = np.random.default_rng(0)
+    whole = {"kind": (rng.random(80) < 0.8).astype(float), "PixCorr": rng.random(80)}
+    lesioned = {"kind": whole["kind"] * (rng.random(80) < 0.5), "PixCorr": whole["PixCorr"] - rng.random(80) / 4}
+    *_, first, second, _ = lesions.table_of_pictures({"whole responses": whole, "without V1": lesioned})
+    assert first == f"| whole responses | {100 * whole['kind'].mean():.0f} | {whole['PixCorr'].mean():.3f} |"
+    difference = lesioned["PixCorr"] - whole["PixCorr"]
+    wanted = bootstrap((difference,), np.mean, n_resamples=10000, method="percentile", rng=1).confidence_interval
+    mean, change, low, high = map(float, re.findall(r"[+-]?\d\.\d{3}", second))
+    assert (mean, change) == pytest.approx((lesioned["PixCorr"].mean(), difference.mean()), abs=6e-4)
+    assert (low, high) == pytest.approx(tuple(wanted), abs=0.005)
+    assert f"({100 * (lesioned['kind'] - whole['kind']).mean():+.0f}: " in second
+    assert lesions.name_of({"voxels": "V1,V2"}) == "only V1, V2"
 
 
 @pytest.mark.parametrize("tiny", [True, False])

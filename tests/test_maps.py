@@ -18,11 +18,12 @@ import utils
 from damages import both, renewed, text, volumes, without
 from disk.names import Paths
 from encoding import maps
+from encoding.encoder import load_encoder
 from evaluation import brain_maps, brain_pictures
 from models import Decoder, RidgeDecoder
 from nsd.regions import Space
 from nsd.repeats import AveragedRows, TestSet, noise_ceiling
-from nsd.rows import open_betas
+from nsd.rows import open_betas, open_stimuli
 from nsd.trials import load_trials, split_trials
 from tiny_brain import LABELS, V, write_brain, write_volumes
 from training.scoring import FeatureOf, Request, open_source, open_trained
@@ -234,6 +235,26 @@ def test_tables_say_what_the_volumes_say(brain):
     pictures = {"slices_encoding", "glass_encoding", "slices_pull", "glass_pull"}
     assert set(files) == (pictures if importlib.util.find_spec("nilearn") else set())
     assert brain_maps.maps_of(brain, "subj02") == ({}, [], {})
+
+
+def test_a_picture_is_pulled_towards_the_response_to_another_image(brain, monkeypatch):
+    """And a voxel that may not guide does not pull."""
+    given = []
+    monkeypatch.setattr(brain_maps, "DRAWS", 2)
+    monkeypatch.setattr(brain_maps, "pulls", lambda *args: given.extend(args) or np.ones(V))
+    encoder = load_encoder(brain, "subj01", None, 42, torch.device("cpu"))
+    masks = {"V1": np.arange(V) < 25, "nsd_general": np.ones(V, bool)}
+    found, _ = brain_maps.encoding_maps(brain, encoder._replace(val_r=np.where(np.arange(V) < 5, 0.05, 0.5)), masks)
+    assert found["pull"].tolist() == [0] * 5 + [1] * (V - 5)
+    _, pictures, measured, errors, _ = given
+    trials = split_trials(brain, "subj01", *encoder.held_out)[1]
+    ids, stimuli, betas = np.unique(trials["image_id"]), open_stimuli(brain), open_betas(brain, "subj01")
+    responses = [betas[rows["row"].to_numpy()].mean(0) for _, rows in trials.groupby("image_id")]
+    np.testing.assert_array_equal(pictures, [stimuli[[image_id]][0] for image_id in ids])
+    for i, row in enumerate(measured):
+        assert not np.allclose(row, responses[i]) and any(np.allclose(row, other, atol=1e-5) for other in responses)
+    missed = encoder.predict(pictures) - responses  # of true pictures
+    np.testing.assert_allclose(errors, np.square(missed).mean(0), rtol=1e-4)
 
 
 def test_what_is_missing_is_left_out_in_a_line_each(brain, tmp_path, monkeypatch, capsys):
