@@ -6,6 +6,7 @@ server, nothing from elsewhere: the page can be moved, mailed and printed. What 
 
 import datetime
 import json
+import shutil
 
 import numpy as np
 
@@ -13,6 +14,7 @@ import utils
 from disk.files import atomic_path, load_json
 from disk.names import runs_of, scores_name
 from evaluation import figures
+from evaluation.brain_maps import maps_of
 from evaluation.controls import DRAWN, PLAIN
 from evaluation.curves import SHOWN
 from evaluation.decoded import features_of
@@ -25,6 +27,7 @@ from evaluation.published import METRICS as PROTOCOL
 from nsd.captions import load_captions
 from nsd.rows import open_betas
 from sampling.folders import name_of
+from training.bottleneck import numbers_left
 from training.tracking import load_rows
 
 MEAN, NEAREST, VAE = PLAIN  # labels of what no decoder draws
@@ -75,6 +78,7 @@ def write(folder, findings, config, paths):
         # what is read by some
         tables=tables_of(findings), published=published_table(findings, drawn, n_stimuli), unlike=unlike,
         missing=missing_of(findings), note=config["brain_correlation"], brain=brain_of(findings, kinds, n_stimuli),
+        maps=maps_in(folder, drawn, paths),
         histograms=histograms_of(findings, kinds), decoded=decoded_table(findings),
         growth=growth_of(findings, kinds),
         training=training_of(drawn, paths), blocks=settings_of(config, drawn, paths))
@@ -113,6 +117,8 @@ def title_of_page(findings, drawn):
         return "The seen pictures, measured against themselves"
     if drawn.get("run") == "ground_truth":
         return "Pictures drawn from true features: the ceiling"
+    if k := numbers_left(drawn.get("control")):
+        return f"What {subject_of(drawn)} saw, from {k} number{'s' * (k > 1)} of each response"
     if drawn.get("control"):
         return f"Null control ({drawn['control']}): pictures that owe the brain nothing"
     return f"What {subject_of(drawn)} saw, reconstructed from brain activity (fMRI)"
@@ -186,7 +192,7 @@ def kind_of(label, findings):
     config = findings.sets[label].config or {}
     if label == findings.label:
         return "main"
-    if label.startswith("control:") or config.get("control"):
+    if label.startswith("control:") or (config.get("control") and not numbers_left(config["control"])):
         return "control"
     return "ceiling" if label.startswith("ceiling:") or config.get("run") == "ground_truth" else "compared"
 
@@ -398,6 +404,28 @@ def brain_of(findings, kinds, n_stimuli):
     return {"panels": [panel(findings, kinds, roi, [published[roi]] if published[roi] and n_stimuli == NSD_IMAGES
                              else ()) for roi in rois],
             "table": table("Brain correlation by region", rows, rois, "set", findings.label)}
+
+
+def maps_in(folder, drawn, paths):
+    """What map_brain.py found of the subject: copies of its pictures and its table of regions; None for nothing."""
+    pictures, lines, made_by = maps_of(paths, drawn["subj"]) if "subj" in drawn else ({}, [], {})
+    if not lines:
+        return None
+    files = {}
+    for name, file in pictures.items():
+        with atomic_path(folder / "maps" / file.name) as temporary:
+            shutil.copyfile(file, temporary)
+        files[name.replace("_", " ")] = f"maps/{file.name}"
+    maps = [name for name in dict.fromkeys(line.map for line in lines) if not name.startswith("reads")]
+    cells = {(line.region, line.map): cell({"value": line.value, "n": 1, "ci_low": line.low, "ci_high": line.high},
+                                           False) for line in lines}
+    rows = [{"label": f"{region} ({voxels:,} voxels)", "main": False,
+             "cells": [cells.get((region, name)) for name in maps]}
+            for region, voxels in dict.fromkeys((line.region, line.voxels) for line in lines)]
+    note = ("Encoding r, noise ceiling: of GNet, mean over voxels. Costs: share of a feature's variance that is lost "
+            "on validation images without the region; only: what it explains alone. 95 % intervals over images.")
+    return {"pictures": files, "table": {"title": "Region by region", "first": "region", "rows": rows, "note": note,
+                                         "columns": [name.replace("_", " ") for name in maps]}}
 
 
 def histograms_of(findings, kinds):
