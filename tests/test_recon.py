@@ -455,7 +455,7 @@ def test_mistakes_give_one_line_and_exit_2(root, models, flags, message, capsys)
     assert len(error) == 1 and message in error[0]
 
 
-@pytest.mark.parametrize("flags", [("--feats", "g_3"), ("--feats", "c"), ("--subj", "9"), ("--guidance", "1"),
+@pytest.mark.parametrize("flags", [("--feats", "g_3"), ("--feats", "c"), ("--subj", "100"), ("--guidance", "1"),
                                    ("--seed", "-1"), ("--limit", "inf")])
 def test_flags_that_do_not_parse_exit_2(root, models, flags):
     with pytest.raises(SystemExit) as stop:

@@ -456,7 +456,8 @@ def in_threads(work, tasks, n, stop=None):
         stop.set()
         until = time.monotonic() + LEAVING
         for thread in threads:
-            thread.join(max(0, until - time.monotonic()))
+            if thread.ident is not None:  # one that was interrupted before its start is not waited for
+                thread.join(max(0, until - time.monotonic()))
         raise
 
 

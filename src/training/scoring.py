@@ -54,8 +54,6 @@ class Request:
     test_split: str
     repeats: str
     control: str | None
-    voxels: str | None  # a lesion: only these regions, or all without those
-    without: str | None
     prior_steps: int
     stack: bool  # with a ridge run, where there is one
     batch_size: int  # images
@@ -65,6 +63,8 @@ class Request:
     overwrite: bool
     wandb: Wandb = Wandb()
     hold_out: str | None = None  # 'K/N', the cluster of images that the run never saw
+    voxels: str | None = None  # a lesion: only these regions, or all without those
+    without: str | None = None
 
     @classmethod
     def from_args(cls, args):
@@ -76,7 +76,7 @@ class Request:
             raise utils.UserError(f"--control {args.control} with --voxels or --without: the numbers that are left are "
                                   "made of all voxels; leave one of them out")
         given = {field.name: getattr(args, field.name) for field in fields(cls) if field.name in args}
-        return cls(Paths.from_args(args), **given, wandb=Wandb.from_args(args))
+        return cls(Paths.from_args(args), **given, wandb=Wandb.from_args(args) if "wandb_log" in args else Wandb())
 
     def folder(self, feat):
         """Return where the scores of a feature go."""
