@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,6 +26,7 @@ from disk import transfer
 from disk.names import Paths
 from nsd import sources
 from nsd.captions import load_captions, write_captions
+from nsd.synthetic import load_synthetic_trials
 from nsd.trials import load_trials
 from sampling.pipeline import load_pipeline
 from web_servers import COMMIT, Site, serve
@@ -73,7 +75,7 @@ def same(found, wanted):
 @pytest.fixture
 def site(world):
     bucket = {f"/{name}": content for name, content in files_under(world.root).items()
-              if name.startswith(("nsddata/", "nsddata_stimuli/")) and "annotations" not in name}
+              if name.startswith(("nsddata/", "nsddata_betas/", "nsddata_stimuli/")) and "annotations" not in name}
     weights = {name: files_under(REPO / f"demo/models/{folder}") for name, folder in
                ((sources.SD_MODEL, "sd"), (sources.TAESD, "taesd"), (sources.CLIP_MODEL, "clip"),
                 (sources.EVAL_CLIP, "clip"))}
@@ -126,7 +128,7 @@ def test_an_empty_disk_becomes_a_world(ask, world, site, monkeypatch):
     assert same(files_under(ask.root / "MindEyeV2/mindeyev2"), hub)
     fetched, wanted = (files_under(root / "nsddata") | files_under(root / "nsddata_stimuli")
                        for root in (ask.root, world.root))
-    wanted = {name: content for name, content in wanted.items() if "synthetic" not in name}  # only when asked for
+    wanted = {name: content for name, content in wanted.items() if "nsdsynthetic" not in name}  # nobody asked for it
     captions = [json.loads(files.pop("stimuli/nsd/annotations/nsd_captions.json")) for files in (fetched, wanted)]
     assert same(fetched, wanted) and captions[0] == captions[1]
     assert not list(ask.root.rglob("*.part*")) and not list(ask.root.rglob("*.zip"))
@@ -143,6 +145,17 @@ def test_an_empty_disk_becomes_a_world(ask, world, site, monkeypatch):
     site.asked.clear()
     assert "to fetch: 0 files, 0 B" in ask("--subj", 1, 2)
     assert not [path for method, path, asked in site.asked if "/resolve/" in path and method == "GET"]
+
+
+def test_nsd_synthetic_is_fetched_when_it_is_asked_for(ask, world):
+    ask("--subj", 1, "--what", "synthetic", "rois")
+    there = Paths(ask.root, ask.root / "MindEyeV2/mindeyev2")
+    of_others = re.compile(r"subj0[2-8]")
+    for folder in ("nsddata/experiments/nsdsynthetic", "nsddata_stimuli/stimuli/nsdsynthetic", "nsddata_betas"):
+        wanted = {name: content for name, content in files_under(world.root / folder).items()
+                  if not of_others.search(name)}
+        assert wanted and same(files_under(ask.root / folder), wanted)
+    assert len(load_synthetic_trials(there, "subj01")) == 26
 
 
 def test_another_disk_is_linked_into_the_root(ask, tmp_path):

@@ -245,6 +245,7 @@ OUR_LINES = [
     r"metric +value .*", r"[a-z0-9_]+ +-?[\d.]+ .*", r"[\w, ]+: missing, .*", r"set +PixCorr .*",
     r"(reconstructed|control: [a-z ]+|ceiling: [\w ]+?)(  +(-|-?[\d.]+))+",
     r"(control|ceiling|baseline): .*: not measured, .*", r"n = \d+: intervals and ranks .*",
+    r"kept features +ROOT/\S+, [\d.]+ [kM]?B of --cache_gb 20 .*",
     r"evaluate with  bash scripts/evaluate.sh --images ROOT/\S+ .*",
     r"--guidance_decoder .*: cosine of its gradient with the full decoder's 0.\d+ .*",
     r"evaluate with  bash scripts/evaluate.sh  # of the reconstructions: .*",
