@@ -116,7 +116,7 @@ def main(argv=None):
 def evaluate(args, paths):
     """Measure one folder and write all results beside it; returns {metric: entry}."""
     from disk.hub import find_model
-    from evaluation import controls, rating
+    from evaluation import controls, rating, report
     from evaluation.curves import curves_of
     from evaluation.decoded import (
         check_rows,
@@ -130,9 +130,9 @@ def evaluate(args, paths):
     from evaluation.gallery import sheet_of
     from evaluation.measuring import Findings, Scale, brain_of, unmeasured
     from evaluation.networks import FeatureStore, load_networks
-    from evaluation.parts import parts_of
+    from evaluation.parts import measure_parts, parts_of
     from evaluation.picture_sets import MADE, SEEN, PictureSet, check_ids, of_the_same_images, read_compared, unlike
-    from evaluation.results import check_writable, no_longer_compared
+    from evaluation.results import check_writable, format_findings, no_longer_compared, write_results
     from nsd.synthetic import stimuli_of
     from sampling.folders import name_of, read_images
 
@@ -213,61 +213,47 @@ def evaluate(args, paths):
 
     shown = {} if args.seen else {MADE: made, **others}
     sheet = sheet_of(name_of(images.folder), seen, shown, found, args.sheet_images)
-    note = brain.note((images.config or {}).get("gnet_run")) if brain else None
-    findings = Findings(images, {SEEN: seen, made.label: made, **whole}, measured, differences, absent | lacking,
-                        tuple(filter(None, remarks)), scale.kinds, ratings, explained, tuple(curves))
+    findings = Findings(
+        images, {SEEN: seen, made.label: made, **whole}, measured, differences, absent | lacking,
+        tuple(filter(None, remarks)), scale.kinds, ratings, explained, tuple(curves),
+        parts=measure_parts(measured, parts_of(images, stimuli, paths), args.seed), n_stimuli=len(stimuli),
+        note=brain.note((images.config or {}).get("gnet_run")) if brain else None)
     folders = {label: paths.as_recorded(other.folder) for label, other in (compared | drawn).items()}
-    write(outdir, findings, folders, sheet, note, parts_of(images, stimuli, paths), len(stimuli), paths, args)
+    config = {"protocol": "mindeye2", "images": str(images.folder), "n_samples": findings.n_samples,
+              "stimuli": findings.n_stimuli, "git_commit": utils.git_commit(), "options": vars(args),
+              "brain_correlation": findings.note}
+    write_results(outdir, findings, config, sheet, folders)
+    report.write(outdir / "report", findings, config, paths)
+    show(outdir, findings, sheet, folders, paths, args)
+    print(format_findings(findings))
+    if args.rating_page:
+        print(f"rating page    {outdir / 'rating/index.html'}")
+    print(f"metrics        {outdir / 'metrics.json'}\ncontact sheet  {outdir / 'contact_sheet.png'}\n"
+          f"report         {outdir / 'report/index.html'}")
     kept = store.trim(args.cache_gb * 1e9)
     print(f"kept features  {store.folder}, {utils.in_bytes(kept)} of --cache_gb {args.cache_gb:g} (0 empties it)")
     return found
 
 
-def write(outdir, findings, folders, sheet, note, parts, n_stimuli, paths, args):
-    """Everything that was found: to files, to the report, to W&B and to the terminal."""
+def show(outdir, findings, sheet, folders, paths, args):
+    """Show W&B what was found: values with their intervals, tables, pictures, and what all of it was made from."""
     from disk.files import file_hash
-    from evaluation import report
-    from evaluation.parts import format_parts, measure_parts
-    from evaluation.results import format_absent, format_explained, format_sets, format_table, table_of, write_results
+    from evaluation.results import table_of
     from sampling.folders import name_of, set_hash
     from training.settings import Wandb
     from training.tracking import Dashboard
 
-    folder, results = findings.images.folder, findings.results
-    config = {"protocol": "mindeye2", "images": str(folder), "n_samples": findings.n_samples,
-              "stimuli": n_stimuli,
-              "git_commit": utils.git_commit(), "options": vars(args), "brain_correlation": note}
-    found_in_parts = measure_parts(findings.measured, parts, args.seed)
-    write_results(outdir, findings, config, sheet, folders, found_in_parts)
-    report.write(outdir / "report", findings, config, paths)
-
+    folder = findings.images.folder
     name = f"evaluate_{args.subj}_{name_of(folder)}".replace(" ", "_")
     asked = Wandb.from_args(args).of("evaluate", name_of(folder).partition(" ")[0])
     board = Dashboard(outdir, name, vars(args), asked)
-    board.log(shown_values(results))
+    board.log(shown_values(findings.results))
     board.log_table("eval/metrics", table_of(findings.measured))
     board.log_table("eval/images", rows_of_images(findings))
     board.log_images("eval/contact_sheet", [sheet], [str(folder)])
     for pictures in (folder, *map(paths.find, folders.values())):
         board.uses("pictures", pictures / "index.csv", lambda index: set_hash(index.parent))
     board.makes("evaluation", outdir / "metrics.json", file_hash)
-    print(format_table(results))
-    if len(findings.measured) > 1:
-        print(f"\n{format_sets(findings.measured)}\n")
-    print(format_parts(found_in_parts), end="")
-    print(format_explained(results, findings.explained), end="")
-    if note:
-        print(f"brain_correlation: {note}")
-    print(format_absent(findings.absent), end="")
-    for label, entry in findings.ratings.items():
-        print(f"rated nearer than {label}: {entry['value']:.3f} ({entry['ci_low']:.3f} .. {entry['ci_high']:.3f}) of "
-              f"{entry['trials']} choices, {entry['n']} images; chance 0.5")
-    for remark in findings.remarks:
-        print(remark)
-    if args.rating_page:
-        print(f"rating page    {outdir / 'rating/index.html'}")
-    print(f"metrics        {outdir / 'metrics.json'}\ncontact sheet  {outdir / 'contact_sheet.png'}\n"
-          f"report         {outdir / 'report/index.html'}")
     board.finish()
 
 

@@ -15,6 +15,7 @@ from disk.files import save_json
 from disk.names import Paths, run_name
 from evaluation import figures, gallery, pages, report
 from evaluation.controls import PLAIN
+from evaluation.curves import Curve
 from evaluation.measuring import Findings, Measured
 from evaluation.picture_sets import SEEN, PictureSet
 from sampling.folders import ImageSet
@@ -71,13 +72,20 @@ def written(tmp_path_factory):
                  for step in (1, 2))
         (run / "metrics.jsonl").write_text("\n".join(lines))
     config = {"protocol": "mindeye2", "images": str(folder / "outputs_all/x"), "n_samples": 1,
-              "git_commit": "0123456789abcdef", "stimuli": 50,
-              "options": {"method": "m", "root": str(folder), "weights_dir": "/w/hub"},
-              "brain_correlation": "predicted by gnet_subj01, fitted to the same subject"}
+              "git_commit": "0123456789abcdef",
+              "options": {"method": "m", "root": str(folder), "weights_dir": "/w/hub"}}
     images = ImageSet(Path("a <set>"), np.array(IDS), [], recon_config)
     findings = Findings(images, sets, measured, differences, {"control: noise": f"{folder}/scores_all/x not found"},
                         ("n = 3: few", "x: drawn otherwise than what is evaluated: y"), np.array([0, 1, 0]),
-                        {OTHER: {"value": 0.75, "ci_low": 0.5, "ci_high": 0.9, "n": 3, "trials": 4, "raters": 2}})
+                        {OTHER: {"value": 0.75, "ci_low": 0.5, "ci_high": 0.9, "n": 3, "trials": 4, "raters": 2}},
+                        {"c": {"ridge": 0.4, "network": 0.6, "scored": 0.7}},
+                        (Curve("Numbers left of the response", {OTHER: 5, "reconstructed": 1234}),),
+                        {"the cluster": {"reconstructed": measured["reconstructed"].results}}, 50,
+                        "predicted by gnet_subj01, fitted to the same subject")
+    maps = paths.maps("subj01")
+    save_json(maps / "config.json", {})
+    Image.new("RGB", (8, 8)).save(maps / "glass_encoding.png")
+    (maps / "regions.csv").write_text("region,voxels,map,value,low,high,interval\nV1,77,encoding_r,0.361,0.3,0.4,x\n")
     report.write(folder / "report", findings, config, paths)
     return folder / "report", findings, config, paths
 
@@ -99,8 +107,11 @@ def test_the_page_says_what_was_found_and_what_was_not(page):
                   "a world of 50 images", "0.050 … 0.450", "these (NOT COMPARABLE)", "n = 3: few",
                   "What subject 1 saw", "3 test images that no training saw", "finetune, 3 sessions", "1,234",
                   "posterior rule, 30 over 80% of the steps", "fedcba98 drew, 01234567 measured",
-                  "75.0 % of 4 blinded choices by 2 people", "0.700"):
+                  "75.0 % of 4 blinded choices by 2 people", "scored, validation images 0.700",
+                  "Of 3 images alone: the cluster", "V1 (77 voxels) 0.361 0.300 … 0.400"):
         assert words in seen, words
+    assert "CLIP (%) · people: r 0.44" in text and (page / "maps/glass_encoding.png").exists()
+    assert "against numbers left of the response: 5: 41.7, 1234: 83.3" in text  # CLIP's two-way rate
     assert "losses of pretrained_subj01_3sess_ext1_g_8: in the end training 1, validation 2.5" in text
 
 
@@ -155,7 +166,7 @@ def test_nothing_comes_from_elsewhere_and_no_path_is_absolute(page):
     """The page works without a network, from any folder, and says nothing of the disk it was made on."""
     text = (page / "index.html").read_text()
     links = re.findall(r"(?:src|href)=['\"]?([^'\" >]+)", text)
-    assert links and all(link.startswith(("#", "data:", "pictures/")) for link in links)
+    assert links and all(link.startswith(("#", "data:", "pictures/", "maps/")) for link in links)
     assert "@import" not in text and not re.search(r"url\((?!#)", text) and "fetch(" not in text
     for private in (str(page.parent), "/w/hub", "/big"):
         assert private not in text, private
@@ -175,7 +186,7 @@ def test_paths_are_named_from_the_root_or_by_their_last_part():
 def test_figures_have_the_pages_colours(page):
     """What matplotlib draws is legible on dark and on paper, too: no colour of its own."""
     svgs = re.findall("<svg.*?</svg>", (page / "index.html").read_text(), re.DOTALL)
-    assert len(svgs) == 3 + 1 + 6 + 2  # metrics, regions, histograms, curves
+    assert len(svgs) == 3 + 3 + 1 + 6 + 2  # metrics, growth, regions, histograms, curves
     assert f">{OTHER}</text>" in html.unescape(svgs[0])  # and a label is no formula
     for svg in svgs:
         assert not re.search("#[0-9a-f]{3,6}[;\"']", svg) and "var(--ink)" in svg and ' id="text_' not in svg
@@ -208,8 +219,8 @@ def test_a_report_of_the_seen_images_and_of_pictures_of_unknown_origin(tmp_path,
     _, findings, options, paths = written
     label = SEEN if config is None else "reconstructed"
     lonely = Findings(findings.images._replace(config=config), {SEEN: findings.sets[SEEN], label: findings.sets[label]},
-                      {label: Measured({"pixcorr": np.ones(3)}, {}, 0)}, {}, {})
-    report.write(tmp_path, lonely, options | {"brain_correlation": None}, paths)
+                      {label: Measured({"pixcorr": np.ones(3)}, {}, 0)}, {}, {}, n_stimuli=50)
+    report.write(tmp_path, lonely, options, paths)
     text = (tmp_path / "index.html").read_text()
     title = "The seen pictures, measured against themselves" if config is None else "Null control (noise)"
     assert title in text and 'class="value">1.000' in text and 'id="brain"' not in text

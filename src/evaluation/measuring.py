@@ -47,6 +47,9 @@ class Findings(NamedTuple):
     ratings: dict = {}  # label -> entry: how often people chose the reconstruction over that set's picture
     explained: dict = {}  # feature -> {"ridge", "network", "scored"}: R2 on validation images
     curves: tuple = ()  # curves.Curve, of sets that grow with what their decoder was given
+    parts: dict = {}  # parts.measure_parts: of some of the images
+    n_stimuli: int | None = None  # of the world that the images are of
+    note: str | None = None  # what a reader of brain correlations must know; None: there are none
 
     @property
     def label(self):

@@ -56,7 +56,7 @@ def write(folder, findings, config, paths):
     """Write the report of an evaluation's Findings into `folder`; config: what metrics_config.json holds."""
     drawn = findings.images.config or {}
     kinds = {label: kind_of(label, findings) for label in findings.measured}
-    n_stimuli = config["stimuli"]
+    n_stimuli = findings.n_stimuli
     columns = columns_of(findings, kinds)
     files = save_copies(folder, [(findings.sets[column["set"]], column["sample"], column["large"])
                                  for column in columns])
@@ -77,7 +77,7 @@ def write(folder, findings, config, paths):
         data=data_of(findings, columns, paths),
         # what is read by some
         tables=tables_of(findings), published=published_table(findings, drawn, n_stimuli), unlike=unlike,
-        missing=missing_of(findings), note=config["brain_correlation"], brain=brain_of(findings, kinds, n_stimuli),
+        missing=missing_of(findings), note=findings.note, brain=brain_of(findings, kinds, n_stimuli),
         maps=maps_in(folder, drawn, paths),
         histograms=histograms_of(findings, kinds), decoded=decoded_table(findings),
         growth=growth_of(findings, kinds),
@@ -354,6 +354,10 @@ def tables_of(findings):
     whole = [metric for metric in found if found[metric]["n"] and metric not in per_image]
     rows = {label: measured.results for label, measured in findings.measured.items()}
     tables = [table("The protocol's metrics", rows, here, "set", main)]
+    for part, sets in findings.parts.items():
+        n = next(iter(sets[main].values()))["n"]
+        tables.append(table(f"Of {n} images alone: {part}", sets, here, "set", main,
+                            "Two-way rates compare with all images."))
     if beyond:
         tables.append(table("Beyond the protocol", rows, beyond, "set", main))
     if whole:

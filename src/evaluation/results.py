@@ -6,6 +6,7 @@ import numpy as np
 
 from disk.files import atomic_path, load_json, save_json, save_together, write_csv, write_json
 from evaluation.metrics import LOWER_IS_BETTER, written
+from evaluation.parts import format_parts
 from evaluation.report import PROTOCOL, TITLES, latex_row
 from utils import UserError
 
@@ -33,9 +34,9 @@ def no_longer_compared(outdir, labels):
     return f"no longer compared, unlike in the report before: {', '.join(dropped)}; keep with --compare {flags}"
 
 
-def write_results(outdir, findings, config, sheet, folders, parts):
+def write_results(outdir, findings, config, sheet, folders):
     """The files beside the images, all or none; config: what metrics_config.json holds, sheet: a PIL image; folders:
-    {label: where it lies} of sets that were drawn; parts: of parts.measure_parts."""
+    {label: where it lies} of sets that were drawn."""
     rows = [{"image_id": image_id, **{name: float(values[i]) for name, values in findings.per_image.items()}}
             for i, image_id in enumerate(findings.images.image_ids)]
     compared = {label: {"results": findings.measured[label].results, "difference": found}
@@ -48,7 +49,7 @@ def write_results(outdir, findings, config, sheet, folders, parts):
         outdir / "metrics_config.json": write_json(config),
         outdir / "metrics.tex": lambda path: path.write_text(line),
         outdir / "compared.json": write_json(compared),
-        **({outdir / "parts.json": write_json(parts)} if parts else {}),
+        **({outdir / "parts.json": write_json(findings.parts)} if findings.parts else {}),
         outdir / "metrics.csv": write_csv(table_of(findings.measured)),
         outdir / "metrics_per_image.csv": write_csv(rows),
         outdir / "contact_sheet.png": lambda path: sheet.save(path, format="PNG")})
@@ -73,6 +74,21 @@ def write_subjects(file, found):
         print(f"{name:<{width}}" + "".join(f"{written(results[name]['value']):>9}" for results in found.values())
               + f"{written(mean[name]):>9}")
     print(f"subjects       {file}")
+
+
+def format_findings(findings):
+    """All that was found, as text for the terminal."""
+    blocks = [format_table(findings.results)]
+    if len(findings.measured) > 1:
+        blocks.append(f"\n{format_sets(findings.measured)}\n")
+    blocks += [format_parts(findings.parts), format_explained(findings.results, findings.explained)]
+    if findings.note:
+        blocks.append(f"brain_correlation: {findings.note}")
+    blocks.append(format_absent(findings.absent))
+    for label, entry in findings.ratings.items():
+        blocks.append(f"rated nearer than {label}: {written(entry['value'])} ({written(entry['ci_low'])} .. "
+                      f"{written(entry['ci_high'])}) of {entry['trials']} choices, {entry['n']} images; chance 0.5")
+    return "\n".join(block.removesuffix("\n") for block in (*blocks, *findings.remarks) if block)
 
 
 def format_table(results):
