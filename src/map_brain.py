@@ -111,7 +111,8 @@ def decoders(args, paths, absent):
     for feat in options.FEATURES if args.feats is None else filter(None, args.feats):
         names = runs_of(request.flags, feat)
         if args.feats is None and not any((paths.run(name) / "last.pth").exists() for name in names):
-            absent[f"reads_{feat}, costs_{feat}"] = f"{names[0]} was not trained ({how_to_train(request.flags, feat)})"
+            mend = how_to_train(paths, request.flags, feat)
+            absent[f"reads_{feat}, costs_{feat}"] = f"{names[0]} was not trained ({mend})"
             continue
         trained = open_trained(request, feat, trained)
         found[feat] = open_source(trained, feat)

@@ -3,8 +3,8 @@
 Letters: T trials, V voxels, X, Y, Z the axes of a volume.
 """
 
-import pickle
 from contextlib import suppress
+from pickle import Unpickler, UnpicklingError
 
 import h5py
 import numpy as np
@@ -148,7 +148,7 @@ def read_npy(file):
             is_pickle = read_header(opened)[2].hasobject
             found = ArraysOnly(opened).load() if is_pickle else None
         array = None if is_pickle else np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, IndexError, KeyError,
+    except (ValueError, OSError, EOFError, UnpicklingError, AttributeError, TypeError, IndexError, KeyError,
             ImportError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise utils.UserError(f"{file}: not readable ({reason}); wanted an array, or GLMsingle's dictionary of "
@@ -163,12 +163,12 @@ def read_npy(file):
     return of_table(file, array)
 
 
-class ArraysOnly(pickle.Unpickler):
+class ArraysOnly(Unpickler):
     """Reads arrays and plain values. A pickle can name any function to be called: every other is refused."""
 
     def find_class(self, module, name):
         if (module, name) not in ARRAY_PARTS:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, wanted arrays and plain values only")
+            raise UnpicklingError(f"it holds {module}.{name}, wanted arrays and plain values only")
         return super().find_class(module, name)
 
 

@@ -75,8 +75,10 @@ class Request:
         if numbers_left(args.control) and (args.voxels or args.without):
             raise utils.UserError(f"--control {args.control} with --voxels or --without: the numbers that are left are "
                                   "made of all voxels; leave one of them out")
-        given = {field.name: getattr(args, field.name) for field in fields(cls) if field.name in args}
-        return cls(Paths.from_args(args), **given, wandb=Wandb.from_args(args) if "wandb_log" in args else Wandb())
+        flags = vars(args)
+        given = {field.name: flags[field.name] for field in fields(cls) if field.name in flags}
+        given["wandb"] = Wandb.from_args(args) if "wandb_log" in flags else Wandb()
+        return cls(Paths.from_args(args), **given)
 
     def folder(self, feat):
         """Return where the scores of a feature go."""
