@@ -111,6 +111,7 @@ def main(argv=None):
         start = time.perf_counter()
         marker.unlink(missing_ok=True)
         write_world(args.root, WORLDS[args.size], args.seed)
+        (args.root / "about.json").write_text(json.dumps({"data": "drawn scenes, simulated responses"}) + "\n")
         marker.write_text(json.dumps(identity) + "\n")
         print(f"{args.root}: mini-NSD written in {time.perf_counter() - start:.0f} s")
     if args.check:

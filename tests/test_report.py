@@ -104,9 +104,10 @@ def test_the_page_says_what_was_found_and_what_was_not(page):
     seen = re.sub(r"\s+", " ", html.unescape(re.sub("<[^>]*>", " ", text)))
     for words in ("a <set>", "0.500", "No module named 'torchvision'", "scores_all/x not found", "Brain-IT 2026",
                   "Not independent evidence", "fitted to the same subject", "abc123", "feedbeef", "Not comparable",
-                  "a world of 50 images", "0.050 … 0.450", "these (NOT COMPARABLE)", "n = 3: few",
-                  "What subject 1 saw", "3 test images that no training saw", "finetune, 3 sessions", "1,234",
-                  "posterior rule, 30 over 80% of the steps", "fedcba98 drew, 01234567 measured",
+                  "not NSD: a set (50 images)", "0.050 … 0.450", "these (NOT COMPARABLE)", "n = 3: few",
+                  "What subject 1 saw", "3 test images that no training saw", "1,234",
+                  "pretrained on others, fine-tuned on 3 sessions",
+                  "posterior rule, strength 30, in the first 80% of the steps", "fedcba98 drew, 01234567 measured",
                   "75.0 % of 4 blinded choices by 2 people", "scored, validation images 0.700",
                   "Of 3 images alone: the cluster", "V1 (77 voxels) 0.361 0.300 … 0.400"):
         assert words in seen, words
@@ -125,6 +126,19 @@ def test_the_first_screen_has_one_number_with_what_it_must_be_seen_beside(page):
     assert "drawn otherwise" not in first  # that can wait
     strip = re.findall(r'alt="reconstructed, image (\d+)"', first)
     assert strip == ["47", "3", "20"]  # from the best to the worst
+
+
+def test_a_number_that_is_nearly_all_right_gives_way_to_a_harder_one(written, tmp_path):
+    _, findings, config, paths = written
+    save_json(paths.root / "about.json", {"data": "drawn scenes"})
+    found = {"clip_two_way": np.array([1.0, 1.0, 0.97]), "clip_top1": np.array([1.0, 1.0, 0.0])}
+    sets = {label: Measured(found, {}, 0) for label in findings.measured}
+    report.write(tmp_path, findings._replace(measured=sets, differences={}, curves=(), parts={}), config, paths)
+    (paths.root / "about.json").unlink()
+    first = re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", (tmp_path / "index.html").read_text().partition("<nav")[0]))
+    assert " 66.7 % of the reconstructions are closer to the picture that was seen than to any other of the 3" in first
+    assert "By the same network: 99.0 % (97.0 % to 100.0 %) when it is two-way" in first
+    assert "not NSD: drawn scenes (50 images)" in first
 
 
 def test_on_nsd_itself_published_rows_are_beside_it(written, tmp_path, monkeypatch):
