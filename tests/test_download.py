@@ -23,6 +23,7 @@ import download
 import img2feat
 import utils
 from disk import transfer
+from disk.hub import require_model
 from disk.names import Paths
 from nsd import sources
 from nsd.captions import load_captions, write_captions
@@ -547,6 +548,25 @@ def test_stable_diffusion_that_is_interrupted_goes_on(ask, site, hub, pauses, se
     site.drop_after = None
     assert load_pipeline(sources.SD_MODEL, torch.device("cpu")).vae is not None
     assert all(n <= 8 * 300_000 for n in sent_twice().values()) and not list(tmp_path.rglob("*.part*"))
+
+
+def test_one_network_that_is_interrupted_goes_on(ask, site, hub, pauses, sent_twice, tmp_path, monkeypatch):
+    """CLIP, where recon.py, evaluate.py or img2feat.py find that it is not there."""
+    clip = site.repositories[sources.CLIP_MODEL]
+    clip["pytorch_model.bin"] = b"the same weights, as a pickle"
+    monkeypatch.setattr(transfer, "BLOCK", 300_000)
+    site.drop_after, pauses.interrupt = 250_000, True
+    with pytest.raises(KeyboardInterrupt):
+        require_model(sources.CLIP_MODEL, "--clip_model", "")
+    site.drop_after = None
+    require_model(sources.CLIP_MODEL, "--clip_model", "")
+    assert "pytorch_model.bin" not in fetched(site) and not list(tmp_path.rglob("*.part*"))
+    assert all(n <= 8 * 300_000 for n in sent_twice().values())
+    (weights,) = (tmp_path / "cache").rglob("model.safetensors")
+    assert weights.read_bytes() == clip["model.safetensors"]
+    asked = len(site.asked)
+    require_model(sources.CLIP_MODEL, "--clip_model", "")
+    assert len(site.asked) == asked
 
 
 def test_a_repository_of_pickles_alone_loads_too(ask, site, hub):

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -48,6 +49,21 @@ def require_model(name, flag, hint, file="config.json", looked="from here"):
                         f"{urlsplit(constants.ENDPOINT).hostname} does not answer; {give}")
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{flag} {name}: not in the hub's cache yet, fetched now", flush=True)
+    with suppress(OSError):  # from_pretrained says what is wrong
+        fetch_network(name)
+
+
+def fetch_network(name):
+    """Fetch what from_pretrained reads of one network, of a repository on the hub, into the hub's cache.
+
+    Its settings and its weights: pickles only where there is nothing else. A pipeline of several is left to `snapshot`.
+    """
+    listed = {file: known for file, known in list_files(name).items() if "/" not in file}
+    if "config.json" not in listed:
+        return
+    weights = ".safetensors" if any(file.endswith(".safetensors") for file in listed) else ".bin"
+    wanted = [known for file, known in listed.items() if file.endswith((".json", ".txt", weights))]
+    fetch_files(name, sorted(wanted, key=lambda known: known.name == "config.json"))  # last: it says that all is there
 
 
 def snapshot(name, patterns, weights):
@@ -69,12 +85,17 @@ def snapshot(name, patterns, weights):
     listed = list_files(name)
     others = [other for file, other in weights.items() if file not in listed]
     wanted = [listed[file] for file in filter_repo_objects(listed, allow_patterns=[*patterns, *others])]
-    wanted = [file for file in wanted if not file.in_cache().exists()]
+    fetch_files(name, wanted)
+    return cache_of(name) / "snapshots" / next(iter(listed.values())).commit
+
+
+def fetch_files(name, files):
+    """Fetch those of a model's HubFiles that the hub's cache does not have, under a bar called `name`."""
+    wanted = [file for file in files if not file.in_cache().exists()]
     with connect() as client, progress(total=sum(file.size for file in wanted), desc=name, unit="B", unit_scale=True,
                                        leave=False) as bar:
         for file in wanted:
             fetch_to_cache(client, file, bar=bar)
-    return cache_of(name) / "snapshots" / next(iter(listed.values())).commit
 
 
 # --- files on the hub ---------------------------------------------------------------------------------------------
