@@ -123,7 +123,7 @@ def title_of_page(findings, drawn):
         return f"What {subject_of(drawn)} saw, from {k} number{'s' * (k > 1)} of each response"
     if drawn.get("control"):
         return f"Null control ({drawn['control']}): pictures that owe the brain nothing"
-    return f"What {subject_of(drawn)} saw, reconstructed from brain activity (fMRI)"
+    return f"What {subject_of(drawn)} saw, reconstructed from its brain responses"
 
 
 def lead_of(findings, drawn):
