@@ -64,7 +64,7 @@ def main(argv=None):
     print("\n".join(lines))
     if args.table:
         Path(args.table).write_text("\n".join(lines) + "\n")
-        chosen = np.unique(np.linspace(0, len(seen) - 1, args.sheet_images).round().astype(int))
+        chosen = utils.evenly(len(seen), args.sheet_images)
         sheet = contact_sheet({name: [pictures[i] for i in chosen] for name, pictures in rows.items()},
                               [str(whole.image_ids[i]) for i in chosen], "What each region contributes",
                               f"{len(chosen)} of {len(seen)} test images, at even distances by id")

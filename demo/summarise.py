@@ -66,7 +66,7 @@ def main(argv=None):
     summary["seconds"] = read_seconds(Path(args.seconds)) if args.seconds else {}
     print(format_rest(summary))
 
-    chosen = np.unique(np.linspace(0, len(ids) - 1, min(len(ids), args.sheet_images)).round().astype(int))
+    chosen = utils.evenly(len(ids), args.sheet_images)
     sheet = contact_sheet({label: [pictures[i] for i in chosen] for label, pictures in rows.items()},
                           [str(ids[i]) for i in chosen], "What a brain response holds, signal by signal",
                           f"{len(chosen)} of {len(ids)} test images, at even distances by id")

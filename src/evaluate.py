@@ -266,10 +266,8 @@ def shown_values(results):
 
 def rows_of_images(findings):
     """Yield a row for each image, at most TABLE_IMAGES, evenly chosen: its id, every set's picture, its metrics."""
-    import numpy as np
-
     ids = findings.images.image_ids
-    for i in np.unique(np.linspace(0, len(ids) - 1, min(TABLE_IMAGES, len(ids))).round().astype(int)):
+    for i in utils.evenly(len(ids), TABLE_IMAGES):
         yield ({"image_id": int(ids[i])} | {label: pictures.read(i, 0) for label, pictures in findings.sets.items()}
                | {name: float(values[i]) for name, values in findings.per_image.items()})
 

@@ -189,13 +189,10 @@ def show(board, folder, image_ids, rows, files, hashes):
 
     image_ids (N,): of the scores; rows: those that were asked for; files, hashes: {name: ...} of what was read.
     """
-    import numpy as np
-
     from disk.files import archive_hash
     from sampling import folders
 
-    few = [rows[at] for at in np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).round().astype(int)]
-    pictures = {row: folder / folders.file_name(row, 0) for row in few}
+    pictures = {rows[at]: folder / folders.file_name(rows[at], 0) for at in utils.evenly(len(rows), SHOWN)}
     pictures = {row: file for row, file in pictures.items() if file.exists()}
     board.log_images("recon/images", map(folders.read_png, pictures.values()),
                      [f"id {image_ids[row]}" for row in pictures])

@@ -264,6 +264,13 @@ def _lines():
 # --- messages and records ----------------------------------------------------------------------------------------
 
 
+def evenly(n, at_most):
+    """Choose at most so many of n things, at even distances from the first to the last: their numbers, ascending."""
+    import numpy as np
+
+    return np.unique(np.linspace(0, n - 1, min(n, at_most)).round().astype(int))
+
+
 def in_bytes(n):
     """Write a number of bytes as '39.6 GB'."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

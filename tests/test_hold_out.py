@@ -16,7 +16,8 @@ import utils
 from disk.names import images_name, run_name
 from evaluation.controls import training_images
 from evaluation.measuring import Measured
-from evaluation.parts import format_parts, measure_parts, parts_of
+from evaluation.parts import measure_parts, parts_of
+from evaluation.results import format_parts
 from nsd import batches, repeats
 from nsd.clusters import in_cluster
 from nsd.rows import Rows

@@ -97,3 +97,15 @@ def test_lesions_beside_reconstructions_are_found(tmp_path):
                                         "lesion: without higher_vis": {"without": "higher_vis"}}
     nowhere = images._replace(config=None)
     assert controls.lesions(nowhere) == {}
+
+
+def test_bottlenecks_beside_reconstructions_are_found_the_narrowest_first(tmp_path):
+    paths = Paths(tmp_path, tmp_path)
+    flags = {**DRAWN, "guidance_scale": 30.0, "guidance_strength": 0.8, "use_gnet": False}
+    for changed in ({}, {"control": "bottleneck20"}, {"control": "bottleneck1"}, {"control": "shuffle"},
+                    {"control": "bottleneck5", "guidance_scale": 5.0}, {"control": "bottleneck7", "method": "other"}):
+        save_json(paths.images_of(flags | changed) / "config.json", flags | changed)
+    images = ImageSet(paths.images_of(flags), np.array([1]), [[]], flags)
+    assert list(controls.bottlenecks(images).items()) == [("bottleneck: 1 number", {"control": "bottleneck1"}),
+                                                          ("bottleneck: 20 numbers", {"control": "bottleneck20"})]
+    assert controls.bottlenecks(images._replace(config=None)) == {}

@@ -49,18 +49,17 @@ def require_model(name, flag, hint, file="config.json", looked="from here"):
                         f"{urlsplit(constants.ENDPOINT).hostname} does not answer; {give}")
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{flag} {name}: not in the hub's cache yet, fetched now", flush=True)
-    with suppress(OSError):  # from_pretrained says what is wrong
-        fetch_network(name)
+    if file == "config.json":  # of one network; the parts of a pipeline come by `snapshot`
+        with suppress(OSError):  # from_pretrained says what is wrong
+            fetch_network(name)
 
 
 def fetch_network(name):
     """Fetch what from_pretrained reads of one network, of a repository on the hub, into the hub's cache.
 
-    Its settings and its weights: pickles only where there is nothing else. A pipeline of several is left to `snapshot`.
+    Its settings and its weights: pickles only where there is nothing else.
     """
     listed = {file: known for file, known in list_files(name).items() if "/" not in file}
-    if "config.json" not in listed:
-        return
     weights = ".safetensors" if any(file.endswith(".safetensors") for file in listed) else ".bin"
     wanted = [known for file, known in listed.items() if file.endswith((".json", ".txt", weights))]
     fetch_files(name, sorted(wanted, key=lambda known: known.name == "config.json"))  # last: it says that all is there

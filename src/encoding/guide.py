@@ -159,7 +159,7 @@ class BrainGuide:
         betas, stimuli = open_betas(paths, self.encoder.subj), open_stimuli(paths)
         for trials in split_trials(paths, self.encoder.subj, *self.encoder.held_out):
             seen = AveragedRows(betas, trials)
-            chosen = np.unique(np.linspace(0, len(seen.image_ids) - 1, PREFLIGHT_IMAGES).round().astype(int))
+            chosen = utils.evenly(len(seen.image_ids), PREFLIGHT_IMAGES)
             predicted = self.encoder.predict(stimuli.batches(seen.image_ids[chosen], 50), voxels=self.voxels)
             predicted = torch.from_numpy(predicted).to(self.device)
             yield predicted, torch.from_numpy(seen[chosen]).to(self.device)[:, self.voxels]

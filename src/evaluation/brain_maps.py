@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import utils
 from disk.files import load_csv, load_json, save_together, write_csv, write_json
 from encoding.guide import GOOD_R, PREFLIGHT_IMAGES, check_voxel_order
 from encoding.maps import (
@@ -71,7 +72,7 @@ def encoding_maps(paths, encoder, masks, seed=0):
     """
     betas, stimuli, subj = open_betas(paths, encoder.subj), open_stimuli(paths), encoder.subj
     train, held_out = split_trials(paths, subj, *encoder.held_out)
-    seen = average_repeats(betas, train[train["image_id"].isin(evenly(train["image_id"].unique(), PREFLIGHT_IMAGES))])
+    seen = average_repeats(betas, of_some_images(train))
     check_voxel_order(encoder, encoder.predict(stimuli.batches(seen.image_ids, 50)), seen.betas)
 
     test = load_test_set(paths, subj)
@@ -93,18 +94,17 @@ def encoding_maps(paths, encoder, masks, seed=0):
                   *map(float, np.quantile(drawn[name], (0.025, 0.975))), OVER_IMAGES)
              for of, (value, drawn) in rows.items() for name in regions]
 
-    val = average_repeats(betas, held_out[held_out["image_id"].isin(evenly(held_out["image_id"].unique(),
-                                                                          PREFLIGHT_IMAGES))])
+    val = average_repeats(betas, of_some_images(held_out))
     errors = np.square(encoder.predict(stimuli.batches(val.image_ids, 50)) - val.betas).mean(0)
     pull = pulls(encoder, stimuli[val.image_ids], np.roll(val.betas, 1, axis=0), errors, seed)
     maps["pull"] = np.where(encoder.val_r > GOOD_R, pull, 0)  # the others may not guide
     return maps, lines + voxel_lines({"pull": maps["pull"]}, regions)
 
 
-def evenly(ids, at_most):
-    """Of ids (n,) at most so many, at even distances."""
-    ids = np.sort(ids)
-    return ids[np.unique(np.linspace(0, len(ids) - 1, at_most).round().astype(int))]
+def of_some_images(trials):
+    """Those of a table of trials that show PREFLIGHT_IMAGES images at most, at even distances by id."""
+    ids = np.unique(trials["image_id"])
+    return trials[trials["image_id"].isin(ids[utils.evenly(len(ids), PREFLIGHT_IMAGES)])]
 
 
 def draw(rng, n):

@@ -67,22 +67,33 @@ def drawn(images, known):
 
 def bottlenecks(images):
     """{label: what differs} of the drawings through a bottleneck that lie beside `images`, the narrowest first."""
-    folder = folder_with(images, {})
-    beside = () if folder is None else folder.parents[1].parent.glob(f"{folder.parents[1].name}_bottleneck*")
-    widths = sorted(filter(None, (numbers_left(other.name.rpartition("_")[2]) for other in beside)))
+    widths = sorted(numbers_left(rest) for rest, config in beside(images, "_") if config.get("control") == rest
+                    and numbers_left(rest))
     return {f"bottleneck: {k} number{'s' * (k > 1)}": {"control": f"bottleneck{k}"} for k in widths}
 
 
 def lesions(images):
     """{label: what differs} of the drawings from some regions only that lie beside `images`."""
-    folder, found = folder_with(images, {}), {}
-    for flag, word in LESIONS.items() if folder is not None else ():
-        name = f"{folder.parents[1].name}_{word}_"
-        for file in sorted(folder.parents[2].glob(f"{name}*/{folder.parent.name}/{folder.name}/config.json")):
-            regions = file.parts[-4].removeprefix(name).replace("+", ",")
-            if load_json(file).get(flag) == regions:  # or it is a --method that is called so
+    found = {}
+    for flag, word in LESIONS.items():
+        for rest, config in beside(images, f"_{word}_"):
+            regions = rest.replace("+", ",")
+            if config.get(flag) == regions:  # or it is a --method that is called so
                 found[f"lesion: {word} {regions.replace(',', ', ')}"] = {flag: regions}
     return found
+
+
+def beside(images, start):
+    """Look for other drawings with the same guidance, called as `images` and more.
+
+    Returns [(what follows `start` in their name, their config.json)], by name.
+    """
+    folder = folder_with(images, {})
+    if folder is None:
+        return []
+    name = folder.parents[1].name + start
+    files = sorted(folder.parents[2].glob(f"{name}*/{folder.parent.name}/{folder.name}/config.json"))
+    return [(file.parts[-4].removeprefix(name), load_json(file)) for file in files]
 
 
 def without_decoder(seen, run, no_run, paths, feat, store, device):

@@ -3,9 +3,9 @@
 import hashlib
 import re
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+import utils
 from disk.files import atomic_path
 from evaluation.metrics import written
 from evaluation.picture_sets import MADE, SEEN
@@ -26,7 +26,7 @@ def sheet_of(title, seen, sets, results, at_most):
     their samples, others by their first samples, where they have them; results: {metric: entry}.
     """
     n = len(seen.image_ids)
-    chosen = np.unique(np.linspace(0, n - 1, min(n, at_most)).round().astype(int))
+    chosen = utils.evenly(n, at_most)
     ids = seen.image_ids[chosen]
     rows = {SEEN: [seen.read(i, 0) for i in chosen]}
     for label, pictures in sets.items():

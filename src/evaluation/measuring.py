@@ -88,7 +88,7 @@ class Scale:
         per_image, tables = {name: np.mean([found[name] for found in per_image], axis=0) for name in per_image[0]}, {}
         for name, network in self.networks.items():
             preds = [self.store.features(name, network, pictures, k) for k in range(pictures.n_samples)]
-            compare_features(name, self.reals[name], preds, per_image, tables)
+            compare_features(name, self.reals[name], preds, self.kinds, per_image, tables)
         return Measured(per_image, tables, self.seed)
 
     def pixels(self, pictures, sample):
@@ -175,8 +175,8 @@ def brain_of(paths, subj, image_ids, gnet_run, seed, device):
     return Brain(encoder, responses, rois), None
 
 
-def compare_features(name, real, preds, per_image, tables):
-    """Add the metrics of one network to `per_image` and `tables`; real (N, D), preds: (N, D) per sample."""
+def compare_features(name, real, preds, kinds, per_image, tables):
+    """Add the metrics of one network to `per_image` and `tables`; real (N, D), preds: (N, D) per sample, kinds (N,)."""
     if name.endswith("_distance"):
         per_image[name] = np.mean([metrics.correlation_distance(real, pred) for pred in preds], axis=0)
         return
@@ -195,7 +195,7 @@ def compare_features(name, real, preds, per_image, tables):
         per_image |= {f"clip_top{k}": np.mean([shares[k] for shares in first], axis=0) for k in (1, 5)}
         per_image["clip_similarity"] = np.mean([metrics.paired_correlation(real, pred) for pred in preds], axis=0)
         fair = np.mean([successes["rec_to_gt"] for successes in halved], axis=0)
-        per_image["clip_two_way_same_cluster"] = metrics.within_clusters(fair, kinds_of(real))
+        per_image["clip_two_way_same_cluster"] = metrics.within_clusters(fair, kinds)
 
 
 def kinds_of(real):

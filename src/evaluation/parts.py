@@ -3,8 +3,6 @@
 import numpy as np
 
 from evaluation.measuring import Measured
-from evaluation.metrics import LOWER_IS_BETTER, written
-from evaluation.report import PROTOCOL, TITLES
 from nsd.clusters import in_cluster
 from nsd.synthetic import FIRST_ID, is_synthetic
 
@@ -35,23 +33,3 @@ def measure_parts(measured, parts, seed):
 
     return {part: {label: Measured(inside(found.per_image, chosen), {}, seed).results
                    for label, found in measured.items()} for part, chosen in parts.items() if chosen.any()}
-
-
-def format_parts(found):
-    """The protocol's metrics of every set in every part, as aligned text; '' without parts."""
-    lines = []
-    for part, sets in found.items():
-        first = next(iter(sets.values()))
-        metrics = [name for name in PROTOCOL if name in first]
-        titles = [TITLES[name] + " (low)" * (name in LOWER_IS_BETTER) for name in metrics]
-        n = next(iter(first.values()))["n"]
-        heads = [f"{part}, {n} image{'s' * (n > 1)}", *sets]
-        width = max(map(len, heads)) + 2
-        lines.append(f"{heads[0]:<{width}}" + "".join(f"{title:>{len(title) + 3}}" for title in titles))
-        for label, results in sets.items():
-            values = [results[name]["value"] if name in results else np.nan for name in metrics]
-            cells = ["-" if np.isnan(value) else written(value) for value in values]
-            lines.append(f"{label:<{width}}" + "".join(f"{cell:>{len(title) + 3}}"
-                                                       for cell, title in zip(cells, titles, strict=True)))
-        lines.append("")
-    return "\n".join(lines) + "\n" * bool(lines)

@@ -58,7 +58,6 @@ def write(folder, findings, config, paths):
     """Write the report of an evaluation's Findings into `folder`; config: what metrics_config.json holds."""
     drawn = findings.images.config or {}
     kinds = {label: kind_of(label, findings) for label in findings.measured}
-    n_stimuli = findings.n_stimuli
     columns = columns_of(findings, kinds)
     files = save_copies(folder, [(findings.sets[column["set"]], column["sample"], column["large"])
                                  for column in columns])
@@ -70,16 +69,16 @@ def write(folder, findings, config, paths):
         "report", paths, folder=name_of(findings.images.folder),
         # the first screen
         title=title_of_page(findings, drawn), lead=lead_of(findings, drawn),
-        facts=facts_of(findings, config, drawn, n_stimuli, paths), strip=strip_of(findings, columns, score),
-        score=title_of(score), headline=headline_of(findings, kinds, n_stimuli), ratings=ratings_of(findings),
+        facts=facts_of(findings, config, drawn, paths), strip=strip_of(findings, columns, score),
+        score=title_of(score), headline=headline_of(findings, kinds), ratings=ratings_of(findings),
         remarks=[remark for remark in findings.remarks if remark not in unlike],
         # results and the gallery
-        panels=panels_of(findings, kinds, n_stimuli), comparable=comparable(n_stimuli),
+        panels=panels_of(findings, kinds), comparable=comparable(findings.n_stimuli),
         sorts=[(metric, title_of(metric)) for metric in dict.fromkeys((score, *findings.per_image))],
         data=data_of(findings, columns, paths),
         # what is read by some
-        tables=tables_of(findings), published=published_table(findings, drawn, n_stimuli), unlike=unlike,
-        missing=missing_of(findings), note=findings.note, brain=brain_of(findings, kinds, n_stimuli),
+        tables=tables_of(findings), published=published_table(findings, drawn), unlike=unlike,
+        missing=missing_of(findings), note=findings.note, brain=brain_of(findings, kinds),
         maps=maps_in(folder, drawn, paths),
         histograms=histograms_of(findings, kinds), decoded=decoded_table(findings),
         growth=growth_of(findings, kinds),
@@ -89,6 +88,11 @@ def write(folder, findings, config, paths):
 
 
 # --- words -------------------------------------------------------------------------------------------------------
+
+
+def on_nsd(findings):
+    """Whether these are images of NSD, so that published results may stand beside them."""
+    return findings.n_stimuli == NSD_IMAGES
 
 
 def title_of(metric):
@@ -147,7 +151,7 @@ def lead_of(findings, drawn):
     return f"{what}. {source}; a diffusion model drew the pictures from that alone.{guided}"
 
 
-def facts_of(findings, config, drawn, n_stimuli, paths):
+def facts_of(findings, config, drawn, paths):
     """What a reader asks first: [(name, text)]."""
     n_samples = findings.n_samples
     facts = {"Subject": subject_of(drawn).removeprefix("subject ") if "subj" in drawn else None,
@@ -157,7 +161,7 @@ def facts_of(findings, config, drawn, n_stimuli, paths):
                  drawn.get("repeats")),
              "Voxels": n_voxels(drawn, paths),
              "Guidance": guidance_of(drawn),
-             "Data": data_in(paths, n_stimuli),
+             "Data": data_in(paths, findings.n_stimuli),
              "Evaluated": datetime.date.today().isoformat(),
              "Commit": commits_of(config, drawn)}
     return [(name, fact) for name, fact in facts.items() if fact is not None]
@@ -233,9 +237,9 @@ def strip_of(findings, columns, score):
     """Images from the best to the worst at even ranks, none picked: [{"id", "files": (seen, reconstructed)}]."""
     values = np.nan_to_num(findings.per_image[score], nan=-np.inf) * (-1 if score in LOWER_IS_BETTER else 1)
     order = np.argsort(-values, kind="stable")
-    ranks = np.unique(np.linspace(0, len(order) - 1, min(len(order), IN_STRIP)).round().astype(int))
     large = [column["files"] for column in columns if column["large"]]
-    return [{"id": findings.images.image_ids[i], "files": [files[i] for files in large]} for i in order[ranks]]
+    chosen = order[utils.evenly(len(order), IN_STRIP)]
+    return [{"id": findings.images.image_ids[i], "files": [files[i] for files in large]} for i in chosen]
 
 
 def data_of(findings, columns, paths):
@@ -263,7 +267,7 @@ def captions_of(ids, paths):
 # --- the one number ----------------------------------------------------------------------------------------------
 
 
-def headline_of(findings, kinds, n_stimuli):
+def headline_of(findings, kinds):
     """The one number, and as bars what it must be seen beside; None where nothing was measured."""
     found, n = findings.results, len(findings.images.image_ids)
     metric = next((name for name in HEADLINES if found.get(name, {}).get("n")), None)
@@ -279,7 +283,7 @@ def headline_of(findings, kinds, n_stimuli):
             bars.append(bar(label, kinds[label], words_of(label, findings), other["value"], metric))
     if chance is not None:
         bars.append(bar("chance", "chance", "guessing", chance, metric))
-    if n_stimuli == NSD_IMAGES and metric in PROTOCOL:
+    if on_nsd(findings) and metric in PROTOCOL:
         values = {row.method: row.values[PROTOCOL.index(metric)] for row in PUBLISHED}
         best = max(values, key=values.get)
         bars.insert(1, bar(best, "published", "best published, mean of 4 subjects",
@@ -333,12 +337,12 @@ def ratings_of(findings):
 # --- figures and tables ------------------------------------------------------------------------------------------
 
 
-def panels_of(findings, kinds, n_stimuli):
+def panels_of(findings, kinds):
     """A figure for each of the protocol's metrics: all sets, chance, published values."""
     metrics = [metric for metric in PROTOCOL if metric in findings.per_image]
     metrics += [metric for metric in ("clip_two_way_same_cluster",) if metric in findings.per_image]
     return [panel(findings, kinds, metric, [row.values[PROTOCOL.index(metric)] for row in PUBLISHED]
-                  if metric in PROTOCOL and n_stimuli == NSD_IMAGES else ()) for metric in metrics]
+                  if metric in PROTOCOL and on_nsd(findings) else ()) for metric in metrics]
 
 
 def panel(findings, kinds, metric, published):
@@ -406,11 +410,11 @@ def missing_of(findings):
     return reasons
 
 
-def published_table(findings, drawn, n_stimuli):
+def published_table(findings, drawn):
     """Published rows, and above them these reconstructions, marked as what they are."""
     rows = {row.method: {metric: {"value": value / 100 if is_rate(metric) else value, "n": 1, "ci_low": None}
                          for metric, value in zip(PROTOCOL, row.values, strict=True)} for row in PUBLISHED}
-    ours = f"these, {subject_of(drawn)} alone" if n_stimuli == NSD_IMAGES else "these (NOT COMPARABLE)"
+    ours = f"these, {subject_of(drawn)} alone" if on_nsd(findings) else "these (NOT COMPARABLE)"
     return table("Published on NSD", {ours: findings.results, **rows}, PROTOCOL, "method", ours)
 
 
@@ -423,14 +427,14 @@ def comparable(n):
             f"{NSD_IMAGES:,}.")
 
 
-def brain_of(findings, kinds, n_stimuli):
+def brain_of(findings, kinds):
     """Correlation with the measured response by region: figures and their table; None where it was not measured."""
     rois = [metric for metric in findings.per_image if metric.startswith("brain_correlation_")]
     if not rois:
         return None
     published = {roi: PUBLISHED_BRAIN.get(roi.removeprefix("brain_correlation_")) for roi in rois}
     rows = {label: measured.results for label, measured in findings.measured.items() if rois[0] in measured.results}
-    return {"panels": [panel(findings, kinds, roi, [published[roi]] if published[roi] and n_stimuli == NSD_IMAGES
+    return {"panels": [panel(findings, kinds, roi, [published[roi]] if published[roi] and on_nsd(findings)
                              else ()) for roi in rois],
             "table": table("Brain correlation by region", rows, rois, "set", findings.label)}
 

@@ -6,7 +6,6 @@ import numpy as np
 
 from disk.files import atomic_path, load_json, save_json, save_together, write_csv, write_json
 from evaluation.metrics import LOWER_IS_BETTER, written
-from evaluation.parts import format_parts
 from evaluation.report import PROTOCOL, TITLES, latex_row
 from utils import UserError
 
@@ -139,13 +138,27 @@ def whose(entry):
 
 def format_sets(measured):
     """The protocol's metrics, and the rank, of all sets that were measured {label: Measured}, as aligned text."""
-    metrics = [metric for metric in (*PROTOCOL, "clip_median_rank") if any(metric in m.per_image for m in
-                                                                           measured.values())]
+    sets = {label: found.results for label, found in measured.items()}
+    return aligned("set", sets, (*PROTOCOL, "clip_median_rank"))
+
+
+def format_parts(parts):
+    """The protocol's metrics of every set in every part (parts.measure_parts), as aligned text; '' without parts."""
+    tables = []
+    for part, sets in parts.items():
+        n = next(iter(next(iter(sets.values())).values()))["n"]
+        tables.append(aligned(f"{part}, {n} image{'s' * (n > 1)}", sets, PROTOCOL) + "\n\n")
+    return "".join(tables)
+
+
+def aligned(corner, sets, metrics):
+    """A table of sets {label: {metric: entry}}, a row each, of those metrics that any of them has, as aligned text."""
+    metrics = [metric for metric in metrics if any(results.get(metric, {}).get("n") for results in sets.values())]
     titles = [TITLES[metric] + " (low)" * (metric in LOWER_IS_BETTER) for metric in metrics]
-    width = max(len(label) for label in ("set", *measured)) + 2
-    lines = [f"{'set':<{width}}" + "".join(f"{title:>{len(title) + 3}}" for title in titles)]
-    for label, found in measured.items():
-        values = [found.results.get(metric) for metric in metrics]
+    width = max(map(len, (corner, *sets))) + 2
+    lines = [f"{corner:<{width}}" + "".join(f"{title:>{len(title) + 3}}" for title in titles)]
+    for label, results in sets.items():
+        values = [results.get(metric) for metric in metrics]
         cells = [written(entry["value"]) if entry and entry["n"] else "-" for entry in values]
         lines.append(f"{label:<{width}}" + "".join(f"{cell:>{len(title) + 3}}" for cell, title in
                                                    zip(cells, titles, strict=True)))
