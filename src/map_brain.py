@@ -14,17 +14,11 @@ outputs_all/subj01/maps/, replacing what is there:
 What each map is, and how to look at it: docs/maps.md. Without --gnet_run or --feats, what was not trained is left out.
 """
 
-import argparse
 import sys
 
 import options
 import utils
 from disk.names import Paths, run_name, runs_of
-
-# of scoring.Request: maps are of whole responses, by the decoder that scores
-SCORED = {"checkpoint": "last", "head": None, "adapt_epochs": 10, "test_split": "new_test", "repeats": "mean",
-          "control": None, "voxels": None, "without": None, "prior_steps": 1, "stack": True, "batch_size": 100,
-          "num_workers": 0, "overwrite": True}
 
 
 def get_parser():
@@ -106,7 +100,7 @@ def decoders(args, paths, absent):
     from disk.hints import how_to_train
     from training.scoring import Request, open_source, open_trained
 
-    request = Request.from_args(argparse.Namespace(**SCORED | vars(args)))
+    request = Request.from_args(args, overwrite=True)
     found, trained = {}, None
     for feat in options.FEATURES if args.feats is None else filter(None, args.feats):
         names = runs_of(request.flags, feat)

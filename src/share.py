@@ -58,11 +58,7 @@ def main(argv=None):
     from sharing.exports import export_runs
     from training.scoring import Request
 
-    request = Request(paths, args.subj, args.run, args.hidden_dim, args.num_sessions, args.tag, checkpoint="last",
-                      head=None, adapt_epochs=1, test_split="new_test", repeats="mean", control=None, prior_steps=1,
-                      stack=args.stack, batch_size=100, seed=args.seed, device=args.device, num_workers=0,
-                      overwrite=True)
-    export_runs(request, args.feats, paths.find(args.folder), args.overwrite)
+    export_runs(Request.from_args(args, overwrite=True), args.feats, paths.find(args.folder), args.overwrite)
 
 
 def require_words(args):

@@ -1,6 +1,7 @@
 """--hold_out: no response to an image of the cluster is read in any training, and every stage knows which it was."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import h5py
@@ -11,6 +12,7 @@ import evaluate
 import options
 import recon
 import score_c
+import share
 import tiny_nsd
 import utils
 from disk.names import images_name, run_name
@@ -75,6 +77,26 @@ def test_no_image_of_the_cluster_is_read(paths, read, flags, subj):
     inside = set(np.flatnonzero(cluster_of(paths) == 1))
     everything = set(trials["image_id"])
     assert inside & everything and ids == everything - inside
+
+
+def test_what_is_shared_is_the_run_without_the_cluster(paths, tmp_path):
+    for held_out in ((), HELD_OUT):
+        assert train(paths, *COMPONENTS, "--num_epochs", 1, *held_out) == 0
+    words = ["export", str(tmp_path / "export"), "--root", str(paths.root), "--run", "scratch", "--hidden_dim", "8",
+             "--num_sessions", "3", "--device", "cpu", "--feats", "c", *HELD_OUT]
+    assert utils.run_cli(share.main, words) == 0
+    config = json.loads((tmp_path / "export/config.json").read_text())
+    trials = load_trials(paths, "subj01", "train")
+    inside = np.isin(trials["image_id"], np.flatnonzero(cluster_of(paths) == 1))
+    assert list(config["runs"]) == [SCRATCH] and config["flags"]["hold_out"] == "1/3"
+    counted = config["protocol"]["train_images"] + config["protocol"]["val_images"]
+    assert 0 < counted == trials["image_id"][~inside].nunique() < trials["image_id"].nunique()
+    assert "cluster 1/3" in (tmp_path / "export/README.md").read_text()
+    other = copy_world(paths, tmp_path / "other")
+    shutil.rmtree(other.root / "train_logs")
+    assert utils.run_cli(share.main, ["import", str(tmp_path / "export"), "--root", str(other.root)]) == 0
+    scoring = ["--root", str(other.root), *words[4:12], *HELD_OUT]
+    assert utils.run_cli(score_c.main, scoring) == 0
 
 
 def test_clusters_are_fitted_to_images_that_nobody_is_tested_on(paths):

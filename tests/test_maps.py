@@ -291,7 +291,7 @@ def decoders(tmp_path_factory):
 def test_what_a_region_costs_is_r2_by_scikit_learn(decoders, words, monkeypatch):
     args = map_brain.get_parser().parse_args(["--root", str(decoders.root), "--device", "cpu", "--hidden_dim", "8",
                                               "--num_sessions", "3", "--run", "scratch", *words])
-    request = Request.from_args(SimpleNamespace(**map_brain.SCORED | vars(args)))
+    request = Request.from_args(args, overwrite=True)
     source = open_source(open_trained(request, "c"), "c")
     masks = {"V1": np.arange(7) < 2, "V2": np.arange(7) // 2 == 1, "nsd_general": np.ones(7, bool)}
     trained = source.trained

@@ -501,7 +501,7 @@ BAD = {
             folder / f"runs/{RUN_C}.safetensors", digits=None)}))(folder)], ("not a readable safetensors",)),
     "config.json lacks a key": (edit(lambda config: config.pop("features")), ("not what an export says", "features")),
     "config.json of other types": (edit(lambda config: config.update(runs=[])), ("not what an export says",)),
-    "unknown subject": (edit(lambda config: config.update(subj="subj09")), ("wanted a subject",)),
+    "unknown subject": (edit(lambda config: config.update(subj="subj00")), ("wanted a subject",)),
 }
 
 

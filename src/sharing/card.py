@@ -52,11 +52,13 @@ def inside(config):
 
 def protocol_text(protocol, subj):
     """Say what was trained, validated and tested on what."""
+    held_out = protocol.get("hold_out")
+    without = f" None is of cluster {held_out} of what captions say (`--hold_out`)." if held_out else ""
     return (f"- Responses of {subj}, {protocol['num_sessions']} sessions. Training sees trials, alone or averaged over "
             "some of an image's; validated and tested is on the mean of all of an image's.\n"
             f"- Training: {protocol['train_images']} images ({protocol['train_trials']} trials). Validation: "
             f"{protocol['val_images']} images, a fraction of {protocol['val_fraction']:g} by image with seed "
-            f"{protocol['seed']}; errors, stacking weights and R2 are theirs.\n"
+            f"{protocol['seed']}; errors, stacking weights and R2 are theirs.{without}\n"
             f"- Test: the {protocol['test_images']} shared images (new_test); none of them trained, validated, or had "
             "components fitted to it.")
 

@@ -47,7 +47,7 @@ def export_runs(request, feats, folder, overwrite=False):
             if name not in runs:
                 runs[name], files[f"runs/{name}.safetensors"] = read_run(request.paths, name)
     config = {"subj": request.subj, "n_voxels": trained.test.betas.shape[1],
-              "flags": {name: request.flags[name] for name in ("run", "hidden_dim", "num_sessions", "tag")},
+              "flags": {name: request.flags[name] for name in ("run", "hidden_dim", "num_sessions", "tag", "hold_out")},
               "protocol": protocol_of(trained), "features": features, "runs": runs,
               "evaluations": evaluations_of(request, features), "commit": utils.git_commit()}
     write_export(folder, config, files, write_card(config), overwrite)
@@ -109,9 +109,10 @@ def read_run(paths, name):
 
 def protocol_of(trained):
     """Say which images trained, validated and tested the runs: counts and what the split follows from."""
-    request, (num_sessions, fraction, seed) = trained.request, trained.held_out
-    train, val = split_trials(request.paths, request.subj, num_sessions, fraction, seed)
-    return {"num_sessions": num_sessions, "val_fraction": fraction, "seed": seed, "train_trials": len(train),
+    request, (num_sessions, fraction, seed, *_) = trained.request, trained.held_out
+    train, val = split_trials(request.paths, request.subj, *trained.held_out)
+    return {"num_sessions": num_sessions, "val_fraction": fraction, "seed": seed, "hold_out": request.hold_out,
+            "train_trials": len(train),
             "train_images": train["image_id"].nunique(), "val_images": val["image_id"].nunique(),
             "test_images": len(trained.test.image_ids), "betas": trained.betas}
 

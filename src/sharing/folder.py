@@ -257,10 +257,12 @@ def check_config(config):
     unsafe = [file for file in files if not file.endswith(".safetensors")]
     require(not unsafe, f"safetensors files alone, found {unsafe[:1]}")
     subj, flags = config["subj"], config["flags"]
-    require(subj in options.SESSIONS, "a subject")
+    require(re.fullmatch(r"subj(0[1-9]|[1-9]\d)", subj), "a subject")
     require(isinstance(config["n_voxels"], int), "a number of voxels")
     require(isinstance(config["protocol"]["betas"], str), "a hash of the responses")
     require(options.run(flags["run"]) != "ground_truth" and options.tag(flags["tag"]) == flags["tag"], "a run's flags")
+    held_out = flags.get("hold_out")
+    require(held_out is None or options.hold_out(held_out) == held_out, "a cluster that was held out")
     require(isinstance(flags["hidden_dim"], int), "a width")
     require(isinstance(flags["num_sessions"], int), "a number of sessions")
     require(config["runs"] and config["features"], "a run and a feature")

@@ -48,37 +48,39 @@ class Request:
     hidden_dim: int  # it, num_sessions and tag name the run
     num_sessions: int
     tag: str
-    checkpoint: str  # last or best
-    head: str | None  # own, adapt or a subject; None: as disk.names.head_of says
-    adapt_epochs: int
-    test_split: str
-    repeats: str
-    control: str | None
-    prior_steps: int
-    stack: bool  # with a ridge run, where there is one
-    batch_size: int  # images
     seed: int
     device: str
-    num_workers: int
-    overwrite: bool
+    checkpoint: str = "last"  # or best
+    head: str | None = None  # own, adapt or a subject; None: as disk.names.head_of says
+    adapt_epochs: int = 10
+    test_split: str = "new_test"
+    repeats: str = "mean"
+    control: str | None = None
+    prior_steps: int = 1
+    stack: bool = True  # with a ridge run, where there is one
+    batch_size: int = 100  # images
+    num_workers: int = 0
+    overwrite: bool = False
     wandb: Wandb = Wandb()
     hold_out: str | None = None  # 'K/N', the cluster of images that the run never saw
     voxels: str | None = None  # a lesion: only these regions, or all without those
     without: str | None = None
 
     @classmethod
-    def from_args(cls, args):
-        """Read parsed flags; raises UserError for a value out of range."""
-        for name, least in (("batch_size", 1), ("prior_steps", 1), ("adapt_epochs", 1), ("num_workers", 0)):
-            if getattr(args, name) < least:
-                raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least {least}")
-        if numbers_left(args.control) and (args.voxels or args.without):
-            raise utils.UserError(f"--control {args.control} with --voxels or --without: the numbers that are left are "
-                                  "made of all voxels; leave one of them out")
+    def from_args(cls, args, **settled):
+        """Read parsed flags, of a score script or of another that has some of them; raises UserError for a value out of
+        range. settled: {name: value} that is not left to flags."""
         flags = vars(args)
         given = {field.name: flags[field.name] for field in fields(cls) if field.name in flags}
         given["wandb"] = Wandb.from_args(args) if "wandb_log" in flags else Wandb()
-        return cls(Paths.from_args(args), **given)
+        request = cls(Paths.from_args(args), **given | settled)
+        for name, least in (("batch_size", 1), ("prior_steps", 1), ("adapt_epochs", 1), ("num_workers", 0)):
+            if getattr(request, name) < least:
+                raise utils.UserError(f"--{name} {getattr(request, name)}: wanted at least {least}")
+        if numbers_left(request.control) and (request.voxels or request.without):
+            raise utils.UserError(f"--control {request.control} with --voxels or --without: the numbers that are left "
+                                  "are made of all voxels; leave one of them out")
+        return request
 
     def folder(self, feat):
         """Return where the scores of a feature go."""
