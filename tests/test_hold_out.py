@@ -14,6 +14,7 @@ import recon
 import score_c
 import share
 import tiny_nsd
+import train_c
 import utils
 from disk.names import images_name, run_name
 from evaluation.controls import training_images
@@ -25,7 +26,9 @@ from nsd.clusters import in_cluster
 from nsd.rows import Rows
 from nsd.trials import load_trials
 from tiny_nsd import SHARED
-from tiny_runs import copy_world, train, write_world
+from tiny_runs import copy_world, flags_of, train, write_world
+from training.runs import ridge_r2
+from training.settings import Plan
 
 HELD_OUT = "--hold_out", "1/3"
 COMPONENTS, RIDGE = ("--model", "components"), ("--model", "ridge")
@@ -77,6 +80,18 @@ def test_no_image_of_the_cluster_is_read(paths, read, flags, subj):
     inside = set(np.flatnonzero(cluster_of(paths) == 1))
     everything = set(trials["image_id"])
     assert inside & everything and ids == everything - inside
+
+
+def test_the_ridge_beside_a_training_has_held_out_the_same(paths):
+    for held_out in ((), HELD_OUT):
+        assert train(paths, *RIDGE, *held_out) == 0
+    found = []
+    for held_out in ((), HELD_OUT):
+        args = train_c.get_parser().parse_args(flags_of(paths, *COMPONENTS, *held_out))
+        found.append(ridge_r2(Plan.from_args(args), "c", ["c"])["val/r2_c_ridge"])
+    kept = [json.loads((paths.run("ridge_subj01_3sess_ext1_c" + end) / "metrics.jsonl").read_text())["val/r2_c"]
+            for end in ("", "_without1of3")]
+    assert found == kept and found[0] != found[1]
 
 
 def test_what_is_shared_is_the_run_without_the_cluster(paths, tmp_path):

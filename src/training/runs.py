@@ -2,7 +2,7 @@
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import numpy as np
 import utils
 from disk.checkpoints import RUN_KEYS, load_checkpoint
 from disk.files import load_json
-from disk.names import run_name
 from nsd.batches import EpochBatches, read_targets
 from nsd.clusters import clusters_digest, read_clusters
 from nsd.components import CoefficientRows, open_components
@@ -123,12 +122,13 @@ def gather_component_run(plan, config, team, subjects, feats, pretrained=None):
 def ridge_r2(plan, name, feats):
     """Return {val/r2_<feat>_ridge: R2} of the ridge that a training of one subject is to be better than.
 
-    It has the same subject, sessions and validation images, and the same tag or else none; {} where there is none.
+    It has the same subject, sessions, held-out cluster and validation images, and the same tag or else none; {} where
+    there is none.
     name: of the run, a feature or g.
     """
     wanted = {"val_fraction": plan.val_fraction, "seed": plan.loop.seed}
     for tag in dict.fromkeys((plan.tag, "")) if plan.stage in ("finetune", "scratch") else ():
-        folder = plan.paths.run(run_name("ridge", plan.subj, name, None, plan.num_sessions, tag))
+        folder = replace(plan, stage="ridge", tag=tag).folder(name)
         with suppress(utils.UserError, OSError):  # no line is better than no training
             config, rows = load_json(folder / "config.json"), list(load_rows(folder / "metrics.jsonl"))
             if (folder / "last.pth").exists() and rows and wanted.items() <= config.items():
