@@ -47,6 +47,14 @@ def paths(nsd):
 
 
 @pytest.fixture(scope="session")
+def pristine_world(tmp_path_factory):
+    """Paths of a tiny NSD with features and components (tiny_runs), from which tests of trainings take copies."""
+    import tiny_runs
+
+    return tiny_runs.write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
 def small_nsd(tmp_path_factory):
     """Paths of the demo's small world, written once, to be read only; stages keep notes beside the data: copy it."""
     import make_mini_nsd

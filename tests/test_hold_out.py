@@ -26,18 +26,13 @@ from nsd.clusters import in_cluster
 from nsd.rows import Rows
 from nsd.trials import load_trials
 from tiny_nsd import SHARED
-from tiny_runs import copy_world, flags_of, train, write_world
+from tiny_runs import copy_world, flags_of, train
 from training.runs import ridge_r2
 from training.settings import Plan
 
 HELD_OUT = "--hold_out", "1/3"
 COMPONENTS, RIDGE = ("--model", "components"), ("--model", "ridge")
 SCRATCH = "scratch_subj01_3sess_ext1_c_8_mlp_without1of3"
-
-
-@pytest.fixture(scope="module")
-def pristine_world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

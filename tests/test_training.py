@@ -24,7 +24,7 @@ from nsd.components import open_components
 from nsd.rows import open_feature
 from nsd.trials import load_trials, split_by_image
 from tiny_nsd import N_VOXELS
-from tiny_runs import FINETUNED, PRETRAINED, SCRATCH, checkpoint, copy_world, stopped_at, train, write_world
+from tiny_runs import FINETUNED, PRETRAINED, SCRATCH, checkpoint, copy_world, stopped_at, train
 from training.loop import make_optimizer, weight_decay_groups
 from training.objectives import BrainObjective, LatentObjective
 from training.ridge import RIDGE_ALPHAS, decompose, solve
@@ -32,11 +32,6 @@ from training.runs import target_statistics
 from training.settings import Loop
 
 TIMES = {"train/samples_per_s", "train/data_wait_pct"}
-
-
-@pytest.fixture(scope="module")
-def pristine_world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

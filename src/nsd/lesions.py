@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 
 import utils
-from nsd.regions import roi_masks
 from nsd.repeats import AveragedRows
 from nsd.rows import open_betas
 from nsd.trials import split_trials
@@ -25,10 +24,10 @@ class Lesion(NamedTuple):
     def __call__(self, responses):
         return np.where(self.kept, responses, self.mean)
 
-    @property
-    def digest(self):
-        """A short hash of which voxels are kept: what a region is depends on its masks."""
-        return hashlib.sha256(self.kept.tobytes()).hexdigest()[:12]
+
+def digest_of(kept):
+    """A short hash of which voxels (V,) are kept: what a region is depends on its masks."""
+    return hashlib.sha256(kept.tobytes()).hexdigest()[:12]
 
 
 def kept_voxels(masks, subj, voxels=None, without=None):
@@ -49,10 +48,9 @@ def kept_voxels(masks, subj, voxels=None, without=None):
     return kept
 
 
-def make_lesion(paths, subj, held_out, voxels=None, without=None):
-    """Make the Lesion that --voxels or --without asks for; held_out: arguments of split_trials, of the training whose
-    images the means are of."""
-    kept = kept_voxels(roi_masks(paths, subj), subj, voxels, without)
+def make_lesion(paths, subj, held_out, kept):
+    """Make the Lesion that keeps voxels (V,); held_out: arguments of split_trials, of the training whose images the
+    means are of: all of its responses are read."""
     return Lesion(kept, voxel_statistics(open_betas(paths, subj), split_trials(paths, subj, *held_out)[0])[0])
 
 

@@ -23,7 +23,8 @@ from disk.scores import save_scores
 from models import build_model, load_trunk, restore
 from nsd.clusters import clusters_digest
 from nsd.components import Components, open_components, source_of
-from nsd.lesions import make_lesion
+from nsd.lesions import digest_of, kept_voxels, make_lesion
+from nsd.regions import roi_masks
 from nsd.repeats import average_repeats, load_test_set
 from nsd.rows import open_betas, open_feature, sample_hash
 from nsd.synthetic import SPLIT, feature_of
@@ -143,7 +144,7 @@ class Trained:
 
     def _changed(self, responses):
         """A TestSet through the bottleneck that --control asks for, or the lesion of --voxels or --without."""
-        change = self._bottleneck or self.lesion
+        change = self._bottleneck or self._lesion
         return responses if change is None else responses._replace(betas=change(responses.betas))
 
     @cached_property
@@ -153,12 +154,17 @@ class Trained:
         return fit_bottleneck(wanted.paths, wanted.subj, self.held_out, k) if k else None
 
     @cached_property
-    def lesion(self):
-        """The Lesion that is asked for, or None."""
+    def kept(self):
+        """The voxels (V,) that a lesion keeps, bool; None where no lesion is asked for."""
         wanted = self.request
         if not (wanted.voxels or wanted.without):
             return None
-        return make_lesion(wanted.paths, wanted.subj, self.held_out, wanted.voxels, wanted.without)
+        return kept_voxels(roi_masks(wanted.paths, wanted.subj), wanted.subj, wanted.voxels, wanted.without)
+
+    @cached_property
+    def _lesion(self):
+        wanted = self.request
+        return None if self.kept is None else make_lesion(wanted.paths, wanted.subj, self.held_out, self.kept)
 
     @cached_property
     def network(self):
@@ -273,8 +279,8 @@ def open_source(trained, feat, **settings):
         config["synthetic_betas"] = trained.synthetic_betas
     if trained.head == "adapt":
         config["adapt_epochs"] = request.adapt_epochs
-    if trained.lesion is not None:
-        config |= {"voxels": request.voxels, "without": request.without, "lesion": trained.lesion.digest}
+    if trained.kept is not None:
+        config |= {"voxels": request.voxels, "without": request.without, "lesion": digest_of(trained.kept)}
     components, ridge = None, None
     if "components" in trained.state["model_args"]:
         components = open_components(request.paths, feat)
