@@ -12,7 +12,7 @@ from disk.files import save_json
 from disk.names import Paths, images_name
 from evaluation import controls
 from models import Decoder, RidgeDecoder
-from nsd.lesions import Lesion, kept_voxels, voxel_statistics
+from nsd.lesions import Lesion, digest_of, kept_voxels, voxel_statistics
 from nsd.repeats import AveragedRows, TestSet
 from nsd.rows import open_betas
 from nsd.trials import load_trials
@@ -44,7 +44,7 @@ def test_a_lesion_sets_voxels_to_their_mean():
     rows = np.arange(12.0).reshape(3, 4)
     lesion = Lesion(np.array([True, False, True, False]), np.array([9.0, 8, 7, 6]))
     assert lesion(rows).tolist() == [[0, 8, 2, 6], [4, 8, 6, 6], [8, 8, 10, 6]]
-    assert lesion.digest != lesion._replace(kept=~lesion.kept).digest
+    assert digest_of(lesion.kept) != digest_of(~lesion.kept)
 
 
 def test_statistics_are_of_images_not_of_trials(paths):
