@@ -3,7 +3,7 @@
     python benchmarks/decoders.py --root demo                       # methods, on test images: benchmarks/decoders.md
     python benchmarks/decoders.py --root demo --table settings      # one setting changed at a time, validation images
 
-Methods: ridge; components; both stacked; mindeye2 by its prior's mean and by samples of 20 steps; with --sessions 1 4
+Methods: ridge; components; both stacked; components pretrained on one subject instead of all others; mindeye2 by its prior's mean and by samples of 20 steps; with --sessions 1 4
 40 of the subject's sessions and several seeds. Each cell is R2, the share of the feature's variance that is explained,
 mean over seeds (range), and for c the share of images that its prediction retrieves among all test images (cosine of
 centred rows), brain to image and back. Seconds: process time of pretraining and of fine-tuning on one thread. Runs are
@@ -69,6 +69,8 @@ def get_parser():
                         help="seeds of the published networks, which take ten times as long")
     parser.add_argument("--hidden_dim", type=options.whole, default=512, metavar="UNITS")
     parser.add_argument("--pretrain", nargs="*", metavar="FLAG", help="of components' pretraining", default=[])
+    parser.add_argument("--pretrain_subjects", type=options.subject, nargs="*", default=["subj02"], metavar="SUBJ",
+                        help="components pretrained on each of these alone, too")
     return parser
 
 
@@ -92,6 +94,10 @@ def methods(args):
                 train(args, run, common, seed, seconds, "components")
                 for method, flags in (("ridge", ["--run", "ridge"]), ("components", ["--no-stack"]), ("stacked", [])):
                     measure(found, method, run, [*common, *flags, "--overwrite"])
+                for subj in args.pretrain_subjects:
+                    alone = [*common[:-1], f"bench{seed}_{subj}"]
+                    train(args, run, alone, seed, seconds, "components", {"pretrain": ["--pretrain_subjects", subj]})
+                    measure(found, f"components, pretrained on {subj} alone", run, [*alone, "--no-stack", "--overwrite"])
                 if seed in args.mindeye2_seeds:
                     common[-1] = f"mindeye2{seed}"
                     train(args, run, common, seed, seconds, "mindeye2")
@@ -150,7 +156,7 @@ def train(args, run, common, seed, seconds, model, changed=None):
     start = []
     if pretraining is not None:
         flags = args.pretrain if model == "components" else []
-        timed(seconds, (model, run, "pretrain"), script,
+        timed(seconds, (" ".join([model, *pretraining]), run, "pretrain"), script,
               [*common, *which, "--multi_subject", *flags, *both, *pretraining])
         start = ["--multisubject_ckpt", "auto"]
     flags = script.get_parser().parse_args([*common, *which, *both])

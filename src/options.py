@@ -390,6 +390,8 @@ def training_parser(doc, components=None, mindeye2=None):
     stage = parser.add_argument_group("stage")
     stage.add_argument("--multi_subject", action=argparse.BooleanOptionalAction, default=False,
                        help="pretrain on all subjects but --subj")
+    stage.add_argument("--pretrain_subjects", type=subject, nargs="+", metavar="SUBJ",
+                       help="pretrain on these alone; they do not name the run, --tag does")
     stage.add_argument("--multisubject_ckpt", metavar="RUN",
                        help="fine-tune from this pretraining run: a name, `auto` for that of --subj and the feature, "
                             "or the folder of a run of other data whose components --components_from took")

@@ -86,6 +86,8 @@ CASES = [  # script, what is broken, how, flags, words of the line: flag or file
     # combinations
     (train_c, "two stages", whole, ["--multi_subject", "--multisubject_ckpt", "auto"], ("--multi_subject and", "two")),
     (train_c, "ridge has no pretraining", whole, ["--model", "ridge", "--multi_subject"], ("--model ridge", "leave")),
+    (train_c, "pretraining on itself", whole, ["--multi_subject", "--pretrain_subjects", 1],
+     ("--pretrain_subjects subj01", "wanted some of subj02")),
     (train_c, "subject without data", whole, ["--subj", 7], ("betas of subj07", "not found", "--subj")),
     (score_c, "lesion of an unknown region", whole, ["--voxels", "V1,V9"],
      ("--voxels V1,V9", "no region V9 of subj01", "wanted some of V1, V2")),

@@ -28,8 +28,8 @@ from tiny_runs import FINETUNED, PRETRAINED, SCRATCH, checkpoint, copy_world, st
 from training.loop import make_optimizer, weight_decay_groups
 from training.objectives import BrainObjective, LatentObjective
 from training.ridge import RIDGE_ALPHAS, decompose, solve
-from training.runs import target_statistics
-from training.settings import Loop
+from training.runs import subjects_of, target_statistics
+from training.settings import Loop, Plan
 
 TIMES = {"train/samples_per_s", "train/data_wait_pct"}
 
@@ -365,6 +365,18 @@ def test_pretraining_is_the_same_run_for_any_number_of_sessions(paths, capsys):
     assert train(paths, "--multi_subject", "--num_epochs", 1) == 0
     assert train(paths, "--multi_subject", "--num_epochs", 1, "--num_sessions", 1) == 0
     assert "already finished" in capsys.readouterr().out
+
+
+def test_pretraining_on_some_subjects(paths, monkeypatch):
+    """train.sh gives --pretrain_subjects to both stages: to fine-tuning it says nothing."""
+    others = ["subj02", "subj03", "subj05"]
+    monkeypatch.setattr("training.runs.list_subjects", lambda paths: ["subj01", *others])
+    for given, wanted in (([], others), (["5", "2"], ["subj02", "subj05"]), (["subj03"], ["subj03"])):
+        flags = ["--root", str(paths.root), *(["--pretrain_subjects", *given] if given else [])]
+        plan = Plan.from_args(train_c.get_parser().parse_args([*flags, "--multi_subject"]))
+        assert subjects_of(plan) == wanted and ("pretrain_subjects" in plan.config) == bool(given)
+        plan = Plan.from_args(train_c.get_parser().parse_args([*flags, "--multisubject_ckpt", "auto"]))
+        assert subjects_of(plan) == ["subj01"] and "pretrain_subjects" not in plan.config
 
 
 def test_auto_prefers_the_pretraining_of_the_same_tag(paths, capsys):

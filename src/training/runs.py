@@ -143,10 +143,14 @@ def split_of(plan, subj):
 
 
 def subjects_of(plan):
-    """List whose trials a plan learns from: all but its subject in pretraining, else that one alone."""
+    """List whose trials a plan learns from: in pretraining all but its subject, or those asked for; else it alone."""
     if plan.stage != "pretrain":
         return [plan.subj]
     subjects = [subj for subj in list_subjects(plan.paths) if subj != plan.subj]
+    if others := set(plan.pretrain_subjects) - set(subjects):
+        raise utils.UserError(f"--pretrain_subjects {' '.join(sorted(others))}: wanted some of {', '.join(subjects)}, "
+                              f"which have betas in {plan.paths.data_path} and are not --subj {plan.subj}")
+    subjects = [subj for subj in subjects if subj in (plan.pretrain_subjects or subjects)]
     if not subjects:
         raise utils.UserError(f"{plan.paths.data_path}: no subject but {plan.subj} has betas; --multi_subject "
                               "needs others")

@@ -84,6 +84,7 @@ class Plan:
     loop: Loop
     config: dict  # all that decides the result but the feature: settings_of
     hold_out: str | None = None  # 'K/N', the cluster of images that neither trains nor validates
+    pretrain_subjects: tuple = ()  # pretrain: these alone
 
     @classmethod
     def from_args(cls, args):
@@ -113,7 +114,8 @@ class Plan:
         # --num_sessions counts those of --subj; pretraining uses every session of the other subjects
         num_sessions = None if args.multi_subject else args.num_sessions
         return cls(Paths.from_args(args), stage, args.subj, num_sessions, args.val_fraction, hidden_dim, args.tag,
-                   multisubject_ckpt, Loop.from_args(args), config, getattr(args, "hold_out", None))
+                   multisubject_ckpt, Loop.from_args(args), config, getattr(args, "hold_out", None),
+                   tuple(dict.fromkeys(getattr(args, "pretrain_subjects", None) or ())))
 
     def run_name(self, feat):
         """Return the name of a feature's run."""
@@ -210,8 +212,9 @@ def settings_of(flags, stage):
     flags: {name: value} of the whole command line; stage: of a Plan, or gnet. A run with other settings is another run.
     """
     config = {key: value for key, value in flags.items() if key not in NOT_SCIENCE}
-    if not config.get("hold_out"):  # so that a run says what it said before there was the flag
-        config.pop("hold_out", None)
+    for name in ("hold_out", "pretrain_subjects"):  # so that a run says what it said before there was the flag
+        if not config.get(name) or (name == "pretrain_subjects" and stage != "pretrain"):
+            config.pop(name, None)
     if flags.get("model") == "components":
         config = {key: value for key, value in config.items() if key not in OF_MINDEYE2}
     if stage == "pretrain":
