@@ -3,11 +3,11 @@
     python benchmarks/decoders.py --root demo                       # methods, on test images: benchmarks/decoders.md
     python benchmarks/decoders.py --root demo --table settings      # one setting changed at a time, validation images
 
-Methods: ridge; components; both stacked; components pretrained on one subject instead of all others; mindeye2 by its prior's mean and by samples of 20 steps; with --sessions 1 4
-40 of the subject's sessions and several seeds. Each cell is R2, the share of the feature's variance that is explained,
-mean over seeds (range), and for c the share of images that its prediction retrieves among all test images (cosine of
-centred rows), brain to image and back. Seconds: process time of pretraining and of fine-tuning on one thread. Runs are
-tagged bench<seed>; those that are there are kept.
+Methods: ridge; components; both stacked; components pretrained on one subject instead of all others; mindeye2 by its
+prior's mean and by samples of 20 steps; with --sessions 1 4 40 of the subject's sessions and several seeds. Each cell
+is R2, the share of the feature's variance that is explained, mean over seeds (range), and for c the share of images
+that its prediction retrieves among all test images (cosine of centred rows), brain to image and back. Seconds: process
+time of pretraining and of fine-tuning on one thread. Runs are tagged bench<seed>; those that are there are kept.
 """
 
 import json
@@ -67,6 +67,7 @@ def get_parser():
     parser.add_argument("--seeds", type=options.whole, nargs="+", default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--mindeye2_seeds", type=options.whole, nargs="*", default=[0], metavar="SEED",
                         help="seeds of the published networks, which take ten times as long")
+    parser.add_argument("--mindeye2_epochs", type=float, default=1.0, metavar="SHARE", help="of their epochs")
     parser.add_argument("--hidden_dim", type=options.whole, default=512, metavar="UNITS")
     parser.add_argument("--pretrain", nargs="*", metavar="FLAG", help="of components' pretraining", default=[])
     parser.add_argument("--pretrain_subjects", type=options.subject, nargs="*", default=["subj02"], metavar="SUBJ",
@@ -97,10 +98,11 @@ def methods(args):
                 for subj in args.pretrain_subjects:
                     alone = [*common[:-1], f"bench{seed}_{subj}"]
                     train(args, run, alone, seed, seconds, "components", {"pretrain": ["--pretrain_subjects", subj]})
-                    measure(found, f"components, pretrained on {subj} alone", run, [*alone, "--no-stack", "--overwrite"])
+                    measure(found, f"components, pretrained on {subj} alone", run,
+                            [*alone, "--no-stack", "--overwrite"])
                 if seed in args.mindeye2_seeds:
                     common[-1] = f"mindeye2{seed}"
-                    train(args, run, common, seed, seconds, "mindeye2")
+                    train(args, run, common, seed, seconds, "mindeye2", epochs_of(args.mindeye2_epochs))
                     for steps in (1, 20) if run != "z" else (1,):
                         measure(found, f"mindeye2, {steps} step{'s' * (steps > 1)}", run,
                                 [*common, "--prior_steps", str(steps), "--overwrite"])
@@ -145,6 +147,13 @@ def spread(values):
 
 def base(args):
     return ["--root", str(args.root), "--subj", args.subj, "--hidden_dim", str(args.hidden_dim)]
+
+
+def epochs_of(share):
+    """Return a share of MindEye2's epochs as what is changed in its stages."""
+    stages = {"pretrain": options.PRETRAINING_DEFAULTS["mindeye2"], "finetune": options.MINDEYE2_DEFAULTS}
+    return {stage: ["--num_epochs", str(max(1, round(share * defaults["num_epochs"])))]
+            for stage, defaults in stages.items()}
 
 
 def train(args, run, common, seed, seconds, model, changed=None):

@@ -103,6 +103,9 @@ def get_parser():
     options.add_guidance_folder(parser)
     group.add_argument("--guidance_rule", choices=options.RULES, default="posterior",
                        help="use of the gradient (see above)")
+    group.add_argument("--guidance_repeats", type=options.whole, default=1, metavar="N",
+                       help="take each guided step N times, noised back in between (time travel): nearer to what g "
+                            "says, at N times the cost")
     group.add_argument("--guidance_grad", choices=options.GRADS, default="xt",
                        help="differentiate through the UNet (xt) or only through the decoder (x0, cheaper)")
     group.add_argument("--guidance_x0", choices=options.X0S, default="cond",
@@ -401,7 +404,7 @@ def resolve(args, paths):
     for name in ("strength", "guidance_strength"):
         if not 0 <= getattr(args, name) <= 1:
             raise utils.UserError(f"--{name} {getattr(args, name):g}: wanted a fraction from 0 to 1")
-    for name in ("batch_size", "limit", "num_samples", "num_inference_steps"):
+    for name in ("batch_size", "limit", "num_samples", "num_inference_steps", "guidance_repeats"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
     for name in ("sag_scale", "cfg_scale", "guidance_scale"):
@@ -419,6 +422,9 @@ def resolve(args, paths):
         if not args.z.endswith(".npy"):
             raise utils.UserError(f"--z {args.z}: wanted scores, none, or an .npy file beside its image_ids.npy")
         args.z = str(paths.find(args.z))
+    if args.guidance_repeats > 1 and args.solver != "ddim":
+        raise utils.UserError(f"--guidance_repeats {args.guidance_repeats} with --solver {args.solver}: its steps go "
+                              "on from those before, and can not be taken again; use --solver ddim")
     if args.compile and args.sag_scale:
         raise utils.UserError("--compile: cannot watch the UNet's attention for --sag_scale; give one of them")
     return paths.find(args.outdir) if args.outdir else paths.images_of(vars(args))
@@ -501,8 +507,8 @@ def config_of(args, paths, files):
 
     decisive = {name: paths.as_recorded(value) if name in PATH_OPTIONS and value else value
                 for name, value in vars(args).items() if name not in FREE_OPTIONS}
-    free = {"hold_out", *LESIONS}  # without them pictures are as before there were these flags
-    decisive = {name: value for name, value in decisive.items() if name not in free or value}
+    usual = {"hold_out": None, "guidance_repeats": 1, **dict.fromkeys(LESIONS)}  # as before there were these flags
+    decisive = {name: value for name, value in decisive.items() if name not in usual or value != usual[name]}
     if not args.use_gnet:  # what does not guide does not matter
         decisive = {name: value for name, value in decisive.items() if name not in GNET_OPTIONS}
     if not args.feats and not args.use_gnet:

@@ -129,7 +129,8 @@ def test_no_step_waits_for_the_device(tiny_models, solver, rule):
         with Crossings() as found:
             image = pipe(torch.zeros(B, TOKENS, WIDTH, device="meta"), list(range(B)), num_inference_steps=steps,
                          terms=[clip_term(clip, "meta")], rule=rule, guidance_strength=0.5, solver=solver,
-                         decoded_at_once=2, z=torch.zeros(B, 4, LATENT, LATENT, device="meta"), log=[])
+                         guidance_repeats=1 + (solver == "ddim"), decoded_at_once=2, log=[],
+                         z=torch.zeros(B, 4, LATENT, LATENT, device="meta"))
         crossings.append(found.n)
     assert image.shape == (B, 3, 2 * LATENT, 2 * LATENT) and image.is_meta
     assert crossings[0] == crossings[1] > 0

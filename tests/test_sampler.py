@@ -216,10 +216,10 @@ def test_noise_depends_on_seed_id_and_sample_only(pipe):
 # --- guidance ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule, scale", [("raw", 300.0), ("norm", 0.3)])
-def test_result_does_not_depend_on_the_batch(pipe, condition, rule, scale):
+@pytest.mark.parametrize("rule, scale, repeats", [("raw", 300.0, 1), ("norm", 0.3, 2)])
+def test_result_does_not_depend_on_the_batch(pipe, condition, rule, scale, repeats):
     settings = dict(seed=SEED, num_inference_steps=STEPS, terms=[redness], guidance_scale=scale, rule=rule,
-                    guidance_strength=0.5)
+                    guidance_strength=0.5, guidance_repeats=repeats)
     together = pipe(condition, IDS, **settings)
     for i in range(len(IDS)):
         alone = pipe(condition[i:i + 1], IDS[i:i + 1], **settings)
@@ -276,11 +276,13 @@ def test_gradient_agrees_with_finite_differences(double_pipe, condition, z, grad
             torch.testing.assert_close((gradient * direction).sum((1, 2, 3)), slope, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("grad", ["xt", "x0"])
-def test_raw_rule_is_the_papers_loop(double_pipe, condition, grad):
-    """DDIM with eps' = eps + sigma * scale * gradient, sample by sample, written from the equations."""
+@pytest.mark.parametrize("grad, repeats", [("xt", 1), ("x0", 1), ("xt", 3)])
+def test_raw_rule_is_the_papers_loop(double_pipe, condition, grad, repeats):
+    """DDIM with eps' = eps + sigma * scale * gradient, sample by sample, written from the equations; with time travel
+    each guided step again from where the forward process leads back to."""
     pipe, scale, w, strength = double_pipe, 1000.0, 5.0, 0.5
-    settings = dict(seed=SEED, num_inference_steps=STEPS, cfg_scale=w, guidance_strength=strength, grad=grad)
+    settings = dict(seed=SEED, num_inference_steps=STEPS, cfg_scale=w, guidance_strength=strength, grad=grad,
+                    guidance_repeats=repeats)
     ours = pipe(condition, IDS, terms=[redness], guidance_scale=scale, **settings)
     assert (ours - pipe(condition, IDS, **settings)).abs().max() > 0.1  # there is something to compare
     abars = pipe.scheduler.alphas_cumprod
@@ -289,10 +291,15 @@ def test_raw_rule_is_the_papers_loop(double_pipe, condition, grad):
     for i, image_id in enumerate(IDS):
         generator = torch.Generator().manual_seed(utils.derive_seed(SEED, image_id, 0))
         x = torch.randn(1, 4, LATENT, LATENT, generator=generator)
-        for step in range(STEPS):
+        steps = [(step, k) for step in range(STEPS) for k in range(repeats if step < strength * STEPS else 1)]
+        for step, again in steps:
             t = levels[step]
             abar, abar_next = abars[t], abars[levels[step + 1]] if step < STEPS - 1 else abars[0]
             sigma = (1 - abar) ** 0.5
+            if again:
+                generator.manual_seed(utils.derive_seed(utils.derive_seed(SEED, step, again), image_id, 0))
+                fresh = torch.randn(1, 4, LATENT, LATENT, generator=generator)
+                x = (abar / abar_next) ** 0.5 * x + (1 - abar / abar_next) ** 0.5 * fresh
             x = x.detach().requires_grad_()
             eps_u = pipe.unet(x.double(), t, encoder_hidden_states=empty).sample
             eps_c = pipe.unet(x.double(), t, encoder_hidden_states=condition[i:i + 1].double()).sample

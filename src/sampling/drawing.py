@@ -40,6 +40,7 @@ class Settings:
     sag_scale: float = 0.0
     guidance_scale: float = 30.0
     guidance_strength: float = 0.8
+    guidance_repeats: int = 1
     guidance_rule: str = "posterior"
     guidance_grad: str = "xt"
     guidance_x0: str = "cond"
@@ -95,7 +96,8 @@ class Sampler:
         wanted, log = self.settings, []
         images = self.pipe(condition, **start, **guidance, solver=wanted.solver, cfg_scale=wanted.cfg_scale,
                            sag_scale=wanted.sag_scale, rule=wanted.guidance_rule, guidance_scale=wanted.guidance_scale,
-                           guidance_strength=wanted.guidance_strength, decoded_at_once=self.decoded_at_once, log=log)
+                           guidance_strength=wanted.guidance_strength, guidance_repeats=wanted.guidance_repeats,
+                           decoded_at_once=self.decoded_at_once, log=log)
         return images[:len(jobs)], [{name: values.tolist() for name, values in step.items()} for step in log]
 
     @cached_property
@@ -126,12 +128,14 @@ class Sampler:
     def costs(self, n):
         """The sampling.costs.Costs of a batch of n."""
         from sampling.costs import parts_of, total
-        from sampling.pipeline import guided_steps
+        from sampling.pipeline import guided_steps, visits
 
         condition, start, guidance = self.inputs_of([(0, 0)] * n)
         latents, timesteps = self.pipe.start(**start)
         guided = guided_steps(self.settings.guidance_strength, len(timesteps)) if self.guides else 0
-        return total(parts_of(self.pipe, condition, latents, guidance, self.decoded_at_once), len(timesteps), guided)
+        repeats = self.settings.guidance_repeats
+        return total(parts_of(self.pipe, condition, latents, guidance, self.decoded_at_once),
+                     len(visits(len(timesteps), guided, repeats)), repeats * guided)
 
     def largest_batch(self, free):
         """How many pictures fit `free` bytes: counted, and said."""

@@ -102,6 +102,7 @@ class GuidedPipeline(DiffusionPipeline):
         terms=(),
         guidance_scale=300000.0,
         guidance_strength=0.2,
+        guidance_repeats=1,
         rule="raw",
         grad="xt",
         x0="cond",
@@ -117,11 +118,12 @@ class GuidedPipeline(DiffusionPipeline):
         resolution: side of the image in pixels; None is z's, or the model's own. solver: a name of solvers.SOLVERS.
         sag_scale: self-attention guidance (blurred_noise), 0 = off. terms: guidance losses, each called with images
         (b, 3, H, W) in [0, 1] and the slice of the batch that they are of, -> (b,); none, or a zero guidance_scale or
-        guidance_strength, leaves plain Stable Diffusion. guidance_strength: fraction of the steps,
-        from the first, that are guided. rule: a name of guidance.RULES, what a gradient does. grad: 'xt'
-        differentiates through the UNet, 'x0' through the decoder only. x0: the prediction that the losses see, 'cond'
-        (the conditional one) or 'cfg' (the one the sampler follows). decoder: of what the losses see, (b, C, h, w)
-        latents -> image in [0, 1]; None is the VAE's. decoded_at_once: rows of the batch that go through a decoder
+        guidance_strength, leaves plain Stable Diffusion. guidance_strength: fraction of the steps, from the first,
+        that are guided. guidance_repeats: how often each of them is taken (`visits`), with solver 'ddim' alone.
+        rule: a name of guidance.RULES, what a gradient does. grad: 'xt' differentiates through the UNet, 'x0' through
+        the decoder only. x0: the prediction that the losses see, 'cond' (the conditional one) or 'cfg' (the one the
+        sampler follows). decoder: of what the losses see, (b, C, h, w) latents -> image in [0, 1]; None is the VAE's.
+        decoded_at_once: rows of the batch that go through a decoder
         together, which is where memory goes; None is all. log: a list that gets what a guided step found
         (guidance_pull).
 
@@ -133,8 +135,15 @@ class GuidedPipeline(DiffusionPipeline):
         latents, timesteps = self.start(image_ids, sample, seed, z, strength, resolution, num_inference_steps)
         path = SOLVERS[solver](self.scheduler, timesteps)
         n_guided = guided_steps(guidance_strength, len(timesteps)) if terms and guidance_scale else 0
+        steps = visits(len(timesteps), n_guided, guidance_repeats)
+        noises = [self.start_noise(image_ids, sample, utils.derive_seed(seed, *visit), latents.shape[1:])
+                  for visit in steps if visit[1]]
+        fresh = iter(torch.stack(noises).to(latents) if noises else ())  # one copy: in the loop each would wait for it
         with self._watched_attention(sag_scale) as tokens:
-            for step, t in enumerate(self.progress_bar(timesteps)):
+            for step, repeat in self.progress_bar(steps):
+                t = timesteps[step]
+                if repeat:
+                    latents = path.back(step, latents, next(fresh))
                 if step < n_guided:
                     eps_empty, eps_cond, gradient = self.guidance_gradient(
                         latents, t, context, cfg_scale, terms, grad, x0, decoder, decoded_at_once, log)
@@ -342,6 +351,15 @@ class GuidedPipeline(DiffusionPipeline):
 def guided_steps(guidance_strength, n_steps):
     """How many of the steps, from the first, --guidance_strength means: at least one where it is not 0."""
     return min(n_steps, max(1, round(guidance_strength * n_steps))) if guidance_strength else 0
+
+
+def visits(n_steps, n_guided, repeats):
+    """The (step, repeat) of a path: guided steps `repeats` times, the others once.
+
+    Time travel (Yu et al. 2023, FreeDoM; Bansal et al. 2023): a step is small beside what the likelihood asks for, and
+    noised back to where it began the picture can go on in the same direction, and the UNet mend what does not fit.
+    """
+    return [(step, repeat) for step in range(n_steps) for repeat in range(repeats if step < n_guided else 1)]
 
 
 def loss_scale(pull):

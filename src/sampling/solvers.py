@@ -36,6 +36,11 @@ class Ddim:
         x0 = (latents - (1 - abar).sqrt() * eps) / abar.sqrt()
         return after.sqrt() * x0 + (1 - after).sqrt() * eps
 
+    def back(self, i, latents, noise):
+        """Latents before step i, of those after it and of fresh noise: the forward process (Ho et al. 2020, eq. 4)."""
+        abar, after = self.abars[i:i + 2]
+        return (abar / after).sqrt() * latents + (1 - abar / after).sqrt() * noise
+
 
 class Dpm:
     """DPM-Solver++ (2M) (Lu et al. 2022, algorithm 2), diffusers': each step also uses the x0 of the step before.
