@@ -3,6 +3,7 @@
     bash scripts/score.sh --test_split val ...          # or --ground_truth --test_split val for --run ground_truth
     python benchmarks/guidance_choice.py --root demo --sd_model demo/models/sd --clip_model demo/models/clip
     python benchmarks/guidance_choice.py --what steps ...       # of DDIM and DPM-Solver++
+    python benchmarks/guidance_choice.py --what repeats ...     # of guided steps, and other ways to spend the same
     python benchmarks/guidance_choice.py --decoders demo/models/taesd ...
 
 Validation images are training images that no training step saw, so nothing is chosen on test images. Every setting
@@ -47,7 +48,9 @@ RULES = [
     NORM,
 ]
 STEPS = [("ddim", 50), *((solver, steps) for steps in (25, 20, 16, 12, 10, 8) for solver in ("ddim", "dpm"))]
-SETS = {"rules": RULES} | {
+REPEATS = [UNGUIDED, *({**POSTERIOR, "guidance_repeats": n} for n in (1, 2, 3)),
+           *({**POSTERIOR, "guidance_repeats": n, "num_inference_steps": steps} for n, steps in ((1, 24), (2, 8)))]
+SETS = {"rules": RULES, "repeats": REPEATS} | {
     name: [{**guidance, "solver": solver, "num_inference_steps": steps} for solver, steps in STEPS]
     for name, guidance in (("steps", POSTERIOR), ("unguided_steps", UNGUIDED))}
 MEASURES = {**{name: name for name in ATTRIBUTES}, "clip_two_way": "CLIP two-way", "pixcorr": "PixCorr", "ssim": "SSIM"}
@@ -115,7 +118,7 @@ def main(argv=None):
 def as_markdown(settings, tables):
     """A row per setting, a column per measure; tables: {measure: a value per image}, unguided first."""
     shown = [name for name in MEASURES if name in tables[0]]
-    columns = ["rule", "scale", "window", "gradient", "x0", "decoder", "solver", "steps"]
+    columns = ["rule", "scale", "window", "gradient", "x0", "decoder", "solver", "steps", "repeats"]
     lines = ["| " + " | ".join([*columns, *(MEASURES[name] for name in shown)]) + " |",
              "|---" * (len(columns) + len(shown)) + "|"]
     for setting, table in zip(settings, tables, strict=True):
@@ -125,7 +128,7 @@ def as_markdown(settings, tables):
                       setting.get("guidance_x0", "cond"), Path(setting.get("guidance_decoder", "full")).name]
         else:
             cells += [""] * 4
-        cells += [setting.get("solver", ""), str(setting.get("num_inference_steps", ""))]
+        cells += [str(setting.get(name, "")) for name in ("solver", "num_inference_steps", "guidance_repeats")]
         for name in shown:
             mean, gain, low, high = gain_of(name, table, tables[0])
             percent = name not in ("pixcorr", "ssim")

@@ -18,7 +18,9 @@ import json
 import sys
 import tarfile
 import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))  # for its bars; the formats are written by hand
@@ -110,7 +112,8 @@ def main(argv=None):
     else:
         start = time.perf_counter()
         marker.unlink(missing_ok=True)
-        write_world(args.root, WORLDS[args.size], args.seed)
+        with (ThreadPoolExecutor if args.size == "small" else ProcessPoolExecutor)() as pool:
+            write_world(args.root, WORLDS[args.size], args.seed, pool)
         (args.root / "about.json").write_text(json.dumps({"data": "drawn scenes, simulated responses"}) + "\n")
         marker.write_text(json.dumps(identity) + "\n")
         print(f"{args.root}: mini-NSD written in {time.perf_counter() - start:.0f} s")
@@ -118,9 +121,9 @@ def main(argv=None):
         print_check(args.root)
 
 
-def write_world(root, world, seed):
-    """Draw the images, simulate the eight subjects and write every file."""
-    scenes, texts, images = draw_images(world.n_images, np.random.default_rng([seed, 0]))
+def write_world(root, world, seed, pool):
+    """Draw the images, simulate the eight subjects and write every file; pool: an Executor for what can be shared."""
+    scenes, texts, images = draw_images(world.n_images, np.random.default_rng([seed, 0]), pool)
     design = make_design(world, np.random.default_rng([seed, 1]))
     write_stimuli(root, images, texts, scenes, design, np.random.default_rng([seed, 2]))
     write_design(root, world, design)
@@ -129,7 +132,7 @@ def write_world(root, world, seed):
     strength = colour.std(axis=(0, 1))
     features = image_features(early, colour, strength, scenes)
     gratings = write_gratings(root, world, np.random.default_rng([seed, 4]))
-    masks = {}
+    masks, shards = {}, []
     for s in utils.progress(range(N_SUBJECTS), desc="subjects"):
         rng = np.random.default_rng([seed, 3, s])
         image_ids = design.trial_images(s)
@@ -139,10 +142,13 @@ def write_world(root, world, seed):
         same, scale = copy.deepcopy(rng), Scale()  # what the session of synthetic stimuli is simulated with
         betas = simulate_betas(features, image_ids, rois, world.session_trials, rng, scale)
         write_betas(root, s, betas)
-        write_shards(root, s, behaviour(s, image_ids, design.shared, world.session_trials, rng), world.session_trials)
+        behav = behaviour(s, image_ids, design.shared, world.session_trials, rng)
+        shards.append(pool.submit(write_shards, root, s, behav, world.session_trials))
         rng = np.random.default_rng([seed, 4, 1 + s])
         write_synthetic(root, s, world, cortex, gratings, strength, same, scale, rng)
     write_masks(root, masks)
+    for written in shards:
+        written.result()
 
 
 def subject_name(s):
@@ -153,11 +159,12 @@ def subject_name(s):
 # --- images -------------------------------------------------------------------------------------------------------
 
 
-def draw_images(n, rng):
+def draw_images(n, rng, pool):
     """n scenes, their captions (n lists of N_CAPTIONS) and pictures (n, IMAGE_SIZE, IMAGE_SIZE, 3) uint8."""
     scenes = [sample_scene(rng) for _ in range(n)]
     texts = [captions(scene, rng, N_CAPTIONS) for scene in scenes]
-    images = np.stack([render(scene, IMAGE_SIZE) for scene in utils.progress(scenes, desc="images")])
+    drawn = pool.map(partial(render, size=IMAGE_SIZE), scenes, chunksize=64)
+    images = np.stack(list(utils.progress(drawn, total=n, desc="images")))
     return scenes, texts, images
 
 

@@ -93,7 +93,7 @@ run() {
     "$@"
 }
 
-# Run a command beside others, JOBS at a time; a bar is then lines, as in a log: beside COMMAND ...
+# Run a command beside others, JOBS at a time, as soon as there is room; a bar is then lines, as in a log: beside COMMAND
 # `finish` waits for all of them and returns the status of one that failed. Each job is a process group of its own (set
 # -m), so that Ctrl-C and kill reach all that it has started, as SIGTERM.
 beside() {
@@ -101,9 +101,9 @@ beside() {
         "$@"
         return
     fi
-    [[ ${#jobs[@]} -lt $JOBS ]] || finish
     trap 'stop 130' INT
     trap 'stop 143' TERM
+    while [[ $(builtin jobs -rp | wc -l) -ge $JOBS ]]; do sleep 0.1; done # (wait -n is not in bash 3)
     [[ -n ${OMP_NUM_THREADS:-} ]] || export OMP_NUM_THREADS=$(((cores + JOBS - 1) / JOBS))
     set -m
     "$@" 2> >(trap '' TERM; cat >&2) & # what a job says when it is stopped still gets through

@@ -35,23 +35,26 @@ features() {
     for feat in c z g; do beside env FEATS=$feat bash "$scripts/features.sh"; done
     finish
 }
-draw_c_and_z() {
-    beside recon --method c --z none --feats none
-    beside recon --method cz --feats none
+pretrain() {
+    beside train "c z g" ridge
+    beside train "c z g" pretrain
     finish
 }
-draw_g_and_brain() {
-    beside recon
+score() {
+    bash "$scripts/score.sh"
+    local JOBS=2 # of three scripts, one after another
+    beside env JOBS=1 bash "$scripts/score.sh" --control shuffle
+    beside env JOBS=1 bash "$scripts/score.sh" --ground_truth
+    finish
+}
+draw() {
+    local JOBS=2 # the longest first, so that both cores are busy to the end
     beside recon --use_gnet
-    finish
-}
-score_controls() {
-    bash "$scripts/score.sh" --control shuffle
-    bash "$scripts/score.sh" --ground_truth
-}
-draw_controls() {
+    beside recon
     beside recon --control shuffle
     beside recon --run ground_truth
+    beside recon --method c --z none --feats none
+    beside recon --method cz --feats none
     finish
 }
 if [[ ! -e $ROOT/train_logs/gnet_subj01/best.pth ]]; then # the brain encoding model, where a downloaded one would be
@@ -68,17 +71,12 @@ stage mini_nsd "drawing 7,300 scenes and simulating eight brains that see them, 
 stage features "computing the scenes' true features: c (meaning), z (layout) and g (looks, six layers), about 50 seconds" \
     features
 
-stage ridge "fitting a ridge to each, which the decoders are averaged with, about 6 seconds" train "c z g" ridge
-stage pretrain "training a decoder of each on seven brains, about 70 seconds" train "c z g" pretrain
+stage pretrain "training a decoder of each on seven brains, and a ridge, which they are averaged with, about 70 seconds" pretrain
 stage finetune "fine-tuning them on subject 1, about 20 seconds" train "c z g" finetune
-stage score "decoding 100 test images that no training saw, about 6 seconds" bash "$scripts/score.sh"
-stage draw_c_and_z "drawing from c alone (the right things anywhere), and from c and z (in the right place), about 30 seconds" \
-    draw_c_and_z
-stage draw_g_and_brain "the same guided by g (the right looks), and by the response itself, too, about 80 seconds" \
-    draw_g_and_brain
-
-stage score_controls "a null control, responses to other images, and a ceiling, true features, about 10 seconds" score_controls
-stage draw_controls "drawing both, about 30 seconds" draw_controls
+stage score "decoding 100 test images that no training saw; responses to other images (a null control); true features (a ceiling), about 15 seconds" \
+    score
+stage draw "drawing from c (the right things anywhere), c and z (in the right place), guided by g (the right looks), by the response itself, too, and both controls, about 120 seconds" \
+    draw
 
 stage evaluate "comparing all with what was seen, about 70 seconds" bash "$scripts/evaluate.sh" \
     --images "$full" --compare "c=$c" "c+z=$cz" "c+z+g+brain=$brain" "shuffled=$shuffled" "true=$true"

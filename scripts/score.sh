@@ -12,6 +12,7 @@
 # Knobs, in front of the command:
 #   SUBJ=1                                   the subject to decode
 #   FEATS="c z g_2 g_4 g_6 g_8 g_10 g_12"    features to predict; g: all of its layers
+#   JOBS=1                                   so many scripts side by side, sharing the cores
 #   STAGES="pretrain finetune"               the last one decodes: pretrain, finetune, scratch or ridge; or gnet
 #   ROOT=<the repository>                    the folder that holds data and results
 #   WANDB_LOG=0                              1: log to W&B
@@ -32,8 +33,9 @@ fi
 [[ $decoding == finetune ]] || LOGGED+=(--run "$decoding")
 preset SCORE
 for feat in c z; do
-    if wants "$feat"; then run "$PYTHON" "$REPO/src/score_$feat.py" --subj "$SUBJ" "${LOGGED[@]}" "$@"; fi
+    if wants "$feat"; then beside run "$PYTHON" "$REPO/src/score_$feat.py" --subj "$SUBJ" "${LOGGED[@]}" "$@"; fi
 done
 if [[ ${#G_FEATS[@]} -gt 0 ]]; then
-    run "$PYTHON" "$REPO/src/score_g.py" --feat "${G_FEATS[@]}" --subj "$SUBJ" "${LOGGED[@]}" "$@"
+    beside run "$PYTHON" "$REPO/src/score_g.py" --feat "${G_FEATS[@]}" --subj "$SUBJ" "${LOGGED[@]}" "$@"
 fi
+finish

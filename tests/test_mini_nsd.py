@@ -8,6 +8,7 @@ import itertools
 import json
 import shutil
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import h5py
@@ -272,7 +273,8 @@ def test_the_synthetic_session_is_in_nsds_formats(root):
 def test_the_same_voxels_see_the_synthetic_stimuli():
     """What replays the random numbers and the scale of a simulation gives the responses that were simulated."""
     rng, images = np.random.default_rng(0), np.random.default_rng(1)
-    scenes_, _, pictures = make_mini_nsd.draw_images(12, images)
+    with ThreadPoolExecutor() as pool:
+        scenes_, _, pictures = make_mini_nsd.draw_images(12, images, pool)
     early, colour = make_mini_nsd.low_level(pictures)
     features = make_mini_nsd.image_features(early, colour, colour.std(axis=(0, 1)), scenes_)
     rois, scale = make_mini_nsd.draw_cortex(60, rng).masks, make_mini_nsd.Scale()
