@@ -5,8 +5,8 @@
 By src/sampling/costs.py, which recon.py --batch_size auto counts with, in half precision: teraFLOP of a picture, a
 multiplication and its addition being two; gigabytes of networks, the measurements' bases and the smallest batch (1,
 with half and TAESD 4); and the largest batch for cards of 8, 16, 24 and 80 GB. Attention is that of PyTorch's fused
-kernels. raw and norm guide the first .2 of the steps, posterior .8. The last line is recon.py's default, on a card of
-16 GB: its peak is that of its batch.
+kernels. raw and norm guide the first .2 of the steps, posterior .8; x2: each of them twice. The last line is recon.py's
+default, on a card of 16 GB: its peak is that of its batch.
 """
 
 import json
@@ -27,7 +27,7 @@ from models import ClipFeatures
 from sampling.costs import largest_batch, of_batch, parts_of, total
 from sampling.decoders import decoded_at_once, guidance_decoder
 from sampling.measurements import ClipMeasurements, Measurement
-from sampling.pipeline import guided_steps
+from sampling.pipeline import guided_steps, visits
 from sampling.solvers import timesteps_of
 
 CARDS = (8, 16, 24, 80)  # GB
@@ -45,14 +45,15 @@ def get_parser():
 def main(argv=None):
     get_parser().parse_args(argv)
     count = Bench()
-    print(f"{'rule':10}{'gradient':>9}{'decoder':>9}{'steps':>7}{'teraFLOP':>10}{'GB':>6}" +
+    print(f"{'rule':12}{'gradient':>9}{'decoder':>9}{'steps':>7}{'teraFLOP':>10}{'GB':>6}" +
           "".join(f"{f'{card} GB':>7}" for card in CARDS))
-    rows = [("none", None, "full"), *((rule, grad, name) for rule in ("posterior", "raw") for grad in options.GRADS
-                                    for name in DECODERS)]
-    for rule, grad, name in rows:
+    rows = [("none", None, "full", 1), ("posterior", "xt", "taesd", 2)]
+    rows += [(rule, grad, name, 1) for rule in ("posterior", "raw") for grad in options.GRADS for name in DECODERS]
+    for rule, grad, name, repeats in rows:
         for steps in STEPS:
-            found = count.settings(rule, grad, name, steps, 0.75)
-            print(f"{rule:10}{grad or '':>9}{name:>9}{steps:>7}{found['tflop']:>10.1f}{found['gb']:>6.1f}" +
+            found = count.settings(rule, grad, name, steps, 0.75, repeats)
+            shown = f"{rule} x{repeats}" if repeats > 1 else rule
+            print(f"{shown:12}{grad or '':>9}{name:>9}{steps:>7}{found['tflop']:>10.1f}{found['gb']:>6.1f}" +
                   "".join(f"{found[card] or '-':>7}" for card in CARDS), flush=True)
     flags = recon.with_defaults(recon.get_parser().parse_args([]))
     default = count.settings(flags.guidance_rule, flags.guidance_grad, decoder_of(flags.guidance_decoder),
@@ -96,14 +97,14 @@ class Bench:
                 self.guided[grad, name, n] = parts_of(self.pipe, *given, guidance, at_once, ["guided"])
         return self.unguided[n, at_once] | (self.guided[grad, name, n] if grad else {})
 
-    def settings(self, rule, grad, name, steps, strength):
+    def settings(self, rule, grad, name, steps, strength, repeats=1):
         """{"tflop", "gb", card: batch}; batch 0 does not fit."""
         at_once = decoded_at_once(name, (4, 64, 64))
         n_steps = len(timesteps_of(self.pipe.scheduler, steps, strength))
         n_guided = guided_steps(recon.DEFAULTS[rule]["guidance_strength"], n_steps) if grad else 0
 
         def costs(n):
-            return total(self.parts(grad, name, n), n_steps, n_guided)
+            return total(self.parts(grad, name, n), len(visits(n_steps, n_guided, repeats)), repeats * n_guided)
 
         found = {"tflop": costs(at_once).flops / at_once / 1e12, "gb": (self.weights + costs(at_once).bytes) / GB}
         for card in CARDS:
