@@ -104,9 +104,11 @@ beside() {
     trap 'stop 130' INT
     trap 'stop 143' TERM
     while [[ $(builtin jobs -rp | wc -l) -ge $JOBS ]]; do sleep 0.1; done # (wait -n is not in bash 3)
-    [[ -n ${OMP_NUM_THREADS:-} ]] || export OMP_NUM_THREADS=$(((cores + JOBS - 1) / JOBS))
     set -m
-    "$@" 2> >(trap '' TERM; cat >&2) & # what a job says when it is stopped still gets through
+    { # each has its share of the cores; what it says when it is stopped still gets through
+        [[ -n ${OMP_NUM_THREADS:-} ]] || export OMP_NUM_THREADS=$(((cores + JOBS - 1) / JOBS))
+        "$@"
+    } 2> >(trap '' TERM; cat >&2) &
     jobs+=($!)
     set +m
 }

@@ -235,7 +235,8 @@ name=$(basename "$1" .py) stage=finetune
 [[ " $* " != *" --multi_subject "* ]] || stage=pretrain
 trap 'echo "killed $name" >>{log}; exit 143' TERM
 echo "start $stage $name $OMP_NUM_THREADS" >>{log}
-for i in $(seq ${{SLOW:-5}}); do sleep 0.1; done
+own=SLOW_$name
+for i in $(seq ${{!own:-${{SLOW:-5}}}}); do sleep 0.1; done
 echo "end $stage $name" >>{log}
 [[ $name != "${{FAILS:-}}" ]]
 """)
@@ -258,6 +259,13 @@ def test_jobs_run_side_by_side_stage_by_stage(side_by_side):
         assert [(word, when) for word, when, *_ in part] == [("start", stage)] * 3 + [("end", stage)] * 3
         assert {line[2] for line in part} == {"train_c", "train_z", "train_g"}
     assert {line[3] for line in lines if line[0] == "start"} == {str(-(-os.cpu_count() // 3))}
+
+
+def test_a_job_begins_as_soon_as_there_is_room(side_by_side):
+    start, log = side_by_side
+    assert start(JOBS="2", STAGES="pretrain", SLOW_train_c="20", SLOW_train_z="2", SLOW_train_g="2").wait(30) == 0
+    words = [" ".join(line.split()[::2][:2]) for line in log.read_text().splitlines()]
+    assert words.index("end train_z") < words.index("start train_g") < words.index("end train_c") == 5
 
 
 def test_a_job_that_fails_ends_the_script_when_the_others_are_done(side_by_side):
