@@ -103,7 +103,7 @@ beside() {
     fi
     trap 'stop 130' INT
     trap 'stop 143' TERM
-    while [[ $(builtin jobs -rp | wc -l) -ge $JOBS ]]; do sleep 0.1; done # (wait -n is not in bash 3)
+    until room; do sleep 0.1; done # (wait -n is not in bash 3)
     set -m
     { # each has its share of the cores; what it says when it is stopped still gets through
         [[ -n ${OMP_NUM_THREADS:-} ]] || export OMP_NUM_THREADS=$(((cores + JOBS - 1) / JOBS))
@@ -111,6 +111,11 @@ beside() {
     } 2> >(trap '' TERM; cat >&2) &
     jobs+=($!)
     set +m
+}
+room() {
+    local running
+    running=$(builtin jobs -rp)
+    [[ $(wc -w <<<"$running") -lt $JOBS ]]
 }
 finish() {
     local status=0 job

@@ -130,6 +130,8 @@ class GuidedPipeline(DiffusionPipeline):
         Returns (B, 3, H, W) float32 in [0, 1]. Raises UserError when c, z or the resolution does not fit the model.
         """
         _check_choices(solver=(solver, SOLVERS), rule=(rule, RULES), grad=(grad, GRADS), x0=(x0, X0S))
+        if guidance_repeats > 1 and solver != "ddim":
+            raise ValueError(f"guidance_repeats={guidance_repeats} with solver={solver!r}: only ddim can go back")
         self.check(condition, z, resolution, num_inference_steps, sag_scale)
         context = self.context_of(condition)
         latents, timesteps = self.start(image_ids, sample, seed, z, strength, resolution, num_inference_steps)
