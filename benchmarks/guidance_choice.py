@@ -107,7 +107,8 @@ def main(argv=None):
         f"Written by `guidance_choice.py --run {args.run}`: {n} validation images of {args.subj},",
         f"{args.num_samples} pictures of each, {args.num_inference_steps} steps, CFG {args.cfg_scale:g}, z from "
         f"{args.strength:g}. In brackets: the",
-        "difference from the first row, where its 95 % interval leaves out 0.", "", as_markdown(settings, tables)])
+        "difference from the first row, where its 95 % interval leaves out 0.", "",
+        as_markdown(settings, tables, args.guidance_decoder)])
     if args.figure:
         plot(dict(zip((0, *STRENGTHS), tables, strict=False)), args.figure)
     if args.table:
@@ -115,8 +116,9 @@ def main(argv=None):
     print(text)
 
 
-def as_markdown(settings, tables):
-    """A row per setting, a column per measure; tables: {measure: a value per image}, unguided first."""
+def as_markdown(settings, tables, decoder):
+    """A row per setting, a column per measure; tables: {measure: a value per image}, unguided first; decoder: that of
+    settings that name none."""
     shown = [name for name in MEASURES if name in tables[0]]
     columns = ["rule", "scale", "window", "gradient", "x0", "decoder", "solver", "steps", "repeats"]
     lines = ["| " + " | ".join([*columns, *(MEASURES[name] for name in shown)]) + " |",
@@ -125,7 +127,7 @@ def as_markdown(settings, tables):
         cells = [setting.get("guidance_rule", "none"), f"{setting['guidance_scale']:g}"]
         if "guidance_rule" in setting:
             cells += [f"{setting['guidance_strength']:g}", setting.get("guidance_grad", "xt"),
-                      setting.get("guidance_x0", "cond"), Path(setting.get("guidance_decoder", "full")).name]
+                      setting.get("guidance_x0", "cond"), Path(setting.get("guidance_decoder", decoder)).name]
         else:
             cells += [""] * 4
         cells += [str(setting.get(name, "")) for name in ("solver", "num_inference_steps", "guidance_repeats")]
