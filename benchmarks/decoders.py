@@ -195,7 +195,8 @@ def measure(found, method, run, argv):
         rows = predicted["nsdgeneral"].reshape(true.shape) - known.mean
         cells.setdefault(feat, []).append(float(1 - np.square(rows - true).sum() / np.square(true).sum()))
         if feat == "c":
-            rows = predicted.get("retrieval", predicted["nsdgeneral"]).reshape(true.shape) - known.mean
+            if trained.kind == "brain":  # MindEye2's contrast, which says nothing of rows' length: as they are
+                rows, true = predicted["retrieval"].reshape(true.shape), true + known.mean
             for name, value in zip(("brain to image", "image to brain"), top1(rows, true), strict=True):
                 cells.setdefault(name, []).append(value)
 
