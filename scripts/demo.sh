@@ -66,19 +66,18 @@ sets=$ROOT/outputs_all/subj01 guided=30/0.8
 c=$sets/c/0/0 cz=$sets/cz/0/0 full=$sets/cp_4096_v1/$guided brain=$sets/cp_4096_v1_gnet_all_0.1/$guided
 shuffled=$sets/cp_4096_v1_shuffle/$guided true=$sets/cp_4096_v1_ground_truth/$guided
 
-stage mini_nsd "drawing 7,300 scenes and simulating eight brains that see them, about 30 seconds" \
+stage mini_nsd "drawing 7,300 scenes and simulating eight brains that see them, about 20 seconds" \
     run "$PYTHON" "$ROOT/make_mini_nsd.py" --root "$ROOT"
 stage features "computing the scenes' true features: c (meaning), z (layout) and g (looks, six layers), about 50 seconds" \
     features
 
-stage pretrain "training a decoder of each on seven brains, and a ridge, which they are averaged with, about 70 seconds" pretrain
+stage pretrain "training a decoder of each on seven brains, and a ridge to average them with, about 70 seconds" pretrain
 stage finetune "fine-tuning them on subject 1, about 20 seconds" train "c z g" finetune
-stage score "decoding 100 test images that no training saw; responses to other images (a null control); true features (a ceiling), about 15 seconds" \
-    score
-stage draw "drawing from c (the right things anywhere), c and z (in the right place), guided by g (the right looks), by the response itself, too, and both controls, about 120 seconds" \
-    draw
+stage score "decoding 100 test images that no training saw; responses to other images; true features, about 10 seconds" score
+stage draw "drawing from c (the right things anywhere), + z (in the right place), + g (the right looks), + the response \
+itself; the two controls, about 90 seconds" draw
 
-stage evaluate "comparing all with what was seen, about 70 seconds" bash "$scripts/evaluate.sh" \
+stage evaluate "comparing all with what was seen, about 50 seconds" bash "$scripts/evaluate.sh" \
     --images "$full" --compare "c=$c" "c+z=$cz" "c+z+g+brain=$brain" "shuffled=$shuffled" "true=$true"
 run "$PYTHON" "$ROOT/summarise.py" --root "$ROOT" --evaluated "$full" --seconds "$ROOT/seconds" --sets "c=$c" "c+z=$cz" \
     "c+z+g=$full" "c+z+g+brain=$brain" "shuffled=$shuffled" "true=$true"
