@@ -105,10 +105,8 @@ beside() {
     trap 'stop 143' TERM
     until room; do sleep 0.1; done # (wait -n is not in bash 3)
     set -m
-    { # each has its share of the cores; what it says when it is stopped still gets through
-        [[ -n ${OMP_NUM_THREADS:-} ]] || export OMP_NUM_THREADS=$(((cores + JOBS - 1) / JOBS))
-        "$@"
-    } 2> >(trap '' TERM; cat >&2) &
+    # Each has its share of the cores. What it says when it is stopped still gets through.
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + JOBS - 1) / JOBS))} "$@" 2> >(trap '' TERM; cat >&2) &
     jobs+=($!)
     set +m
 }
