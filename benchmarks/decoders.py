@@ -6,8 +6,9 @@
 Methods: ridge; components; both stacked; components pretrained on one subject instead of all others; mindeye2 by its
 prior's mean and by samples of 20 steps; with --sessions 1 4 40 of the subject's sessions and several seeds. Each cell
 is R2, the share of the feature's variance that is explained, mean over seeds (range), and for c the share of images
-that its prediction retrieves among all test images (cosine of centred rows), brain to image and back. Seconds: process
-time of pretraining and of fine-tuning on one thread. Runs are tagged bench<seed>; those that are there are kept.
+that its prediction retrieves among all test images (cosine of centred rows; of mindeye2's contrast as they are), brain
+to image and back. Seconds: process time of pretraining and of fine-tuning on one thread. Runs are tagged bench<seed>;
+those that are there are kept.
 """
 
 import json

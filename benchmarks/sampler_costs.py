@@ -27,7 +27,7 @@ from models import ClipFeatures
 from sampling.costs import largest_batch, of_batch, parts_of, total
 from sampling.decoders import decoded_at_once, guidance_decoder
 from sampling.measurements import ClipMeasurements, Measurement
-from sampling.pipeline import guided_steps, visits
+from sampling.pipeline import guided_steps
 from sampling.solvers import timesteps_of
 
 CARDS = (8, 16, 24, 80)  # GB
@@ -104,7 +104,7 @@ class Bench:
         n_guided = guided_steps(recon.DEFAULTS[rule]["guidance_strength"], n_steps) if grad else 0
 
         def costs(n):
-            return total(self.parts(grad, name, n), len(visits(n_steps, n_guided, repeats)), repeats * n_guided)
+            return total(self.parts(grad, name, n), n_steps, n_guided, repeats)
 
         found = {"tflop": costs(at_once).flops / at_once / 1e12, "gb": (self.weights + costs(at_once).bytes) / GB}
         for card in CARDS:

@@ -429,6 +429,7 @@ def by_model(defaults, name):
 def resolve_training(defaults, args):
     """Give the flags that depend on --model, and were not given, their defaults {model: {name: value}}."""
     args.model = args.model or "components"
+    args.pretrain_subjects = sorted(set(args.pretrain_subjects or []))  # the same run in any order
     chosen = {"hidden_dim": HIDDEN_DIM} | defaults[args.model]
     if args.multi_subject:
         chosen |= PRETRAINING_DEFAULTS[args.model]

@@ -115,9 +115,9 @@ def parts_of(pipe, condition, latents, guidance, decoded_at_once=None, wanted=PA
                 if part != "guided" or guidance["terms"]}
 
 
-def total(parts, n_steps, n_guided):
-    """The Costs of n_steps, n_guided of them guided, and the last decoding: from parts_of."""
-    times = {"plain": n_steps - n_guided, "guided": n_guided, "last": 1}
+def total(parts, n_steps, n_guided, repeats=1):
+    """The Costs of n_steps, n_guided of them guided, each `repeats` times, and the last decoding: from parts_of."""
+    times = {"plain": n_steps - n_guided, "guided": repeats * n_guided, "last": 1}
     used = [(times[name], costs) for name, costs in parts.items() if times[name]]
     return Costs(sum(n * costs.flops for n, costs in used), max(costs.bytes for _, costs in used))
 

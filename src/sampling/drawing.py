@@ -128,14 +128,13 @@ class Sampler:
     def costs(self, n):
         """The sampling.costs.Costs of a batch of n."""
         from sampling.costs import parts_of, total
-        from sampling.pipeline import guided_steps, visits
+        from sampling.pipeline import guided_steps
 
         condition, start, guidance = self.inputs_of([(0, 0)] * n)
         latents, timesteps = self.pipe.start(**start)
         guided = guided_steps(self.settings.guidance_strength, len(timesteps)) if self.guides else 0
-        repeats = self.settings.guidance_repeats
-        return total(parts_of(self.pipe, condition, latents, guidance, self.decoded_at_once),
-                     len(visits(len(timesteps), guided, repeats)), repeats * guided)
+        return total(parts_of(self.pipe, condition, latents, guidance, self.decoded_at_once), len(timesteps), guided,
+                     self.settings.guidance_repeats)
 
     def largest_batch(self, free):
         """How many pictures fit `free` bytes: counted, and said."""

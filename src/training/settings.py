@@ -115,7 +115,7 @@ class Plan:
         num_sessions = None if args.multi_subject else args.num_sessions
         return cls(Paths.from_args(args), stage, args.subj, num_sessions, args.val_fraction, hidden_dim, args.tag,
                    multisubject_ckpt, Loop.from_args(args), config, getattr(args, "hold_out", None),
-                   tuple(dict.fromkeys(getattr(args, "pretrain_subjects", None) or ())))
+                   tuple(getattr(args, "pretrain_subjects", ())))
 
     def run_name(self, feat):
         """Return the name of a feature's run."""
@@ -213,12 +213,14 @@ def settings_of(flags, stage):
     """
     config = {key: value for key, value in flags.items() if key not in NOT_SCIENCE}
     for name in ("hold_out", "pretrain_subjects"):  # so that a run says what it said before there was the flag
-        if not config.get(name) or (name == "pretrain_subjects" and stage != "pretrain"):
+        if not config.get(name):
             config.pop(name, None)
     if flags.get("model") == "components":
         config = {key: value for key, value in config.items() if key not in OF_MINDEYE2}
     if stage == "pretrain":
         del config["num_sessions"]
+    else:
+        config.pop("pretrain_subjects", None)
     if stage == "gnet" and flags["multi_subject"]:  # the same network, whichever subject's command trains it
         del config["subj"], config["num_sessions"]
     if stage == "ridge":
