@@ -24,7 +24,8 @@ import recon
 import utils
 from bench_train import anonymous, peak_anonymous, reset_peak
 from encoding.encoder import Encoder
-from encoding.guide import BrainMeasurement
+from encoding.errors import ResponseErrors
+from encoding.guide import PREFLIGHT_IMAGES, BrainMeasurement
 from models import GNet, VoxelReadout, gnet_input
 from training.objectives import EncodingObjective
 from training.team import pick_precision
@@ -107,6 +108,7 @@ class BrainBench(bench_recon.Bench):
         super().__init__(args, device, precision)
         gnet = GNet({"s": args.voxels}, pass_through=args.pass_through).eval().requires_grad_(False).to(device)
         self.encoder, self.voxels = Encoder("random", "s", gnet, np.ones(args.voxels), (), None), args.voxels
+        self.errors = ResponseErrors(*torch.randn(2, PREFLIGHT_IMAGES, args.voxels, device=device))
 
     def terms(self, n):
         terms = super().terms(n)
@@ -115,7 +117,7 @@ class BrainBench(bench_recon.Bench):
             weights = torch.ones(self.voxels, device=self.device)
             index = torch.arange(self.voxels, device=self.device)
             terms.append(BrainMeasurement(self.encoder, index, {"all": slice(0, self.voxels)}, weights, targets,
-                                          errors=weights, kappa=0.1))
+                                          errors=self.errors, kappa=0.1))
         return terms
 
     @torch.no_grad()

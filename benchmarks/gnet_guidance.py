@@ -7,8 +7,9 @@ r"""Does guidance by the brain bring pictures nearer to what was seen, or only n
 Validation images of c, g, z and GNet alike, the same noise in every setting. Each region guides with every kappa; the
 pictures' predicted responses are compared with the measured ones, by the GNet that guided and by a judge: an encoding
 model of another architecture (Judge, trained here, kept as the run gnet_subj0X_judge) that never guided. Further rows:
-targets of other images, an untrained GNet, and the best of N pictures without brain guidance, chosen by the same GNet,
-or by g.
+targets of other images, an untrained GNet, and the best of N pictures, chosen by the same GNet, without brain guidance
+and with it, or by g. On the demo world also what the pictures show: attributes that captions name (setting, kind,
+colour, place) and that they never name (size, pattern, light).
 Prints and writes a markdown table (--table) and a figure beside it; pictures stay in outputs_all/subj0X/gnet_guidance/
 and are reused.
 """
@@ -33,7 +34,7 @@ import recon
 import train_gnet
 import utils
 from disk.checkpoints import load_checkpoint, save_checkpoint
-from disk.files import save_csv
+from disk.files import load_json, save_csv
 from disk.names import Paths, run_name
 from encoding.encoder import Encoder, load_encoder
 from encoding.guide import ALL, good_voxels, weighted_correlation
@@ -50,8 +51,11 @@ from training.settings import Plan
 ROIS = ("V1", "V4", "all")
 KAPPAS = (0.03, 0.1, 0.3, 1.0)
 DEFAULT = 0.1  # kappa
-MEASURES = {"pixcorr": "PixCorr", "ssim": "SSIM", "clip_two_way": "CLIP two-way"}
+MEASURES = {"pixcorr": "PixCorr", "ssim": "SSIM", "clip_two_way": "CLIP two-way", "captioned": "captioned attributes",
+            "uncaptioned": "uncaptioned attributes"}
+ATTRIBUTES = {"captioned": ("setting", "kind", "colour", "place"), "uncaptioned": ("size", "pattern", "light")}
 BEST_OF = (2, 3, 4)
+SHUFFLED, GUIDED_BEST = "other images' responses", f"kappa {DEFAULT:g}, best of"  # titles of rows
 JUDGE_SIDE = 64  # pixels
 
 
@@ -62,6 +66,7 @@ def get_parser():
     options.add_run(parser)
     for name in ("sd_model", "clip_model"):
         parser.add_argument(f"--{name}", required=True, metavar="NAME|DIR", help="as in recon.py")
+    parser.add_argument("--guidance_decoder", default="full", metavar="full|half|DIR", help="as in recon.py")
     parser.add_argument("--gnet_run", type=options.tag, metavar="RUN", help="the GNet that guides (gnet_<subj>)")
     parser.add_argument("--num_inference_steps", type=options.whole, default=12, metavar="STEPS")
     parser.add_argument("--cfg_scale", type=float, default=5.0, metavar="X")
@@ -178,8 +183,9 @@ def main(argv=None):
     settings["kappa 0"] = draw("all_0", gnet_roi="all", gnet_kappa=0)
     for roi in ROIS:
         for kappa in KAPPAS:
-            settings[roi, kappa] = draw(f"{roi}_{kappa:g}", gnet_roi=roi, gnet_kappa=kappa)
-    settings["other images' responses"] = draw("shuffled", gnet_roi="all", target_fmri_npy=shuffled_target(paths, args))
+            num_samples = max(BEST_OF) if (roi, kappa) == ("all", DEFAULT) else 1
+            settings[roi, kappa] = draw(f"{roi}_{kappa:g}", gnet_roi=roi, gnet_kappa=kappa, num_samples=num_samples)
+    settings[SHUFFLED] = draw("shuffled", gnet_roi="all", target_fmri_npy=shuffled_target(paths, args))
     settings["untrained GNet"] = draw("untrained", gnet_roi="all", gnet_run=untrained(paths, guide))
     settings[f"best of {max(BEST_OF)} by g"] = draw("best_by_g", num_samples=max(BEST_OF), extra=["--select", "g"])
     same = all(a.read_bytes() == b.read_bytes() for a, b in zip(
@@ -187,9 +193,9 @@ def main(argv=None):
 
     measure = partial(measure_set, args, paths, guide, judge)
     tables = {name: measure(folder) for name, folder in settings.items()}
-    candidates = [measure(settings["CLIP alone"], sample=k) for k in range(max(BEST_OF))]
-    for n in BEST_OF:
-        tables[f"best of {n}"] = best_of(candidates[:n])
+    for title, key in (("best of", "CLIP alone"), (GUIDED_BEST, ("all", DEFAULT))):
+        candidates = [measure(settings[key], sample=k) for k in range(max(BEST_OF))]
+        tables |= {f"{title} {n}": best_of(candidates[:n]) for n in BEST_OF}
     seconds = {name: time_of(args, paths, guide, name) for name in ("clip", "all")}
     lines = report(tables, settings, same, seconds, guide, judge, paths, args)
     print("\n".join(lines))
@@ -201,7 +207,8 @@ def main(argv=None):
 def draw_setting(args, paths, guide, name, root=None, extra=(), **gnet):
     """Draw the validation images under one setting; returns their folder."""
     given = ["root", "subj", "hidden_dim", "num_sessions", "sd_model", "clip_model", "num_inference_steps", "cfg_scale",
-             "strength", "guidance_rule", "guidance_scale", "guidance_strength"] + ["tag"] * bool(args.tag)
+             "strength", "guidance_rule", "guidance_scale", "guidance_strength", "guidance_decoder"]
+    given += ["tag"] * bool(args.tag)
     words = [word for flag in given for word in (f"--{flag}", str(getattr(args, flag)))]
     num_samples = gnet.pop("num_samples", 1)
     if gnet:
@@ -290,8 +297,11 @@ def measure_set(args, paths, guide, judge, folder, sample=0):
     else:  # the protocol takes the mean of samples; here it is one of them
         outdir = one_sample(folder, sample, ids)
     evaluate.main(["--root", args.root, "--images", str(outdir), "--eval_clip", args.clip_model, "--no-controls"])
-    table = read_table(outdir, None)
-    found |= {name: np.array(table[name], float) for name in MEASURES}
+    attributes = paths.root / "demo_attributes.json"
+    table = read_table(outdir, load_json(attributes, kind=list) if attributes.exists() else None)
+    table |= {name: np.mean([table[part] for part in parts], axis=0) for name, parts in ATTRIBUTES.items()
+              if parts[0] in table}
+    found |= {name: np.array(table[name], float) for name in MEASURES if name in table}
     np.savez(file, **found)
     return found
 
@@ -366,18 +376,24 @@ def report(tables, settings, same, seconds, guide, judge, paths, args):
             lines.append(f"| {roi} guides, kappa {DEFAULT:g}, {title}: r in {roi}; in {other}; the difference | "
                          f"{shown(table, f'{title} {roi}')}; {shown(table, f'{title} {other}')}; "
                          f"{shown(gap, 'x', {'x': 0 * gap['x']})} |")
-    for name, title in MEASURES.items():
+    measures = {name: title for name, title in MEASURES.items() if name in base}
+    for name, title in measures.items():
         mean, low, high = difference(default, base, name)
         relative = [100 * value / base[name].mean() for value in (mean, low, high)]
         lines.append(f"| {title} at the default (`all`, kappa {DEFAULT:g}), % of CLIP alone's | {relative[0]:+.2f} "
                      f"({relative[1]:+.2f} .. {relative[2]:+.2f}) |")
     lines.append(f"| seconds for 16 pictures, CLIP alone; with GNet; ratio (this small Stable Diffusion, CPU) | "
                  f"{seconds['clip']:.1f}; {seconds['all']:.1f}; {ratio:.2f} |")
+    compared = [name for name in ("guide all", "judge all", "pixcorr", "uncaptioned") if name in base]
+    said = "; ".join(["r of GNet", "judge", *(measures[name] for name in compared[2:])])
     for k in (*BEST_OF, f"{max(BEST_OF)} by g"):
-        best = tables[f"best of {k}"]
-        lines.append(f"| kappa {DEFAULT:g} minus best of {k}: r of GNet; judge; PixCorr | "
-                     + "; ".join(shown(default, name, best) for name in ("guide all", "judge all", "pixcorr")) + " |")
-    columns = [f"{title} {roi}" for title in ("guide", "judge") for roi in (*regions, "all")] + list(MEASURES)
+        lines.append(f"| kappa {DEFAULT:g} minus best of {k}: {said} | "
+                     + "; ".join(shown(default, name, tables[f"best of {k}"]) for name in compared) + " |")
+    both, n = tables[f"{GUIDED_BEST} {max(BEST_OF)}"], max(BEST_OF)
+    for title, against in ((f"kappa {DEFAULT:g}", default), (f"best of {n}", tables[f"best of {n}"])):
+        lines.append(f"| {GUIDED_BEST} {n} minus {title}: {said} | "
+                     + "; ".join(shown(both, name, against) for name in compared) + " |")
+    columns = [f"{title} {roi}" for title in ("guide", "judge") for roi in (*regions, "all")] + list(measures)
     if args.table:
         lines += ["", f"![change with kappa]({Path(args.table).stem}.png)"]
     lines += ["", "| guides | kappa | " + " | ".join(MEASURES.get(name, name) for name in columns) + " |",
@@ -387,9 +403,6 @@ def report(tables, settings, same, seconds, guide, judge, paths, args):
         cells = [f"{table[name].mean():.3f}" for name in columns]
         lines.append(f"| {guides} | {kappa} | " + " | ".join(cells) + " |")
     return lines
-
-
-SHUFFLED = "other images' responses"
 
 
 def draw_figure(tables, file):

@@ -431,14 +431,18 @@ def cached_round_trips(args, vae, images):
 # --- the brain encoding model -------------------------------------------------------------------------------------
 
 
-def train_gnet(args):
-    """GNet of subject 1 with the demo's settings, in half precision: a folder of train_logs, as a download would be."""
-    subprocess.run(["bash", "-c", "source demo/settings.sh && STAGES=gnet bash scripts/train.sh"], cwd=HERE.parent,
-                   check=True)
-    state = torch.load(HERE / "train_logs" / "gnet_subj01" / "best.pth", weights_only=True)
+def train_gnet(args, subj="subj01"):
+    """GNet with one trunk for all subjects, of whom one's voxels are kept, in half precision: a folder of train_logs,
+    as a download would be."""
+    train = "STAGES=gnet bash scripts/train.sh --multi_subject --num_epochs 12 --precision bf16"
+    subprocess.run(["bash", "-c", f"source demo/settings.sh && {train}"], cwd=HERE.parent, check=True)
+    state = torch.load(HERE / "train_logs" / "gnet_multisubject" / "best.pth", weights_only=True)
     state["model"] = {key: value.half() if value.is_floating_point() else value
-                      for key, value in state["model"].items()}
-    folder = args.outdir / "gnet_subj01"
+                      for key, value in state["model"].items()
+                      if key.startswith(f"readouts.{subj}.") or not key.startswith("readouts.")}
+    state["n_voxels"] = state["model_args"]["n_voxels"] = {subj: state["n_voxels"][subj]}
+    state |= {"subjects": [subj], "val_r": {subj: state["val_r"][subj]}}
+    folder = args.outdir / f"gnet_{subj}"
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(state, folder / "best.pth")
 

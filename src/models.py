@@ -555,6 +555,11 @@ class GNet(nn.Module):
         return {"kind": "gnet", "n_voxels": self.n_voxels, "trunk_width": self.trunk_width,
                 "pass_through": self.pass_through, "frozen_prefilter": self.frozen_prefilter}
 
+    @property
+    def fields(self):
+        """The parameters of all voxels' pooling fields."""
+        return [field for readout in self.readouts.values() for field in readout.fields]
+
     def features(self, images):
         """(B, 3, 227, 227) in [0, 1] -> maps (B, 128 + 2 tw, 25, 25) and (B, 4 tw, 13, 13)."""
         tw = self.trunk_width

@@ -37,6 +37,9 @@ def get_parser():
                         help="further channels of a block, for the next one only (the published network: 192)")
     parser.add_argument("--prefilter", metavar="FILE",
                         help="torchvision's AlexNet weights: freezes the first two convolutions (trained without)")
+    parser.add_argument("--field_lr", type=float, default=0.05, metavar="LR",
+                        help="peak learning rate of the voxels' pooling fields, which --max_lr would leave out of "
+                             "focus: a field is a softmax, and AdamW moves no number by more than its rate a step")
     parser.add_argument("--l1", type=float, default=0.1, metavar="W", help="weight of the readout's mean |weight|")
     return parser
 
@@ -60,6 +63,7 @@ def main(argv=None):
     model = GNet(run.n_voxels, args.trunk_width, args.pass_through, frozen_prefilter=prefilter is not None)
     if prefilter:
         load_prefilter(model, prefilter)
+    model.paced = [(model.fields, args.field_lr)]
     rois = {subj: roi_masks(plan.paths, subj) for subj in run.n_voxels}
     ceilings = {subj: noise_ceiling(run.train.betas[subj], run.val.betas[subj].n_repeats) for subj in run.n_voxels}
     ceilings = {subj: ceiling for subj, ceiling in ceilings.items() if ceiling is not None}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.stats import norm
+from scipy.stats import multivariate_normal
 
 import evaluate
 import recon
@@ -19,6 +19,7 @@ from disk.files import load_csv
 from disk.names import Paths
 from disk.scores import load_scores
 from encoding.encoder import Encoder, load_encoder
+from encoding.errors import SHRINKAGES, ResponseErrors
 from encoding.guide import BrainLoss, BrainMeasurement, good_voxels, weighted_correlation
 from models import GNet
 from nsd.repeats import load_test_set, responses_to
@@ -125,18 +126,42 @@ def test_its_gradient_is_the_slope_of_the_loss():
     assert gradient.flatten(1).norm(dim=1).min() > 0
 
 
-def test_as_a_measurement_it_is_the_log_likelihood_of_independent_voxels():
-    made_of = small_term()
-    errors = torch.rand(6).double() + 0.5
+def test_as_a_measurement_it_is_the_log_likelihood_of_errors_that_go_together():
+    made_of, generator = small_term(), torch.Generator().manual_seed(0)
+    mixed = torch.randn(6, 6, generator=generator).double()
+    train, val = (torch.randn(n, 6, generator=generator).double() @ mixed for n in (30, 20))
+    errors = ResponseErrors(train, val)
     term = BrainMeasurement(made_of.encoder, made_of.voxels, made_of.places, made_of.weights, made_of.targets, errors,
                             kappa=0.1)
     image = torch.rand(3, 3, 16, 16).double()[:2]
     found = term(image)
-    predicted = made_of.encoder.model(image, "s")[:, made_of.voxels].detach().numpy()
-    logs = norm(predicted, errors.sqrt()).logpdf(made_of.targets).sum(1)
-    at_target = norm(0, errors.sqrt()).logpdf(np.zeros(6)).sum()
-    np.testing.assert_allclose(found.detach().numpy(), at_target - logs)
+    off = made_of.encoder.model(image, "s")[:, made_of.voxels].detach().numpy() - made_of.targets.numpy()
+    logs = error_density(train, val, errors.shrinkage).logpdf(np.concatenate([off, np.zeros((1, 6))]))
+    np.testing.assert_allclose(found.detach().numpy(), logs[2] - logs[:2])
     assert set(term.facts) == {"r_A", "r_B"} and not term.relative
+
+
+def error_density(train, val, s):
+    """The Gaussian that ResponseErrors describes, by scipy."""
+    train, deviations = train.numpy() / np.sqrt((train.numpy()**2).mean(0)), np.sqrt((val.numpy()**2).mean(0))
+    together = (1 - s) * train.T @ train / len(train) + s * np.eye(train.shape[1])
+    return multivariate_normal(np.zeros(len(together)), together * np.outer(deviations, deviations))
+
+
+@pytest.mark.parametrize("n_train, n_val, shared", [(30, 20, 1.0), (4, 9, 1.0), (40, 400, 0.0)])
+def test_validation_images_say_how_far_errors_go_together(n_train, n_val, shared):
+    """With fewer training images than voxels, too; errors that are independent are found to be so."""
+    generator = torch.Generator().manual_seed(1)
+    both = torch.randn(2, 6, generator=generator).double()
+
+    def draw(n):
+        return (shared * torch.randn(n, 2, generator=generator).double() @ both
+                + torch.randn(n, 6, generator=generator).double())
+
+    train, val = draw(n_train), draw(n_val)
+    likelihoods = [error_density(train, val, s).logpdf(val.numpy()).mean() for s in SHRINKAGES]
+    assert ResponseErrors(train, val).shrinkage == pytest.approx(SHRINKAGES[np.argmax(likelihoods)])
+    assert (ResponseErrors(train, val).shrinkage > 0.9) == (shared == 0)
 
 
 def test_a_sample_that_agrees_enough_is_left_alone_from_then_on():

@@ -18,7 +18,9 @@ from nsd.rows import open_betas, open_stimuli
 from nsd.trials import load_trials
 from tiny_nsd import N_VOXELS, write_tiny_nsd
 from tiny_runs import stopped_at
+from training.loop import make_optimizer
 from training.objectives import EncodingObjective
+from training.settings import Loop
 from training.team import Team
 
 FLAGS = ["--batch_size", "4", "--num_epochs", "2", "--num_sessions", "3", "--val_fraction", "0.3", "--trunk_width",
@@ -47,6 +49,26 @@ def test_parameter_counts_are_the_published(pass_through, shared):
     trunk = sum(p.numel() for name, p in gnet.named_parameters() if not name.startswith(("prefilter", "readouts")))
     assert trunk == shared
     assert sum(p.numel() for p in gnet.readouts.parameters()) == 3 * 1307
+
+
+def test_a_field_finds_its_place_within_the_demos_steps():
+    """At the pace of the other weights it stays blurred, and a voxel of V1 is taken for one that sees everything."""
+    places, seen = (25, 9), 7
+    maps = [torch.randn(64, 2, n, n, generator=torch.Generator().manual_seed(n)) for n in (5, 3)]
+    measured = maps[0].flatten(2)[:, :1, seen]  # (64, 1): a voxel that sees one feature in one place
+    mass = {}
+    for rate in (0.05, 3e-3):
+        torch.manual_seed(0)
+        readout = VoxelReadout(1, (2, 2), places)
+        readout.paced = [(list(readout.fields), rate)]
+        optimizer, schedule = make_optimizer(readout, Loop(num_epochs=8, max_lr=3e-3, batch_size=64, seed=0), 27)
+        for _ in range(8 * 27):
+            (readout(maps) - measured).square().mean().backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        mass[rate] = readout.fields[0].detach().softmax(1)[0, seen]
+    assert mass[0.05] > 0.9 and mass[3e-3] < 0.2
 
 
 def test_maps_have_the_published_sizes_and_voxels_can_be_chosen():
@@ -296,6 +318,7 @@ def test_the_trunk_learns_responses(tmp_path):
     (["--prefilter", "nothing.pth"], "--prefilter"), (["--batch_size", "0"], "--batch_size"),
     (["--num_sessions", "9"], "--num_sessions"), (["--subj", "3"], "wds/subj03"), (["--trunk_width", "0"], "--trunk"),
     (["--pass_through", "-1"], "--pass_through"), (["--l1", "-1"], "--l1"),
+    (["--field_lr", "0"], "--field_lr"),
 ])
 def test_mistakes_give_one_line_and_exit_2(world, flags, message, capsys):
     assert train(world, "--tag", "wrong", *flags) == 2

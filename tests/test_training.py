@@ -433,6 +433,22 @@ def test_no_weight_decay_on_biases_and_norms():
     assert (decayed["weight_decay"], free["weight_decay"]) == (1e-2, 0.0)
 
 
+def test_a_model_may_pace_some_of_its_parameters():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    model.paced = [([model[1].weight], 0.5)]
+    groups = weight_decay_groups(model, 1e-2)
+    assert [[p.shape for p in group["params"]] for group in groups] == [[(4, 3)], [(4,), (2,)], [(2, 4)]]
+    assert groups[-1]["weight_decay"] == 0
+    optimizer, schedule = make_optimizer(model, Loop(num_epochs=4, max_lr=1e-2, batch_size=1, seed=0), 5)
+    rates = []
+    for _ in range(20):
+        rates.append(schedule.get_last_lr())
+        optimizer.step()
+        schedule.step()
+    np.testing.assert_allclose(np.max(rates, axis=0), [1e-2, 1e-2, 0.5])
+    np.testing.assert_allclose([r[2] for r in rates], [50 * r[0] for r in rates])  # one course, another height
+
+
 def test_the_optimizer_is_adamw():
     """Fused, as it runs here, against PyTorch's plain loop over the parameters."""
     loop, networks = Loop(num_epochs=2, max_lr=1e-2, batch_size=1, seed=0), []

@@ -9,6 +9,7 @@ import torch
 
 import utils
 from disk.files import load_npy
+from encoding.errors import ResponseErrors
 from nsd.regions import roi_masks
 from nsd.repeats import AveragedRows
 from nsd.rows import open_betas, open_stimuli
@@ -98,8 +99,7 @@ class BrainLoss:
 class BrainMeasurement:
     """Guidance term: -log p of the measured responses given the images (b, 3, H, W) in [0, 1] that they are to, (b,).
 
-    -log p = 1/2 sum_v (predicted_v - measured_v)^2 / e_v over the voxels of all regions, e_v being the mean squared
-    error of predictions of true validation images; as if the voxels' errors were independent.
+    Over the voxels of all regions together, with the errors that predictions of true images have (encoding.errors).
 
     .kappa   times which it counts
     .facts   of the last call: {"r_<region>": (b,)}, weighted as of BrainLoss
@@ -108,7 +108,7 @@ class BrainMeasurement:
     relative = False  # its unit is that of other measurements
 
     def __init__(self, encoder, voxels, places, weights, targets, errors, kappa):
-        """As BrainLoss; errors (n,)."""
+        """As BrainLoss; errors: ResponseErrors of the n voxels."""
         self.encoder, self.voxels, self.places, self.weights = encoder, voxels, places, weights
         self.targets, self.errors, self.kappa = targets, errors, kappa
         self.facts = {}
@@ -119,7 +119,7 @@ class BrainMeasurement:
         predicted = self.encoder.model(image.to(targets), self.encoder.subj, self.voxels)  # (b, n)
         r = agreement(predicted.detach(), targets, self.places, self.weights)
         self.facts = {f"r_{name}": value for name, value in r.items()}
-        return 0.5 * ((predicted - targets).square() / self.errors).sum(1)
+        return self.errors.misfit(predicted - targets)
 
 
 class BrainGuide:
@@ -149,7 +149,7 @@ class BrainGuide:
         check_voxel_order(encoder, *(responses.cpu() for responses in train))
         found = agreement(*val, self.places, self.weights)
         self.enough = float(torch.stack(list(found.values())).mean())
-        self.errors = (val[0] - val[1]).square().mean(0) if posterior else None  # (n,)
+        self.errors = ResponseErrors(train[0] - train[1], val[0] - val[1]) if posterior else None
         for name, index in regions.items():
             say(f"{name}: {len(index)} voxels guide; {encoder.run} predicts their response to a true image with "
                 f"r = {found[name].mean():.3f}, mean of {len(val[0])} validation images")

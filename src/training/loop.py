@@ -406,10 +406,12 @@ def to_device(item, device):
 
 def make_optimizer(model, loop, steps_per_epoch):
     """Make AdamW and its one-cycle schedule, which peaks after two epochs, or halfway through a shorter training."""
+    groups = weight_decay_groups(model, loop.weight_decay)
     # fused, a step takes a quarter of the time on a CPU, too
-    optimizer = torch.optim.AdamW(weight_decay_groups(model, loop.weight_decay), lr=loop.max_lr, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=loop.max_lr, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, loop.max_lr, total_steps=max(4, loop.num_epochs * steps_per_epoch),  # it needs at least four
+        optimizer, [group.get("lr", loop.max_lr) for group in groups],
+        total_steps=max(4, loop.num_epochs * steps_per_epoch),  # it needs at least four
         pct_start=min(0.5, 2 / loop.num_epochs))
     return optimizer, schedule
 
@@ -427,7 +429,14 @@ def math_attention(device):
 
 
 def weight_decay_groups(model, weight_decay):
-    """Return AdamW's parameter groups: no decay of biases (of any shape) and normalisation gains (one dimension)."""
-    named = [(p, p.ndim > 1 and not name.endswith("bias")) for name, p in model.named_parameters() if p.requires_grad]
+    """Return AdamW's parameter groups: no decay of biases (of any shape) and normalisation gains (one dimension).
+
+    Nor of the parameters that a model lists in `paced`, [(parameters, peak learning rate)], which are groups of their
+    own.
+    """
+    paced = [{"params": list(own), "weight_decay": 0.0, "lr": rate} for own, rate in getattr(model, "paced", [])]
+    apart = {id(p) for group in paced for p in group["params"]}
+    named = [(p, p.ndim > 1 and not name.endswith("bias")) for name, p in model.named_parameters()
+             if p.requires_grad and id(p) not in apart]
     decayed, free = ([p for p, decays in named if decays is wanted] for wanted in (True, False))
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}, *paced]

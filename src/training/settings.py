@@ -198,8 +198,8 @@ def check_flags(flags):
     for name in ("dropout", "mixup_pct", "val_fraction"):
         if name in flags and (not 0 <= flags[name] <= 1 or (name == "dropout" and flags[name] == 1)):
             raise utils.UserError(f"--{name} {flags[name]:g}: wanted a fraction from 0 to 1")
-    for name in ("max_lr", "ckpt_minutes"):
-        if not 0 < flags[name] < float("inf"):
+    for name in ("max_lr", "field_lr", "ckpt_minutes"):
+        if name in flags and not 0 < flags[name] < float("inf"):
             raise utils.UserError(f"--{name} {flags[name]:g}: wanted a number greater than 0")
     for name in ("num_workers", "n_blocks", "pass_through", "l1", "clip_scale", "prior_scale", "weight_decay"):
         if name in flags and not 0 <= flags[name] < float("inf"):
