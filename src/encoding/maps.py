@@ -134,9 +134,9 @@ def unexplained(source, responses):
 def pulls(encoder, pictures, measured, errors, seed=0, directions=None, at_once=16):
     """Say how hard each voxel pulls a picture under the posterior rule at kappa 1, (V,).
 
-    A voxel's term is (predicted - measured)^2 / 2 errors (encoding.guide.BrainMeasurement); its pull is the length of
-    the term's gradient with respect to the picture, root mean square over pictures. The length of a gradient is that of
-    its products with random directions (Hutchinson 1990), which forward differentiation gives of all voxels at once.
+    A voxel's term is (predicted - measured)^2 / 2 errors, as if it were alone (encoding.errors); its pull is the length
+    of the term's gradient with respect to the picture, root mean square over pictures. A gradient is as long as its
+    products with random directions (Hutchinson 1990), which forward differentiation gives of all voxels at once.
     pictures: (N, H, W, 3) uint8; measured (N, V): the responses that each is pulled towards; errors (V,): mean squared
     ones of true pictures; directions: of each picture (None: PULLED of all together).
     """
