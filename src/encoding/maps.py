@@ -135,8 +135,9 @@ def pulls(encoder, pictures, measured, errors, seed=0, directions=None, at_once=
     """Say how hard each voxel pulls a picture under the posterior rule at kappa 1, (V,).
 
     A voxel's term is (predicted - measured)^2 / 2 errors, as if it were alone (encoding.errors); its pull is the length
-    of the term's gradient with respect to the picture, root mean square over pictures. A gradient is as long as its
-    products with random directions (Hutchinson 1990), which forward differentiation gives of all voxels at once.
+    of the term's gradient with respect to the picture, root mean square over pictures. A gradient's length is the root
+    mean square of its products with random directions (Hutchinson 1990), and forward differentiation gives those of all
+    voxels at once.
     pictures: (N, H, W, 3) uint8; measured (N, V): the responses that each is pulled towards; errors (V,): mean squared
     ones of true pictures; directions: of each picture (None: PULLED of all together).
     """
