@@ -7,6 +7,7 @@ images -> GNet of --gnet_run -> z-scored responses (N, V), voxels in the order o
     python src/score_gnet.py --subj 1 --images outputs_all/subj01/cp_4096_v1/300000/0.2
     python src/score_gnet.py --subj 1 --images ~/my_pictures --outdir scores_all/mine
 
+Of the test images it says how many the measured responses identify: whether the model knows the brain, and its voxels.
 Writes scores_all/subj0X/<run>[_<which>]/voxels.npy, float32, beside image_ids.npy and config.json: recon.py takes it as
 --target_fmri_npy. The images are stimuli, or the pictures of a folder: a recon's by the ids of its index.csv (each id's
 first sample), any other's by name, numbered from 0 (images.csv lists them).
@@ -56,9 +57,10 @@ def main(argv=None):
 
     from disk.files import archive_hash, file_hash, load_json, save_csv
     from disk.scores import load_scores, save_scores
-    from encoding.encoder import load_encoder
+    from encoding.encoder import identified, load_encoder
+    from encoding.guide import GOOD_R
+    from nsd.repeats import load_test_set
     from nsd.rows import open_stimuli, sample_hash
-    from nsd.trials import load_trials
     from sampling import folders
     from training.settings import Wandb
     from training.tracking import Dashboard, check_tracking
@@ -66,7 +68,7 @@ def main(argv=None):
     check_tracking(args.wandb_log)
     paths = Paths.from_args(args)
     encoder = load_encoder(paths, args.subj, args.gnet_run, args.seed, utils.pick_device(args.device))
-    files, name = [], encoder.run
+    files, name, test = [], encoder.run, None
     if args.images:
         pictures = paths.find(args.images)
         image_ids, files = folders.list_pictures(pictures)
@@ -82,7 +84,8 @@ def main(argv=None):
             image_ids = np.unique(np.concatenate(args.ids))
             name += f"_{args.ids[0][0]}-{args.ids[-1][-1]}"
         else:
-            image_ids = np.unique(load_trials(paths, args.subj, "new_test")["image_id"])
+            test = load_test_set(paths, args.subj)
+            image_ids = test.image_ids
         batches = stimuli.batches(image_ids, args.batch_size)
         shown = sample_hash(stimuli)
 
@@ -107,6 +110,11 @@ def main(argv=None):
     board.makes("scores", folder / "voxels.npy", file_hash)
     board.finish()
     print(f"{folder}/voxels.npy: responses of {responses.shape[1]} voxels to {len(image_ids)} images")
+    guiding = encoder.val_r > GOOD_R
+    if test and guiding.sum() > 1:
+        found = identified(responses[:, guiding], test.betas[:, guiding])
+        print(f"identification: of {len(found)} measured responses {found.sum()} correlate best with what is predicted "
+              f"for their own image ({guiding.sum()} voxels of validation r over {GOOD_R:g})")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from disk.checkpoints import load_checkpoint, save_checkpoint
 from disk.files import load_csv
 from disk.names import Paths
 from disk.scores import load_scores
-from encoding.encoder import Encoder, load_encoder
+from encoding.encoder import Encoder, identified, load_encoder
 from encoding.errors import SHRINKAGES, ResponseErrors
 from encoding.guide import BrainLoss, BrainMeasurement, good_voxels, weighted_correlation
 from models import GNet
@@ -360,6 +360,15 @@ def test_voxels_in_another_order_are_refused_before_anything_is_drawn(world, mod
 # --- predictions and judgement --------------------------------------------------------------------------------------
 
 
+def test_identification_is_the_share_of_best_correlations():
+    rng = np.random.default_rng(0)
+    predicted = rng.standard_normal((12, 5))
+    measured = 0.5 * predicted + rng.standard_normal((12, 5)) + rng.standard_normal((12, 1))
+    found = identified(predicted, measured)
+    wanted = [np.argmax([np.corrcoef(p, m)[0, 1] for p in predicted]) == i for i, m in enumerate(measured)]
+    assert found.tolist() == wanted and 0 < found.sum() < 12
+
+
 def test_score_gnet_predicts_stimuli_and_folders(world, encoder, tmp_path, capsys):
     root = ["--root", str(world.root), "--device", "cpu"]
     score_gnet.main([*root, "--batch_size", "3"])
@@ -370,7 +379,7 @@ def test_score_gnet_predicts_stimuli_and_folders(world, encoder, tmp_path, capsy
     with torch.no_grad():
         wanted = encoder.model(images, "subj01").numpy()
     np.testing.assert_allclose(voxels, wanted, rtol=1e-4, atol=1e-5)
-    capsys.readouterr()
+    assert f"of {len(SHARED)} measured responses {len(SHARED)} correlate best" in capsys.readouterr().out
     score_gnet.main(root)
     assert "already predicted" in capsys.readouterr().out
 
