@@ -488,7 +488,7 @@ def write_card(args, n=400):
         "`sd/`: the Stable-Diffusion-shaped pipeline (VAE 64x64x3 -> 16x16x4, UNet, text encoder, DDIM).",
         f"`clip/`: vision tower (12 blocks, 17 tokens x 96) and text tower (4 blocks, {TOKENS} tokens x 64).",
         "`judge.safetensors`: the network of `demo/judge.py`.",
-        "`gnet_subj01/`: GNet of subject 1 of the default world.",
+        "`gnet_subj01/`: GNet of subject 1 of the default world (one trunk for all eight subjects).",
         "`taesd/`: a small decoder of the VAE's latents, for guidance.",
     ]
     (args.outdir / "README.md").write_text("\n".join(lines) + "\n")
