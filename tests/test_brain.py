@@ -255,8 +255,9 @@ def test_the_brain_alone_raises_its_own_agreement(world, models, tmp_path):
     assert (r["brain"] - r["none"]).mean() > 0.05
 
 
-def test_a_subset_draws_the_same_pictures_and_logs(world, models, tmp_path):
-    flags = ["--use_gnet", "--gnet_roi", "V1"]
+@pytest.mark.parametrize("rule", [[], ["--guidance_rule", "posterior", "--guidance_scale", 3, "--feats", "none"]])
+def test_a_subset_draws_the_same_pictures_and_logs(world, models, tmp_path, rule):
+    flags = ["--use_gnet", "--gnet_roi", "V1", *rule]
     assert draw(world, models, tmp_path / "all", *flags) == 0
     assert draw(world, models, tmp_path / "two", *flags, "--ids", SHARED[1], SHARED[3]) == 0
     for row in (1, 3):
