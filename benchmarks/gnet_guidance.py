@@ -34,11 +34,11 @@ import recon
 import train_gnet
 import utils
 from disk.checkpoints import load_checkpoint, save_checkpoint
-from disk.files import load_json, save_csv
+from disk.files import save_csv
 from disk.names import Paths, run_name
 from encoding.encoder import Encoder, load_encoder
 from encoding.guide import ALL, good_voxels, weighted_correlation
-from guidance_choice import read_table
+from guidance_choice import read_table, truths_in
 from models import GNet, gnet_input
 from nsd.regions import roi_masks
 from nsd.repeats import load_test_set, noise_ceiling, responses_to
@@ -297,8 +297,7 @@ def measure_set(args, paths, guide, judge, folder, sample=0):
     else:  # the protocol takes the mean of samples; here it is one of them
         outdir = one_sample(folder, sample, ids)
     evaluate.main(["--root", args.root, "--images", str(outdir), "--eval_clip", args.clip_model, "--no-controls"])
-    attributes = paths.root / "demo_attributes.json"
-    table = read_table(outdir, load_json(attributes, kind=list) if attributes.exists() else None)
+    table = read_table(outdir, truths_in(paths))
     table |= {name: np.mean([table[part] for part in parts], axis=0) for name, parts in ATTRIBUTES.items()
               if parts[0] in table}
     found |= {name: np.array(table[name], float) for name in MEASURES if name in table}
@@ -389,10 +388,10 @@ def report(tables, settings, same, seconds, guide, judge, paths, args):
     for k in (*BEST_OF, f"{max(BEST_OF)} by g"):
         lines.append(f"| kappa {DEFAULT:g} minus best of {k}: {said} | "
                      + "; ".join(shown(default, name, tables[f"best of {k}"]) for name in compared) + " |")
-    both, n = tables[f"{GUIDED_BEST} {max(BEST_OF)}"], max(BEST_OF)
-    for title, against in ((f"kappa {DEFAULT:g}", default), (f"best of {n}", tables[f"best of {n}"])):
-        lines.append(f"| {GUIDED_BEST} {n} minus {title}: {said} | "
-                     + "; ".join(shown(both, name, against) for name in compared) + " |")
+    most = max(BEST_OF)
+    for title, against in ((f"kappa {DEFAULT:g}", default), (f"best of {most}", tables[f"best of {most}"])):
+        lines.append(f"| {GUIDED_BEST} {most} minus {title}: {said} | "
+                     + "; ".join(shown(tables[f"{GUIDED_BEST} {most}"], name, against) for name in compared) + " |")
     columns = [f"{title} {roi}" for title in ("guide", "judge") for roi in (*regions, "all")] + list(measures)
     if args.table:
         lines += ["", f"![change with kappa]({Path(args.table).stem}.png)"]

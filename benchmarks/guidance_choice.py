@@ -86,8 +86,7 @@ def main(argv=None):
                                "batch_size")
              if getattr(args, name) != ""]
     same = [word for name in given for word in (f"--{name}", str(getattr(args, name)))]
-    attributes = paths.root / "demo_attributes.json"
-    truths = load_json(attributes, kind=list) if attributes.exists() else None
+    truths = truths_in(paths)
     settings, tables = SETS[args.what], []
     if args.decoders:
         settings = [{**POSTERIOR, "guidance_decoder": name} for name in ("full", *args.decoders)] + [UNGUIDED]
@@ -168,6 +167,12 @@ def plot(tables, file):
     figure.supxlabel("strength of g (--guidance_scale)")
     figure.supylabel("difference from unguided")
     figure.savefig(file, dpi=100)
+
+
+def truths_in(paths):
+    """What each image of the demo world shows; None of another world."""
+    file = paths.root / "demo_attributes.json"
+    return load_json(file, kind=list) if file.exists() else None
 
 
 def read_table(folder, truths):

@@ -3,11 +3,11 @@
 They stand where openai/clip-vit and CompVis/stable-diffusion-v1-4 stand on real data: same classes, same folder layout,
 loaded by the same from_pretrained calls. The training scenes come from a seed that mini-NSD does not use.
 
-    python demo/train_tiny_models.py                       # everything: about four hours on one CPU core
+    python demo/train_tiny_models.py                       # everything: about five hours on one CPU core
     python demo/train_tiny_models.py --stage unet --steps 40000
     python demo/train_tiny_models.py --stage card          # measure, and write demo/models/README.md
 
-Stage gnet trains subject 1's brain encoding model, by the pipeline itself and on mini-NSD, which must be there
+Stage gnet trains the brain encoding model, by the pipeline itself and on mini-NSD, which must be there
 (make_mini_nsd.py), and stage taesd the small decoder of the VAE's latents, on its features (demo.sh). Each other stage
 continues from its last checkpoint in --workdir and exports to --outdir when it is done. --init FOLDER starts from the
 weights of other such models wherever a tensor's name and shape agree.
@@ -431,9 +431,10 @@ def cached_round_trips(args, vae, images):
 # --- the brain encoding model -------------------------------------------------------------------------------------
 
 
-def train_gnet(args, subj="subj01"):
-    """GNet with one trunk for all subjects, of whom one's voxels are kept, in half precision: a folder of train_logs,
-    as a download would be."""
+def train_gnet(args):
+    """GNet with one trunk for all subjects, of whom the first one's voxels are kept, in half precision: a folder of
+    train_logs, as a download would be."""
+    subj = "subj01"
     train = "STAGES=gnet bash scripts/train.sh --multi_subject --num_epochs 12 --precision bf16"
     subprocess.run(["bash", "-c", f"source demo/settings.sh && {train}"], cwd=HERE.parent, check=True)
     state = torch.load(HERE / "train_logs" / "gnet_multisubject" / "best.pth", weights_only=True)

@@ -57,10 +57,12 @@ def main(argv=None):
 
     from disk.files import archive_hash, file_hash, load_json, save_csv
     from disk.scores import load_scores, save_scores
-    from encoding.encoder import identified, load_encoder
+    from encoding.encoder import load_encoder
     from encoding.guide import GOOD_R
-    from nsd.repeats import load_test_set
+    from evaluation.metrics import identified
+    from nsd.repeats import responses_to
     from nsd.rows import open_stimuli, sample_hash
+    from nsd.trials import load_trials
     from sampling import folders
     from training.settings import Wandb
     from training.tracking import Dashboard, check_tracking
@@ -68,7 +70,7 @@ def main(argv=None):
     check_tracking(args.wandb_log)
     paths = Paths.from_args(args)
     encoder = load_encoder(paths, args.subj, args.gnet_run, args.seed, utils.pick_device(args.device))
-    files, name, test = [], encoder.run, None
+    files, name = [], encoder.run
     if args.images:
         pictures = paths.find(args.images)
         image_ids, files = folders.list_pictures(pictures)
@@ -84,8 +86,7 @@ def main(argv=None):
             image_ids = np.unique(np.concatenate(args.ids))
             name += f"_{args.ids[0][0]}-{args.ids[-1][-1]}"
         else:
-            test = load_test_set(paths, args.subj)
-            image_ids = test.image_ids
+            image_ids = np.unique(load_trials(paths, args.subj, "new_test")["image_id"])
         batches = stimuli.batches(image_ids, args.batch_size)
         shown = sample_hash(stimuli)
 
@@ -111,8 +112,9 @@ def main(argv=None):
     board.finish()
     print(f"{folder}/voxels.npy: responses of {responses.shape[1]} voxels to {len(image_ids)} images")
     guiding = encoder.val_r > GOOD_R
-    if test and guiding.sum() > 1:
-        found = identified(responses[:, guiding], test.betas[:, guiding])
+    if not (args.ids or args.images) and guiding.sum() > 1:
+        measured = responses_to(paths, args.subj, image_ids).betas
+        found = identified(responses[:, guiding], measured[:, guiding])
         print(f"identification: of {len(found)} measured responses {found.sum()} correlate best with what is predicted "
               f"for their own image ({guiding.sum()} voxels of validation r over {GOOD_R:g})")
 

@@ -18,9 +18,10 @@ from disk.checkpoints import load_checkpoint, save_checkpoint
 from disk.files import load_csv
 from disk.names import Paths
 from disk.scores import load_scores
-from encoding.encoder import Encoder, identified, load_encoder
+from encoding.encoder import Encoder, load_encoder
 from encoding.errors import SHRINKAGES, ResponseErrors
 from encoding.guide import BrainLoss, BrainMeasurement, good_voxels, weighted_correlation
+from evaluation.metrics import identified
 from models import GNet
 from nsd.repeats import load_test_set, responses_to
 from nsd.rows import open_stimuli

@@ -39,17 +39,6 @@ class Encoder(NamedTuple):
         return np.concatenate(found)
 
 
-def identified(predicted, measured):
-    """Which images their responses tell from the others: bool (N,), true where of all N predictions that of the very
-    image correlates best, across voxels, with the measured response.
-
-    predicted, measured: (N, n). Identification of Kay et al. 2008, Nature 452:352.
-    """
-    a, b = (rows - rows.mean(1, keepdims=True) for rows in (predicted, measured))
-    a, b = (rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12) for rows in (a, b))
-    return (b @ a.T).argmax(1) == np.arange(len(a))
-
-
 def encoder_file(paths, run):
     """The checkpoint of an encoding model; UserError when there is none."""
     file = paths.run(run) / "best.pth"

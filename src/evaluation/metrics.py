@@ -98,6 +98,15 @@ def correlations(reals, preds, at_once=4096):
     return weights[0][:, None] * dots * weights[1]
 
 
+def identified(predicted, measured):
+    """Which images their responses tell from the others: bool (N,), true where of all N predictions that of the very
+    image correlates best, across voxels, with the measured response.
+
+    predicted, measured: (N, n). Identification of Kay et al. 2008, Nature 452:352.
+    """
+    return correlations(predicted, measured).argmax(axis=0) == np.arange(len(measured))
+
+
 def identification(r, tie=0.0):
     """Say for every query and every wrong candidate whether the right candidate correlates better: 1, or 0.
 

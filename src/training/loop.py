@@ -406,11 +406,10 @@ def to_device(item, device):
 
 def make_optimizer(model, loop, steps_per_epoch):
     """Make AdamW and its one-cycle schedule, which peaks after two epochs, or halfway through a shorter training."""
-    groups = weight_decay_groups(model, loop.weight_decay)
     # fused, a step takes a quarter of the time on a CPU, too
-    optimizer = torch.optim.AdamW(groups, lr=loop.max_lr, fused=True)
+    optimizer = torch.optim.AdamW(weight_decay_groups(model, loop.weight_decay), lr=loop.max_lr, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [group.get("lr", loop.max_lr) for group in groups],
+        optimizer, [group["lr"] for group in optimizer.param_groups],
         total_steps=max(4, loop.num_epochs * steps_per_epoch),  # it needs at least four
         pct_start=min(0.5, 2 / loop.num_epochs))
     return optimizer, schedule
