@@ -395,6 +395,9 @@ def training_parser(doc, components=None, mindeye2=None):
     stage.add_argument("--multisubject_ckpt", metavar="RUN",
                        help="fine-tune from this pretraining run: a name, `auto` for that of --subj and the feature, "
                             "or the folder of a run of other data whose components --components_from took")
+    stage.add_argument("--synthetic", type=whole, default=0, metavar="N",
+                       help="beside --subj's trials, responses to N stimuli it never saw, which a GNet of the same "
+                            "sessions simulated (score_gnet.py --synthetic); pretraining and ridges do without (0)")
     network = parser.add_argument_group("network", "in fine-tuning, what is not given is the pretrained run's")
     network.add_argument("--model", choices=MODELS,
                          help="components: regression of the features' principal components; mindeye2: the published "

@@ -6,11 +6,14 @@ images -> GNet of --gnet_run -> z-scored responses (N, V), voxels in the order o
     python src/score_gnet.py --subj 1 --ids 0-99 512 --gnet_run gnet_published
     python src/score_gnet.py --subj 1 --images outputs_all/subj01/cp_4096_v1/300000/0.2
     python src/score_gnet.py --subj 1 --images ~/my_pictures --outdir scores_all/mine
+    python src/score_gnet.py --subj 1 --gnet_run gnet_subj01_1sess --synthetic 1000        # to train decoders on
 
 Of the test images it says how many the measured responses identify: whether the model knows the brain, and its voxels.
 Writes scores_all/subj0X/<run>[_<which>]/voxels.npy, float32, beside image_ids.npy and config.json: recon.py takes it as
 --target_fmri_npy. The images are stimuli, or the pictures of a folder: a recon's by the ids of its index.csv (each id's
 first sample), any other's by name, numbered from 0 (images.csv lists them).
+--synthetic writes single trials, three of each stimulus, with noise as it was measured; the stimuli are in no test set,
+and the subject never saw them. scores_all/subj0X/gnet_<sessions>sess_synthetic/ is what train_*.py --synthetic reads.
 """
 
 import argparse
@@ -31,6 +34,8 @@ def get_parser():
     which.add_argument("--ids", type=id_range, nargs="+", metavar="ID|FIRST-LAST",
                        help="0-based 73k ids of stimuli (the subject's test images)")
     which.add_argument("--images", metavar="DIR", help="a folder of pictures")
+    which.add_argument("--synthetic", type=options.whole, metavar="N",
+                       help="simulated trials of N stimuli outside the test sets and --subj's images")
     parser.add_argument("--outdir", metavar="DIR", help="write there instead")
     parser.add_argument("--batch_size", type=options.whole, default=50, metavar="IMAGES")
     parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False)
@@ -70,6 +75,8 @@ def main(argv=None):
     check_tracking(args.wandb_log)
     paths = Paths.from_args(args)
     encoder = load_encoder(paths, args.subj, args.gnet_run, args.seed, utils.pick_device(args.device))
+    if args.synthetic is not None:
+        return write_synthetic(args, paths, encoder)
     files, name = [], encoder.run
     if args.images:
         pictures = paths.find(args.images)
@@ -117,6 +124,52 @@ def main(argv=None):
         found = identified(responses[:, guiding], measured[:, guiding])
         print(f"identification: of {len(found)} measured responses {found.sum()} correlate best with what is predicted "
               f"for their own image ({guiding.sum()} voxels of validation r over {GOOD_R:g})")
+
+
+def write_synthetic(args, paths, encoder):
+    """Write simulated trials of args.synthetic stimuli, drawn at random."""
+    import numpy as np
+
+    from disk.files import archive_hash, file_hash, load_json, save_together, write_json
+    from encoding.simulation import noise_of, simulate
+    from nsd.rows import open_betas, open_stimuli, sample_hash
+    from nsd.simulated import FILE, TRIALS, stimuli_to_simulate, write_simulated
+    from training.settings import Wandb
+    from training.tracking import Dashboard
+
+    num_sessions, val_fraction, seed = encoder.held_out
+    if num_sessions is None:
+        raise utils.UserError(f"--gnet_run {encoder.run}: is not of sessions of {args.subj} alone, and may know images "
+                              "that validate or test; train one (train_gnet.py --num_sessions)")
+    if args.outdir:
+        raise utils.UserError("--outdir: simulated trials lie where training looks for them; leave it out")
+    stimuli = open_stimuli(paths)
+    candidates = stimuli_to_simulate(paths, args.subj, len(stimuli))
+    if not 1 <= args.synthetic <= len(candidates):
+        raise utils.UserError(f"--synthetic {args.synthetic}: wanted 1..{len(candidates)}, the stimuli outside the "
+                              f"test sets that {args.subj} never saw")
+    folder = paths.simulated(args.subj, num_sessions)
+    config = {"run": encoder.run, "subj": args.subj, "num_sessions": num_sessions, "val_fraction": val_fraction,
+              "seed": seed, "synthetic": args.synthetic, "checkpoint_sha256": file_hash(encoder.file),
+              "images_hash": sample_hash(stimuli), "betas_hash": sample_hash(open_betas(paths, args.subj))}
+    if (folder / "config.json").exists() and not args.overwrite:
+        if load_json(folder / "config.json") != config:
+            raise utils.UserError(f"{folder}: holds other trials, or of another checkpoint; --overwrite them")
+        print(f"{folder}: already simulated with this checkpoint, kept")
+        return
+    rng = np.random.default_rng(seed)
+    image_ids = rng.permutation(candidates)[:args.synthetic]
+    noise = noise_of(encoder, paths)
+    blocks = utils.progress(simulate(encoder, paths, image_ids, noise, rng), desc=f"simulate {encoder.run}",
+                            unit="batch")
+    save_together({folder / "config.json": write_json(config),  # in place last
+                   folder / FILE: lambda file: write_simulated(file, image_ids, blocks, noise.shape[1])})
+    board = Dashboard(folder, f"score_{args.subj}_{folder.name}", config, Wandb.from_args(args).of("score", "gnet"))
+    board.uses("checkpoint", encoder.file, archive_hash)
+    board.makes("scores", folder / FILE, file_hash)
+    board.finish()
+    print(f"{folder}/{FILE}: {TRIALS} simulated trials each of {len(image_ids)} stimuli; train with --synthetic "
+          f"{len(image_ids)} --num_sessions {num_sessions}")
 
 
 if __name__ == "__main__":

@@ -147,6 +147,10 @@ class Paths:
         """Folder of one feature's scores that the flags of a score script (a dict) mean."""
         return self.scores(flags["subj"], scores_name(flags, feat), feat)
 
+    def simulated(self, subj, num_sessions):
+        """Folder of the responses of a subject that an encoding model of so many sessions simulated."""
+        return self.scores_all / subj / f"gnet_{num_sessions}sess_synthetic"
+
     def maps(self, subj):
         """Folder of a subject's maps of the brain."""
         return self.outputs_all / subj / "maps"

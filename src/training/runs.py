@@ -15,7 +15,8 @@ from nsd.batches import EpochBatches, read_targets
 from nsd.clusters import clusters_digest, read_clusters
 from nsd.components import CoefficientRows, open_components
 from nsd.repeats import AveragedRows
-from nsd.rows import open_betas, open_feature, open_stimuli
+from nsd.rows import open_betas, open_feature, open_stimuli, sample_hash
+from nsd.simulated import JoinedRows, SimulatedTrials
 from nsd.trials import list_subjects, shared_images, split_trials
 from training.origins import CLUSTERS, changed, inputs_there
 from training.team import Team
@@ -111,8 +112,12 @@ def gather_component_run(plan, config, team, subjects, feats, pretrained=None):
         train, val = split_of(plan, subj)
         rows.require(train["row"].to_numpy())
         averaged = AveragedRows(rows, val)
-        tables["train"][subj], betas["train"][subj] = train, rows
         tables["val"][subj], betas["val"][subj] = averaged.table, averaged
+        if plan.synthetic:
+            simulated = simulated_trials(plan)
+            rows = JoinedRows(rows, simulated.rows)
+            train = rows.join(train, simulated.table)
+        tables["train"][subj], betas["train"][subj] = train, rows
     targets = {feat: CoefficientRows(known) for feat, known in components.items()}
     run = make_run(plan, config, team, tables, betas, targets, pretrained, average=True)
     run.lines = ridge_r2(plan, config["feat"], feats)
@@ -135,6 +140,11 @@ def ridge_r2(plan, name, feats):
                 found = {feat: rows[-1].get(f"val/r2_{feat}") for feat in feats}
                 return {f"val/r2_{feat}_ridge": r2 for feat, r2 in found.items() if r2 is not None}
     return {}
+
+
+def simulated_trials(plan):
+    """Open the SimulatedTrials that a plan adds to those of its subject."""
+    return SimulatedTrials(plan.paths, plan.subj, plan.synthetic, plan.num_sessions, plan.val_fraction, plan.loop.seed)
 
 
 def split_of(plan, subj):
@@ -185,6 +195,8 @@ def claim(plan, feat, subjects, components=(), features=(), stimuli=False, **fur
     name = plan.run_name(feat)
     config = plan.config | {"feat": feat, "run": name, **further, "made_from": inputs_there(
         plan.paths, subjects, components, features, stimuli, [plan.pretrained_path(feat)])}
+    if plan.synthetic:
+        config["made_from"]["simulated responses"] = sample_hash(simulated_trials(plan).rows)
     team = Team.assemble(plan.loop.device, plan.loop.precision)
     if plan.hold_out:
         read_clusters(plan.paths, int(plan.hold_out.split("/")[1]), partial(shared_images, plan.paths))

@@ -85,6 +85,7 @@ class Plan:
     config: dict  # all that decides the result but the feature: settings_of
     hold_out: str | None = None  # 'K/N', the cluster of images that neither trains nor validates
     pretrain_subjects: tuple = ()  # pretrain: these alone
+    synthetic: int = 0  # finetune, scratch: stimuli to which a GNet simulated responses, beside the measured ones
 
     @classmethod
     def from_args(cls, args):
@@ -99,6 +100,9 @@ class Plan:
         if args.model == "ridge" and (args.multi_subject or args.multisubject_ckpt):
             raise utils.UserError("--model ridge: has no pretraining; leave out --multi_subject and "
                                   "--multisubject_ckpt")
+        if args.synthetic and (args.model == "mindeye2" or args.hold_out):
+            raise utils.UserError("--synthetic: for --model components, and not with --hold_out, of which GNet knows "
+                                  "nothing; leave one of them out")
         stage = "pretrain" if args.multi_subject else "finetune" if args.multisubject_ckpt else "scratch"
         stage = "ridge" if args.model == "ridge" else stage
         return cls._of(args, stage, settings_of(vars(args), stage), args.hidden_dim, args.multisubject_ckpt)
@@ -115,7 +119,7 @@ class Plan:
         num_sessions = None if args.multi_subject else args.num_sessions
         return cls(Paths.from_args(args), stage, args.subj, num_sessions, args.val_fraction, hidden_dim, args.tag,
                    multisubject_ckpt, Loop.from_args(args), config, getattr(args, "hold_out", None),
-                   tuple(getattr(args, "pretrain_subjects", ())))
+                   tuple(getattr(args, "pretrain_subjects", ())), config.get("synthetic", 0))
 
     def run_name(self, feat):
         """Return the name of a feature's run."""
@@ -201,7 +205,8 @@ def check_flags(flags):
     for name in ("max_lr", "field_lr", "ckpt_minutes"):
         if name in flags and not 0 < flags[name] < float("inf"):
             raise utils.UserError(f"--{name} {flags[name]:g}: wanted a number greater than 0")
-    for name in ("num_workers", "n_blocks", "pass_through", "l1", "clip_scale", "prior_scale", "weight_decay"):
+    for name in ("num_workers", "n_blocks", "pass_through", "l1", "clip_scale", "prior_scale", "weight_decay",
+                 "synthetic"):
         if name in flags and not 0 <= flags[name] < float("inf"):
             raise utils.UserError(f"--{name} {flags[name]:g}: wanted a number, 0 or more")
 
@@ -212,7 +217,9 @@ def settings_of(flags, stage):
     flags: {name: value} of the whole command line; stage: of a Plan, or gnet. A run with other settings is another run.
     """
     config = {key: value for key, value in flags.items() if key not in NOT_SCIENCE}
-    for name in ("hold_out", "pretrain_subjects"):  # so that a run says what it said before there was the flag
+    if stage == "pretrain":  # is of other subjects
+        config.pop("synthetic", None)
+    for name in ("hold_out", "pretrain_subjects", "synthetic"):  # so that a run says what it said before the flag was
         if not config.get(name):
             config.pop(name, None)
     if flags.get("model") == "components":
