@@ -13,7 +13,8 @@
 #   SUBJ=1                                   the subject to decode
 #   FEATS="c z g_2 g_4 g_6 g_8 g_10 g_12"    features to predict; g: all of its layers
 #   JOBS=1                                   so many scripts side by side, sharing the cores
-#   STAGES="pretrain finetune"               the last one decodes: pretrain, finetune, scratch or ridge; or gnet
+#   STAGES="pretrain finetune"               the last one decodes: pretrain, synthetic, finetune, scratch or ridge;
+#                                            or gnet
 #   ROOT=<the repository>                    the folder that holds data and results
 #   WANDB_LOG=0                              1: log to W&B
 #   DRY_RUN=0                                1: show the configuration and the folders to write, and stop

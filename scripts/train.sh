@@ -15,7 +15,7 @@
 #   SUBJ=1                                   the subject
 #   FEATS="c z g_2 g_4 g_6 g_8 g_10 g_12"    features to train; g: all of its layers
 #   STAGES="pretrain finetune"               one after another; also scratch (on SUBJ alone), ridge (the linear
-#                                            baseline), gnet
+#                                            baseline), gnet, and, before finetune, synthetic (on simulated responses)
 #   JOBS=1                                   so many trainings of a stage side by side, sharing the cores
 #   ROOT=<the repository>                    the folder that holds data and results
 #   LAUNCH=""                                accelerate launch ..., for several GPUs
@@ -39,10 +39,12 @@ train() (
 )
 
 given=("$@")
+start=auto # what fine-tuning starts from
 for stage in "${STAGES[@]}"; do
     case $stage in
         pretrain) flags=(--multi_subject) ;;
-        finetune) flags=(--multisubject_ckpt auto) ;;
+        synthetic) flags=(--synthetic --multisubject_ckpt auto) start=synthetic ;;
+        finetune) flags=(--multisubject_ckpt "$start") ;;
         scratch) flags=() ;;
         ridge) flags=(--model ridge) ;;
         gnet)

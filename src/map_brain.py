@@ -27,7 +27,7 @@ def get_parser():
     options.add_subject(parser)
     options.add_run(parser)
     parser.add_argument("--run", type=options.run, default="finetune", metavar="STAGE[:SUBJ]",
-                        help="whose decoders: finetune, pretrain, scratch or ridge, as of score.sh")
+                        help=f"whose decoders: {options.listed(options.STAGES)}, as of score.sh")
     parser.add_argument("--feats", type=feature_or_none, nargs="+", metavar="FEAT",
                         help="features whose decoders are mapped; none: no decoder (those that were trained)")
     parser.add_argument("--gnet_run", type=options.tag, metavar="RUN",
@@ -45,7 +45,7 @@ def feature_or_none(text):
 def main(argv=None):
     args = get_parser().parse_args(argv, writes=lambda given: [folder_of(given, Paths.from_args(given))])
     if args.run == "ground_truth":
-        raise utils.UserError("--run ground_truth: reads no voxel; give finetune, pretrain, scratch or ridge")
+        raise utils.UserError(f"--run ground_truth: reads no voxel; give {options.listed(options.STAGES)}")
     from disk.files import archive_hash
     from encoding.encoder import load_encoder
     from evaluation import brain_maps

@@ -789,13 +789,13 @@ def restore(state, file, model=None):
     return model
 
 
-def load_trunk(model, state_dict):
-    """Copy all weights but the voxel encoders' (`voxelenc.*`) into `model`; return the copied keys, sorted.
+def load_trunk(model, state_dict, voxel_encoders=False):
+    """Copy all weights but the voxel encoders' (`voxelenc.*`), or with them, into `model`; return the keys, sorted.
 
     Raises UserError, before anything is copied, unless both have the same keys of the same shapes.
     """
     wanted, found = (
-        {key: value for key, value in state.items() if not key.startswith("voxelenc.")}
+        {key: value for key, value in state.items() if voxel_encoders or not key.startswith("voxelenc.")}
         for state in (model.state_dict(), state_dict)
     )
     wrong = sorted(wanted.keys() ^ found.keys())

@@ -22,6 +22,7 @@ MODELS = ("components", "mindeye2", "ridge")  # what --model takes
 # what --guidance_rule, --guidance_grad and --guidance_x0 take
 RULES, GRADS, X0S = ("posterior", "raw", "norm"), ("xt", "x0"), ("cond", "cfg")
 SOLVERS = ("ddim", "dpm")  # what --solver takes
+STAGES = ("finetune", "pretrain", "synthetic", "scratch", "ridge")  # of which a run of c, z or g is
 TEST_SPLITS = ("new_test", "test", "val", "synthetic")  # what --test_split takes
 SELECTORS = ("g", "gnet")  # what --select takes
 MAX_SHIFT = 0.6  # --guidance_rule norm and posterior move the predicted image by at most this many sigma (rms)
@@ -220,7 +221,7 @@ def add_sessions(parser):
 def add_scored_run(parser):
     """Flags that, with those of add_run, say which run predicts and through whose voxel encoder."""
     parser.add_argument("--run", type=run, default="finetune", metavar="STAGE[:SUBJ]",
-                        help="finetune, pretrain, scratch or ridge: that run of --subj, or of another subject "
+                        help=f"{listed(STAGES)}: that run of --subj, or of another subject "
                              "(pretrain:1 = pretrained on all but subject 1); ground_truth: no run, the true features")
     parser.add_argument("--head", type=head, metavar="own|adapt|1..99",
                         help="voxel encoder: --subj's own in that run; a new one, fitted to --subj's training trials "
@@ -259,13 +260,18 @@ def tag(text):
     return text
 
 
+def listed(words):
+    """('a', 'b', 'c') -> 'a, b or c'."""
+    return " or ".join([", ".join(words[:-1]), words[-1]])
+
+
 def run(text):
     """'finetune', 'pretrain:1', ... -> with the subject written subj01."""
     if text == "ground_truth":
         return text
     stage, colon, subj = text.partition(":")
-    if stage not in ("finetune", "pretrain", "scratch", "ridge"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a run; wanted finetune, pretrain, scratch or ridge, "
+    if stage not in STAGES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a run; wanted {listed(STAGES)}, "
                                          "alone or with a subject, as in pretrain:1, or ground_truth")
     return stage + (f":{subject(subj)}" if colon else "")
 
@@ -393,11 +399,12 @@ def training_parser(doc, components=None, mindeye2=None):
     stage.add_argument("--pretrain_subjects", type=subject, nargs="+", metavar="SUBJ",
                        help="pretrain on these alone; they do not name the run, --tag does")
     stage.add_argument("--multisubject_ckpt", metavar="RUN",
-                       help="fine-tune from this pretraining run: a name, `auto` for that of --subj and the feature, "
-                            "or the folder of a run of other data whose components --components_from took")
-    stage.add_argument("--synthetic", type=whole, default=0, metavar="N",
-                       help="beside --subj's trials, responses to N stimuli it never saw, which a GNet of the same "
-                            "sessions simulated (score_gnet.py --synthetic); pretraining and ridges do without (0)")
+                       help="fine-tune from this run: a name, `auto` for the pretraining of --subj and the feature, "
+                            "`synthetic` for that on simulated responses, or the folder of a run of other data whose "
+                            "components --components_from took")
+    stage.add_argument("--synthetic", action=argparse.BooleanOptionalAction, default=False,
+                       help="train on responses to stimuli that --subj never saw, which a GNet of the same sessions "
+                            "simulated (score_gnet.py --synthetic); fine-tuning goes on from there")
     network = parser.add_argument_group("network", "in fine-tuning, what is not given is the pretrained run's")
     network.add_argument("--model", choices=MODELS,
                          help="components: regression of the features' principal components; mindeye2: the published "
@@ -436,7 +443,10 @@ def resolve_training(defaults, args):
     chosen = {"hidden_dim": HIDDEN_DIM} | defaults[args.model]
     if args.multi_subject:
         chosen |= PRETRAINING_DEFAULTS[args.model]
-    elif args.model == "components":  # few sessions are seen more often, in fewer steps all the same
+    elif args.synthetic:
+        chosen["num_epochs"] = 1  # there are as many simulated trials as one likes
+    elif args.model == "components" and not (args.multisubject_ckpt or "").startswith("synthetic"):
+        # few sessions are seen more often, in fewer steps all the same
         chosen["num_epochs"] = round(chosen["num_epochs"] * (max(SESSIONS.values()) / max(args.num_sessions, 1)) ** 0.5)
     for name, value in chosen.items():
         if getattr(args, name) is None:

@@ -168,8 +168,8 @@ def write_synthetic(args, paths, encoder):
     board.uses("checkpoint", encoder.file, archive_hash)
     board.makes("scores", folder / FILE, file_hash)
     board.finish()
-    print(f"{folder}/{FILE}: {TRIALS} simulated trials each of {len(image_ids)} stimuli; train with --synthetic "
-          f"{len(image_ids)} --num_sessions {num_sessions}")
+    print(f"{folder}/{FILE}: {TRIALS} simulated trials each of {len(image_ids)} stimuli; train with "
+          f"STAGES=\"synthetic finetune\" bash scripts/train.sh --num_sessions {num_sessions}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def get_parser():
     options.add_run(parser)
     options.add_compute(parser)
     parser.add_argument("--run", type=options.run, default="finetune", metavar="STAGE[:SUBJ]",
-                        help="export this run: finetune, pretrain, scratch or ridge, of --subj or of another subject")
+                        help=f"export this run: {options.listed(options.STAGES)}, of --subj or of another subject")
     parser.add_argument("--feats", type=options.feature, nargs="+", metavar="FEATURE",
                         help="export the runs of these: c, z, g_2, ... (all that there are)")
     parser.add_argument("--stack", action=argparse.BooleanOptionalAction, default=True,
@@ -53,8 +53,8 @@ def main(argv=None):
         import_runs(paths, paths.model(args.folder), args.overwrite)
         return
     if args.run == "ground_truth":
-        raise utils.UserError("--run ground_truth: true features have no run; give finetune, pretrain, scratch or "
-                              "ridge")
+        raise utils.UserError("--run ground_truth: true features have no run; give "
+                              f"{options.listed(options.STAGES)}")
     from sharing.exports import export_runs
     from training.scoring import Request
 

@@ -15,7 +15,7 @@ from encoding.encoder import load_encoder
 from encoding.simulation import noise_of, residuals
 from nsd.components import open_components
 from nsd.rows import open_betas, open_stimuli
-from nsd.simulated import TRIALS, JoinedRows, stimuli_to_simulate
+from nsd.simulated import TRIALS, stimuli_to_simulate
 from nsd.trials import load_trials, split_trials
 from tiny_brain import RUN, V, write_brain
 from tiny_nsd import N_IMAGES, SHARED, read_hdf5
@@ -24,6 +24,7 @@ from training.runs import open_component_run
 from training.settings import Plan
 
 SPLIT = (3, 0.3, 42)  # of the tiny brain's GNet: sessions, share of validation images, seed
+STAGE = "synthetic_subj01_3sess_ext1_c_8_mlp"
 NETWORK = ["--model", "components", "--num_epochs", 2, "--val_fraction", 0.3, "--seed", 42]
 
 
@@ -59,7 +60,7 @@ def test_stimuli_are_those_nobody_tests_on_and_the_subject_never_saw(world):
 
 
 def test_responses_are_predictions_and_whole_rows_of_measured_noise(world, encoder):
-    """Without what the network itself predicts, each row is what it misses in one training trial, scaled by voxel."""
+    """Without what the network itself predicts, each row is what it misses in one training trial, scaled."""
     file = responses_file(world)
     ids, betas = read_hdf5(file, "image_ids"), read_hdf5(file, "betas")
     pictures = torch.from_numpy(open_stimuli(world)[ids]).permute(0, 3, 1, 2) / 255
@@ -70,7 +71,7 @@ def test_responses_are_predictions_and_whole_rows_of_measured_noise(world, encod
     with torch.no_grad():
         pictures = torch.from_numpy(open_stimuli(world)[train["image_id"].to_numpy()]).permute(0, 3, 1, 2) / 255
         missed = missed - encoder.model(pictures, "subj01").numpy()
-    scale = np.sqrt((residuals(encoder, world, val) ** 2).mean(0) / (missed**2).mean(0))
+    scale = np.sqrt((residuals(encoder, world, val) ** 2).mean() / (missed**2).mean())
     distance = np.abs(drawn[:, None] - (missed * scale)[None]).max(-1)
     assert distance.min(1).max() < 1e-4
     assert len(set(distance.argmin(1))) > 6  # not one and the same row
@@ -84,78 +85,90 @@ def test_noise_comes_from_as_many_trials_as_asked(world, encoder):
     np.testing.assert_allclose(few[[0, -1]], every[[0, -1]], atol=1e-5)
 
 
-def test_joined_rows_are_both_in_any_order():
-    rng = np.random.default_rng(0)
-    measured, simulated = (rng.standard_normal((n, 4)).astype(np.float32) for n in (5, 3))
-    rows = rng.permutation([*range(8), 2, 7])
-
-    class Few(np.ndarray):
-        path = "few"
-
-    joined = JoinedRows(measured.view(Few), simulated.view(Few))
-    np.testing.assert_array_equal(joined[rows], np.concatenate([measured, simulated])[rows])
-    np.testing.assert_array_equal(joined[np.array([1])], measured[[1]])
-    assert joined.shape == (8, 4) == (len(joined), 4)
+def opened(paths, *flags):
+    """The Run of a training of c that these flags mean."""
+    words = ["--root", paths.root, "--subj", 1, "--num_sessions", 3, "--num_workers", 0, "--device", "cpu",
+             "--hidden_dim", 8, "--batch_size", 9, *NETWORK, *flags]
+    return open_component_run(Plan.from_args(train_c.get_parser().parse_args(list(map(str, words)))), "c", ["c"])[0]
 
 
-def test_a_training_reads_them_beside_the_measured_trials(world):
-    """Every epoch has each trial of both once, with its own image's coefficients; validation is as without them."""
-    def opened(*flags):
-        words = ["--root", world.root, "--subj", 1, "--num_sessions", 3, "--num_workers", 0, "--device", "cpu",
-                 "--hidden_dim", 8, "--batch_size", 9, *NETWORK, *flags]
-        return open_component_run(Plan.from_args(train_c.get_parser().parse_args(list(map(str, words)))), "c", ["c"])[0]
-
-    plain, more = opened(), opened("--synthetic", 5, "--tag", "more")
-    ids, betas = read_hdf5(responses_file(world), "image_ids")[:15], read_hdf5(responses_file(world), "betas")
-    coefficients = open_components(world, "c").coefficients
-    assert more.sizes == [plain.sizes[0] + 15, plain.sizes[1]]
-    seen = []
-    for batch in (more.train[i] for i in range(len(more.train))):
+def test_a_training_reads_them_in_place_of_measured_trials(world):
+    """Every epoch has each trial once, with its own image's coefficients; validation is on measured ones, as ever."""
+    run = opened(world, "--synthetic", "--tag", "unused")
+    ids, betas = (read_hdf5(responses_file(world), name) for name in ("image_ids", "betas"))
+    coefficients, seen = open_components(world, "c").coefficients, []
+    for batch in (run.train[i] for i in range(len(run.train))):
         seen += batch["image_ids"].tolist()
         np.testing.assert_array_equal(batch["targets"]["c"], coefficients[batch["image_ids"]])
         for image_id, response in zip(batch["image_ids"].tolist(), batch["voxels"]["subj01"].numpy(), strict=True):
-            if image_id in ids:  # the mean of one, two or all three of its trials
-                a, b, c = betas[:15][ids == image_id]
-                means = np.stack([a, b, c, (a + b) / 2, (a + c) / 2, (b + c) / 2, (a + b + c) / 3])
-                assert np.abs(means - response).max(1).min() < 1e-5
-    trained = plain.tables["train"]["subj01"]["image_id"].tolist()
-    assert sorted(seen) == sorted([*trained, *ids])
-    np.testing.assert_array_equal(more.val[0]["voxels"]["subj01"], plain.val[0]["voxels"]["subj01"])
+            a, b, c = betas[ids == image_id]
+            means = np.stack([a, b, c, (a + b) / 2, (a + c) / 2, (b + c) / 2, (a + b + c) / 3])
+            assert np.abs(means - response).max(1).min() < 1e-5
+    assert sorted(seen) == sorted(ids)
+    plain = opened(world)
+    assert plain.sizes[1] == run.sizes[1]
+    np.testing.assert_array_equal(run.val[0]["voxels"]["subj01"], plain.val[0]["voxels"]["subj01"])
 
 
-def test_a_run_says_what_it_was_made_from_and_is_kept_or_refused(world, tmp_path, capsys):
-    paths, flags = copy_world(world, tmp_path), [*NETWORK, "--tag", "more", "--synthetic", 6]
-    assert train(paths, *flags) == 0
-    folder = paths.run("scratch_subj01_3sess_ext1_c_8_mlp_more")
-    config = json.loads((folder / "config.json").read_text())
-    assert config["synthetic"] == 6 and "simulated responses" in config["made_from"]
+@pytest.fixture(scope="module")
+def simulated(world, tmp_path_factory):
+    """A copy of the world with a training on its simulated trials."""
+    paths = copy_world(world, tmp_path_factory.mktemp("simulated"))
+    assert train(paths, *NETWORK, "--synthetic") == 0
+    return paths
+
+
+def test_fine_tuning_goes_on_with_the_same_voxel_encoder(simulated, tmp_path, capsys):
+    paths = copy_world(simulated, tmp_path)
+    start = load_checkpoint(paths.run(STAGE) / "last.pth")["model"]
+    assert train(paths, *NETWORK, "--multisubject_ckpt", "synthetic", "--max_lr", 1e-12) == 0
+    assert f"copied from {STAGE} (all of them)" in capsys.readouterr().out
+    state = load_checkpoint(paths.run("pretrained_subj01_3sess_ext1_c_8_mlp") / "last.pth")
+    for name, weight in state["model"].items():
+        torch.testing.assert_close(weight, start[name], atol=1e-5, rtol=0)
+    assert any(what == f"run {STAGE}" for what in state["config"]["made_from"])
+
+
+def test_epochs_without_a_flag(simulated):
+    """One of simulated trials; after them as many as of all sessions; otherwise few sessions are seen more often."""
+    def epochs(*flags):
+        words = ["--root", str(simulated.root), "--num_sessions", "1", *flags]
+        return train_c.get_parser().parse_args(words).num_epochs
+
+    assert [epochs("--synthetic"), epochs("--multisubject_ckpt", "synthetic"), epochs("--multisubject_ckpt", STAGE),
+            epochs()] == [1, 12, 12, 76]
+
+
+def test_a_run_says_what_it_was_made_from_and_is_kept_or_refused(simulated, tmp_path, capsys):
+    paths = copy_world(simulated, tmp_path)
+    config = json.loads((paths.run(STAGE) / "config.json").read_text())
+    assert config["stage"] == "synthetic" and "simulated responses" in config["made_from"]
     assert simulate(paths, "--synthetic", 6) == 0 and "kept" in capsys.readouterr().out
-    assert train(paths, *flags, "--resume") == 0 and "already finished" in capsys.readouterr().out
+    assert train(paths, *NETWORK, "--synthetic", "--resume") == 0 and "already finished" in capsys.readouterr().out
     assert simulate(paths, "--synthetic", 7) == 2 and "--overwrite" in capsys.readouterr().err
     assert simulate(paths, "--synthetic", 7, "--overwrite") == 0
-    assert train(paths, *flags, "--resume") == 2 and "simulated responses" in capsys.readouterr().err
-
-
-def test_pretraining_and_ridge_do_without(world, tmp_path):
-    paths = copy_world(world, tmp_path)
-    for stage in (["--multi_subject"], ["--model", "ridge"]):
-        flags = [*NETWORK, *stage] if stage[0] == "--multi_subject" else [*NETWORK[2:], *stage]
-        assert train(paths, *flags, "--synthetic", 6) == 0
-    for folder in (paths.root / "train_logs").glob("*_c*"):
-        config = json.loads((folder / "config.json").read_text())
-        assert "synthetic" not in config and "simulated responses" not in config["made_from"]
+    assert train(paths, *NETWORK, "--synthetic", "--resume") == 2 and "simulated resp" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, wanted", [
-    (["--synthetic", "7"], "holds 6 stimuli"), (["--synthetic", "-1"], "--synthetic -1"),
-    (["--synthetic", "3", "--seed", "1"], "seed 42, wanted 1"),
-    (["--synthetic", "3", "--val_fraction", "0.2"], "val_fraction 0.3, wanted 0.2"),
-    (["--synthetic", "3", "--num_sessions", "2"], "gnet_2sess_synthetic"),
-    (["--synthetic", "3", "--model", "mindeye2"], "--model components"),
-    (["--synthetic", "3", "--hold_out", "1/2"], "--hold_out"),
+    (["--seed", "1"], "seed 42, wanted 1"), (["--val_fraction", "0.2"], "val_fraction 0.3, wanted 0.2"),
+    (["--num_sessions", "2"], "gnet_2sess_synthetic"), (["--model", "mindeye2"], "--synthetic"),
+    (["--model", "ridge"], "--synthetic"), (["--hold_out", "1/2"], "--hold_out"),
+    (["--multi_subject"], "--synthetic"), (["--subj", "2"], "gnet_3sess_synthetic"),
 ])
 def test_what_would_mislead_is_refused(world, flags, wanted, capsys):
-    assert train(world, *NETWORK, "--tag", "wrong", *flags) == 2
+    assert train(world, *NETWORK, "--tag", "wrong", "--synthetic", *flags) == 2
+    err = capsys.readouterr().err.strip()
+    assert wanted in err and "\n" not in err
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    (["--multisubject_ckpt", STAGE, "--seed", "1"], "seed 42, wanted 1"),
+    (["--multisubject_ckpt", STAGE, "--num_sessions", "2"], "num_sessions 3, wanted 2"),
+    (["--multisubject_ckpt", "synthetic", "--num_sessions", "2"], "STAGES=synthetic"),
+])
+def test_fine_tuning_from_other_sessions_is_refused(simulated, flags, wanted, capsys):
+    assert train(simulated, *NETWORK, "--tag", "wrong", *flags) == 2
     err = capsys.readouterr().err.strip()
     assert wanted in err and "\n" not in err
 
@@ -166,7 +179,7 @@ def test_responses_of_other_voxels_are_refused(world, tmp_path, capsys):
         betas = file["betas"][:, :5]
         del file["betas"]
         file["betas"] = betas
-    assert train(paths, *NETWORK, "--tag", "wrong", "--synthetic", 3) == 2
+    assert train(paths, *NETWORK, "--tag", "wrong", "--synthetic") == 2
     assert f"5 voxels, the betas have {V}" in capsys.readouterr().err
 
 

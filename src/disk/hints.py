@@ -5,12 +5,13 @@ The reverse of disk.names, which makes names of flags (dicts, as it takes them);
 
 import re
 
-from disk.names import LESIONS, head_of, images_name, runs_of
+from disk.names import LESIONS, head_of, images_name, run_name, runs_of
 
 AT_MOST = 8  # that an error names
-STAGES = {"multisubject": "pretrain", "pretrained": "finetune", "scratch": "scratch", "ridge": "ridge"}
+STAGES = {"multisubject": "pretrain", "pretrained": "finetune", "synthetic": "synthetic", "scratch": "scratch",
+          "ridge": "ridge"}
 WITHOUT = r"(?:_without(?P<hold_out>\d+of\d+))?"
-RUN = (r"(?P<prefix>multisubject|pretrained|scratch|ridge)_(?P<of>subj\d\d)(?:_(?P<num_sessions>\d+)sess)?_ext1_{feat}"
+RUN = (rf"(?P<prefix>{'|'.join(STAGES)})_(?P<of>subj\d\d)(?:_(?P<num_sessions>\d+)sess)?_ext1_" "{feat}"
        r"(?:_(?P<hidden_dim>\d+))?(?:_mlp)?" + WITHOUT + r"(?:_(?P<tag>.+?))??")
 CEILING = r"(?P<ceiling>ground_truth)_(?P<seen_by>subj\d\d)_{feat}"
 HEAD = r"(?:_adapt(?P<adapted>\d+)sess|_head(?P<lent>\d\d))?"
@@ -56,7 +57,8 @@ def how_to_score(paths, flags, feat):
 def runs_like(paths, flags, feat, stage=None):
     """Say which runs of a feature there are, and the flags that lead to each; '' where there are none.
 
-    Of a g_k also those of all layers together. stage: "pretrain", for the runs that --multisubject_ckpt takes alone.
+    Of a g_k also those of all layers together. stage: "pretrain" or "synthetic", for those that --multisubject_ckpt
+    takes alone.
     """
     feat = rf"(?:{feat}|g(?!_\d{{1,2}}_))" if feat.startswith("g_") else feat
     found = []
@@ -69,14 +71,15 @@ def runs_like(paths, flags, feat, stage=None):
     return listed(found)
 
 
-def pretrained_widths(paths, subj, feat, tag, hold_out=None):
-    """List the --hidden_dim of the runs of a feature that were pretrained without a subject (and cluster), ascending.
-    """
+def widths_there(paths, stage, subj, feat, num_sessions, tag, hold_out=None):
+    """List the --hidden_dim of the runs of a stage that there are, named by the other arguments, ascending."""
     found = []
-    for file in paths.run("").glob(f"multisubject_{subj}_*/last.pth"):
+    for file in paths.run("").glob(f"*_{subj}_*/last.pth"):
         name = re.fullmatch(RUN.replace("{feat}", feat), file.parent.name)
-        if name and (name["tag"] or "", held_out_in(name)) == (tag, hold_out) and name["hidden_dim"]:
-            found.append(int(name["hidden_dim"]))
+        if name and name["hidden_dim"]:
+            width = int(name["hidden_dim"])
+            if file.parent.name == run_name(stage, subj, feat, width, num_sessions, tag, hold_out):
+                found.append(width)
     return sorted(found)
 
 

@@ -173,11 +173,11 @@ class Paths:
 def run_name(stage, subj, feat, hidden_dim, num_sessions=40, tag="", hold_out=None):
     """Return the name of a training run.
 
-    stage: 'pretrain' (all subjects but `subj`), 'finetune' (`subj` alone, from the pretrained run), 'scratch' or
-    'ridge' (the linear baseline, which has no hidden_dim), or 'ground_truth' (no run, but the true features of the
-    images that `subj` saw). feat: 'gnet' with 'scratch' is the encoding model of `subj`, with 'pretrain' the one that
-    all subjects share. tag: the user's own, to keep variants apart. hold_out: 'K/N', the cluster of images that it
-    never sees.
+    stage: 'pretrain' (all subjects but `subj`), 'synthetic' (simulated trials of `subj`), 'finetune' (`subj` alone,
+    from one of these), 'scratch' or 'ridge' (the linear baseline, which has no hidden_dim), or 'ground_truth' (no run,
+    but the true features of the images that `subj` saw). feat: 'gnet' with 'scratch' is the encoding model of `subj`,
+    with 'pretrain' the one that all subjects share. tag: the user's own, to keep variants apart. hold_out: 'K/N', the
+    cluster of images that it never sees.
     """
     if stage == "ground_truth":
         return f"ground_truth_{subj}_{feat}"

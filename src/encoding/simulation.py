@@ -22,11 +22,11 @@ def noise_of(encoder, paths):
     """Return the noise to draw from, (M, V): what the encoding model misses in single training trials.
 
     Of a trial all voxels together, since they err together. On images that the model was fitted to it misses too
-    little, so that each voxel is scaled to its mean square on validation images.
+    little: all is scaled to its mean square on validation images, which are too few to say more.
     """
     train, val = (residuals(encoder, paths, trials) for trials in
                   split_trials(paths, encoder.subj, *encoder.held_out))
-    return train * np.sqrt(np.square(val).mean(0) / np.square(train).mean(0).clip(1e-12))
+    return train * np.sqrt(np.square(val).mean() / np.square(train).mean())
 
 
 def simulate(encoder, paths, image_ids, noise, rng):

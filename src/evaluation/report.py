@@ -172,7 +172,8 @@ def decoders_of(drawn):
     if not {"run", "num_sessions"} <= drawn.keys():
         return None
     stage = drawn["run"].partition(":")[0]
-    how = {"finetune": "pretrained on others, fine-tuned on", "scratch": "trained on", "ridge": "a ridge of"}
+    how = {"finetune": "pretrained on others, fine-tuned on", "scratch": "trained on",
+           "synthetic": "trained on responses simulated from", "ridge": "a ridge of"}
     return f"{how.get(stage, stage + ',')} {drawn['num_sessions']} sessions"
 
 

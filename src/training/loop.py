@@ -216,7 +216,8 @@ def load_start(run, model, loop):
         source = load_checkpoint(run.pretrained)
         check_pretrained(run, source)
         check_network(run, source["model_args"], model.model_args)
-        copied = load_trunk(model, source["model"])
+        own = source["config"].get("stage") == "synthetic"  # then it has the subject's own voxel encoder
+        copied = load_trunk(model, source["model"], voxel_encoders=own)
     last, state = run.folder / "last.pth", None
     if loop.resume and not loop.overwrite and last.exists():
         state = load_checkpoint(last, keys=(*RUN_KEYS, "epoch"))
@@ -230,7 +231,7 @@ def load_start(run, model, loop):
     run.introduce()
     if run.pretrained is not None:
         run.say(f"{len(copied)} tensors copied from {run.pretrained.parent.name} "
-                "(all but the voxel encoder, which starts from scratch)")
+                + ("(all of them)" if own else "(all but the voxel encoder, which starts from scratch)"))
     return state
 
 
@@ -245,10 +246,25 @@ def check_pretrained(run, source):
         raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: {source['epoch']} of {wanted} epochs "
                               "are done; finish it first (the same command with --resume)")
     check_targets(run, source["config"].get("made_from", {}))
+    if source["config"].get("stage") == "synthetic":
+        check_simulated(run, source)
+        return
     seen = [subj for subj in run.n_voxels if subj in source["n_voxels"] and same_person(run, source["config"], subj)]
     if seen:
         raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: has seen {seen[0]}, wanted a run "
                               f"without it; pretrain with --subj {seen[0]} --multi_subject, or give `auto`")
+
+
+def check_simulated(run, source):
+    """Refuse a run on simulated trials whose GNet knows other trials than this run may, or that is of other voxels."""
+    names = ("subj", "num_sessions", "val_fraction", "seed")
+    differing = [f"{name} {source['config'][name]}, wanted {run.config[name]}" for name in names
+                 if source["config"][name] != run.config[name]]
+    if source["n_voxels"] != run.n_voxels:
+        differing.append(f"voxels {source['n_voxels']}, wanted {run.n_voxels}")
+    if differing:
+        raise utils.UserError(f"--multisubject_ckpt {run.pretrained.parent.name}: its simulated responses are of "
+                              f"{'; '.join(differing)}; give the run of the same, or simulate anew")
 
 
 def same_person(run, pretrained, subj):

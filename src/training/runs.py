@@ -16,7 +16,7 @@ from nsd.clusters import clusters_digest, read_clusters
 from nsd.components import CoefficientRows, open_components
 from nsd.repeats import AveragedRows
 from nsd.rows import open_betas, open_feature, open_stimuli, sample_hash
-from nsd.simulated import JoinedRows, SimulatedTrials
+from nsd.simulated import SimulatedTrials
 from nsd.trials import list_subjects, shared_images, split_trials
 from training.origins import CLUSTERS, changed, inputs_there
 from training.team import Team
@@ -113,10 +113,9 @@ def gather_component_run(plan, config, team, subjects, feats, pretrained=None):
         rows.require(train["row"].to_numpy())
         averaged = AveragedRows(rows, val)
         tables["val"][subj], betas["val"][subj] = averaged.table, averaged
-        if plan.synthetic:
+        if plan.stage == "synthetic":
             simulated = simulated_trials(plan)
-            rows = JoinedRows(rows, simulated.rows)
-            train = rows.join(train, simulated.table)
+            train, rows = simulated.table, simulated.rows
         tables["train"][subj], betas["train"][subj] = train, rows
     targets = {feat: CoefficientRows(known) for feat, known in components.items()}
     run = make_run(plan, config, team, tables, betas, targets, pretrained, average=True)
@@ -143,8 +142,8 @@ def ridge_r2(plan, name, feats):
 
 
 def simulated_trials(plan):
-    """Open the SimulatedTrials that a plan adds to those of its subject."""
-    return SimulatedTrials(plan.paths, plan.subj, plan.synthetic, plan.num_sessions, plan.val_fraction, plan.loop.seed)
+    """Open the SimulatedTrials of a plan's subject, from as many sessions, and with the same images to validate on."""
+    return SimulatedTrials(plan.paths, plan.subj, plan.num_sessions, plan.val_fraction, plan.loop.seed)
 
 
 def split_of(plan, subj):
@@ -195,7 +194,7 @@ def claim(plan, feat, subjects, components=(), features=(), stimuli=False, **fur
     name = plan.run_name(feat)
     config = plan.config | {"feat": feat, "run": name, **further, "made_from": inputs_there(
         plan.paths, subjects, components, features, stimuli, [plan.pretrained_path(feat)])}
-    if plan.synthetic:
+    if plan.stage == "synthetic":
         config["made_from"]["simulated responses"] = sample_hash(simulated_trials(plan).rows)
     team = Team.assemble(plan.loop.device, plan.loop.precision)
     if plan.hold_out:

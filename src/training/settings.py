@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, fields, replace
 
 import utils
-from disk.hints import how_to_train, pretrained_widths, runs_like
+from disk.hints import how_to_train, runs_like, widths_there
 from disk.names import Paths, run_name
 from options import HIDDEN_DIM
 
@@ -16,6 +16,7 @@ NOT_SCIENCE = {"root", "data_path", "device", "precision", "compile", "resume", 
 
 # of a run's configuration, what its network is made of (clip_scale: whether it has heads for the contrast)
 ARCHITECTURE = ("model", "hidden_dim", "n_blocks", "dropout", "prior_depth", "decoder_channels", "clip_scale")
+NAMED_BY_STAGE = {"auto": "pretrain", "synthetic": "synthetic"}  # of --multisubject_ckpt: the run of that stage
 OF_MINDEYE2 = {"prior_depth", "prior_scale", "decoder_channels"}  # what says nothing about --model components
 
 
@@ -74,18 +75,17 @@ class Plan:
     """Whose trials a run learns from, what it is called and where it starts: what `open_run` and its like open."""
 
     paths: Paths
-    stage: str  # pretrain, finetune, scratch or ridge
+    stage: str  # pretrain, synthetic, finetune, scratch or ridge
     subj: str  # pretrain: the subject that is left out
     num_sessions: int | None  # the first so many of each subject; None = all
     val_fraction: float  # of the training images: they validate
     hidden_dim: int | None  # width of the network, part of the run's name
     tag: str
-    multisubject_ckpt: str | None  # finetune: the pretrained run, or "auto"
+    multisubject_ckpt: str | None  # finetune, synthetic: the pretrained run, "auto" or "synthetic"
     loop: Loop
     config: dict  # all that decides the result but the feature: settings_of
     hold_out: str | None = None  # 'K/N', the cluster of images that neither trains nor validates
     pretrain_subjects: tuple = ()  # pretrain: these alone
-    synthetic: int = 0  # finetune, scratch: stimuli to which a GNet simulated responses, beside the measured ones
 
     @classmethod
     def from_args(cls, args):
@@ -100,11 +100,11 @@ class Plan:
         if args.model == "ridge" and (args.multi_subject or args.multisubject_ckpt):
             raise utils.UserError("--model ridge: has no pretraining; leave out --multi_subject and "
                                   "--multisubject_ckpt")
-        if args.synthetic and (args.model == "mindeye2" or args.hold_out):
-            raise utils.UserError("--synthetic: for --model components, and not with --hold_out, of which GNet knows "
-                                  "nothing; leave one of them out")
+        if args.synthetic and (args.model != "components" or args.multi_subject or args.hold_out):
+            raise utils.UserError("--synthetic: trains components, of --subj alone, and not with --hold_out, of which "
+                                  "GNet knows nothing; leave one of them out")
         stage = "pretrain" if args.multi_subject else "finetune" if args.multisubject_ckpt else "scratch"
-        stage = "ridge" if args.model == "ridge" else stage
+        stage = "ridge" if args.model == "ridge" else "synthetic" if args.synthetic else stage
         return cls._of(args, stage, settings_of(vars(args), stage), args.hidden_dim, args.multisubject_ckpt)
 
     @classmethod
@@ -119,7 +119,7 @@ class Plan:
         num_sessions = None if args.multi_subject else args.num_sessions
         return cls(Paths.from_args(args), stage, args.subj, num_sessions, args.val_fraction, hidden_dim, args.tag,
                    multisubject_ckpt, Loop.from_args(args), config, getattr(args, "hold_out", None),
-                   tuple(getattr(args, "pretrain_subjects", ())), config.get("synthetic", 0))
+                   tuple(getattr(args, "pretrain_subjects", ())))
 
     def run_name(self, feat):
         """Return the name of a feature's run."""
@@ -131,28 +131,29 @@ class Plan:
         return self.paths.run(self.run_name(feat))
 
     def pretrained_path(self, feat):
-        """Return the checkpoint to fine-tune from, whether it is there or not; None in other stages.
+        """Return the checkpoint to start from, whether it is there or not; None where there is none to start from.
 
         `auto` is the pretraining of the same subject, feature, width and cluster held out: of the same tag where
-        there is one, else of none.
+        there is one, else of none. `synthetic` is the run on simulated trials of the same, and of as many sessions.
         """
-        if self.stage != "finetune":
-            return None
         name = self.multisubject_ckpt
-        if name == "auto":
-            names = [run_name("pretrain", self.subj, feat, self.hidden_dim, tag=tag, hold_out=self.hold_out)
-                     for tag in (self.tag, "")]
+        if self.stage not in ("finetune", "synthetic") or not name:
+            return None
+        if name in NAMED_BY_STAGE:
+            names = [run_name(NAMED_BY_STAGE[name], self.subj, feat, self.hidden_dim, self.num_sessions, tag,
+                              self.hold_out) for tag in (self.tag, "")]
             name = next((name for name in names if (self.paths.run(name) / "last.pth").exists()), names[-1])
         return self.paths.run_given(name) / "last.pth"
 
     def pretrained_file(self, feat):
-        """Return the checkpoint to fine-tune from, None in other stages; UserError when it is missing."""
+        """Return the checkpoint to start from, or None; UserError when it is missing."""
         checkpoint = self.pretrained_path(feat)
         if checkpoint is None or checkpoint.exists():
             return checkpoint
-        wanted = {"subj": self.subj, "run": "pretrain", "hidden_dim": self.hidden_dim, "tag": self.tag,
-                  "hold_out": self.hold_out}
-        there = runs_like(self.paths, wanted, feat, "pretrain")
+        stage = NAMED_BY_STAGE.get(self.multisubject_ckpt, "pretrain")
+        wanted = {"subj": self.subj, "run": stage, "hidden_dim": self.hidden_dim, "tag": self.tag,
+                  "num_sessions": self.num_sessions, "hold_out": self.hold_out}
+        there = runs_like(self.paths, wanted, feat, stage)
         return utils.require(checkpoint, "--multisubject_ckpt: the pretrained run",
                              (f"{there}: give the flags of one, or " if there else "")
                              + f"pretrain first ({how_to_train(self.paths, wanted, feat)})")
@@ -162,15 +163,15 @@ def like_pretrained(feats, args):
     """Give the flags of the network that were not given (None) the values that the pretrained run was trained with.
 
     args: of options.training_parser; without --multisubject_ckpt, or where that run is not there, they stay as they
-    are. feats: the features that the run may be named by. `auto` is, without --hidden_dim, the run of the default width
-    or else the only one; raises UserError where it could be several.
+    are. feats: the features that the run may be named by. `auto` and `synthetic` are, without --hidden_dim, the run of
+    the default width or else the only one; raises UserError where it could be several.
     """
     if not args.multisubject_ckpt:
         return
     from disk.files import load_json  # loads numpy, which --help does without
 
     paths, name = Paths.from_args(args), args.multisubject_ckpt
-    if name == "auto":
+    if name in NAMED_BY_STAGE:
         places = itertools.product(dict.fromkeys((args.tag, "")), feats)
         name = next(filter(None, (pretrained_run(paths, args, tag, feat) for tag, feat in places)), None)
     if name is None or not (paths.run_given(name) / "config.json").exists():
@@ -182,14 +183,15 @@ def like_pretrained(feats, args):
 
 
 def pretrained_run(paths, args, tag, feat):
-    """Return the name of the run without args.subj that `auto` means, of this tag and feature; None for none."""
-    names = {width: run_name("pretrain", args.subj, feat, width, tag=tag, hold_out=args.hold_out)
-             for width in pretrained_widths(paths, args.subj, feat, tag, args.hold_out)}
+    """Return the name of the run that `auto` or `synthetic` means, of this tag and feature; None for none."""
+    stage = NAMED_BY_STAGE[args.multisubject_ckpt]
+    names = {width: run_name(stage, args.subj, feat, width, args.num_sessions, tag, args.hold_out)
+             for width in widths_there(paths, stage, args.subj, feat, args.num_sessions, tag, args.hold_out)}
     if args.hidden_dim or HIDDEN_DIM in names:
         return names.get(args.hidden_dim or HIDDEN_DIM)
     if len(names) > 1:
-        raise utils.UserError(f"--multisubject_ckpt auto: there are {', '.join(names.values())}; give the --hidden_dim "
-                              "of one")
+        raise utils.UserError(f"--multisubject_ckpt {args.multisubject_ckpt}: there are {', '.join(names.values())}; "
+                              "give the --hidden_dim of one")
     return next(iter(names.values()), None)
 
 
@@ -205,8 +207,7 @@ def check_flags(flags):
     for name in ("max_lr", "field_lr", "ckpt_minutes"):
         if name in flags and not 0 < flags[name] < float("inf"):
             raise utils.UserError(f"--{name} {flags[name]:g}: wanted a number greater than 0")
-    for name in ("num_workers", "n_blocks", "pass_through", "l1", "clip_scale", "prior_scale", "weight_decay",
-                 "synthetic"):
+    for name in ("num_workers", "n_blocks", "pass_through", "l1", "clip_scale", "prior_scale", "weight_decay"):
         if name in flags and not 0 <= flags[name] < float("inf"):
             raise utils.UserError(f"--{name} {flags[name]:g}: wanted a number, 0 or more")
 
@@ -217,8 +218,6 @@ def settings_of(flags, stage):
     flags: {name: value} of the whole command line; stage: of a Plan, or gnet. A run with other settings is another run.
     """
     config = {key: value for key, value in flags.items() if key not in NOT_SCIENCE}
-    if stage == "pretrain":  # is of other subjects
-        config.pop("synthetic", None)
     for name in ("hold_out", "pretrain_subjects", "synthetic"):  # so that a run says what it said before the flag was
         if not config.get(name):
             config.pop(name, None)
