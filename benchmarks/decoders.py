@@ -2,6 +2,7 @@
 
     python benchmarks/decoders.py --root demo                       # methods, on test images: benchmarks/decoders.md
     python benchmarks/decoders.py --root demo --table settings      # one setting changed at a time, validation images
+    python benchmarks/decoders.py --root demo --table synthetic --sessions 1 4    # with simulated responses, or not
 
 Methods: ridge; components; both stacked; components pretrained on one subject instead of all others; mindeye2 by its
 prior's mean and by samples of 20 steps; with --sessions 1 4 40 of the subject's sessions and several seeds. Each cell
@@ -9,6 +10,9 @@ is R2, the share of the feature's variance that is explained, mean over seeds (r
 that its prediction retrieves among all test images (cosine of centred rows; of mindeye2's contrast as they are), brain
 to image and back. Seconds: process time of pretraining and of fine-tuning on one thread. Runs are tagged bench<seed>;
 those that are there are kept.
+
+Synthetic: fine-tuned from the pretraining, as ever, or after a stage on what a GNet simulated to --stimuli, and what
+that stage alone teaches. The GNet knows no other sessions.
 """
 
 import json
@@ -23,9 +27,11 @@ import numpy as np
 import options
 import score_c
 import score_g
+import score_gnet
 import score_z
 import train_c
 import train_g
+import train_gnet
 import train_z
 import utils
 from disk.names import Paths, run_name
@@ -62,7 +68,7 @@ def get_parser():
     parser = options.Parser(__doc__)
     options.add_paths(parser)
     options.add_subject(parser)
-    parser.add_argument("--table", choices=["methods", "settings"], default="methods")
+    parser.add_argument("--table", choices=["methods", "settings", "synthetic"], default="methods")
     parser.add_argument("--feats", nargs="+", choices=["c", "z", "g"], default=["c", "z", "g"], help="runs")
     parser.add_argument("--sessions", type=options.whole, nargs="+", default=[1, 4, 40], metavar="N")
     parser.add_argument("--seeds", type=options.whole, nargs="+", default=[0, 1, 2], metavar="SEED")
@@ -73,12 +79,16 @@ def get_parser():
     parser.add_argument("--pretrain", nargs="*", metavar="FLAG", help="of components' pretraining", default=[])
     parser.add_argument("--pretrain_subjects", type=options.subject, nargs="*", default=["subj02"], metavar="SUBJ",
                         help="components pretrained on each of these alone, too")
+    parser.add_argument("--stimuli", type=options.whole, nargs="+", default=[300, 1000, 6300], metavar="N",
+                        help="synthetic: to which responses are simulated")
+    parser.add_argument("--gnet", default="--batch_size 32 --max_lr 3e-3 --precision bf16", metavar="FLAGS",
+                        help="synthetic: of GNet's training, which has 8 epochs of 40 sessions, more of fewer")
     return parser
 
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    {"methods": methods, "settings": settings}[args.table](args)
+    {"methods": methods, "settings": settings, "synthetic": synthetic}[args.table](args)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -107,12 +117,59 @@ def methods(args):
                     for steps in (1, 20) if run != "z" else (1,):
                         measure(found, f"mindeye2, {steps} step{'s' * (steps > 1)}", run,
                                 [*common, "--prior_steps", str(steps), "--overwrite"])
-        columns = list(dict.fromkeys(column for method in found.values() for column in method))
-        print(f"\n{sessions} session{'s' * (sessions > 1)}\n\n| | {' | '.join(columns)} |")
-        print("|---|" + "---|" * len(columns))
-        for method, cells in found.items():
-            print(f"| {method} | " + " | ".join(spread(cells.get(column)) for column in columns) + " |")
-        print("\nseconds: " + ", ".join(f"{' '.join(key)} {np.mean(value):.0f}" for key, value in seconds.items()))
+        show(sessions, found, seconds)
+
+
+def synthetic(args):
+    """Print what simulated responses are worth, a part per number of sessions."""
+    for sessions in args.sessions:
+        found, seconds = {}, {}
+        for seed in args.seeds:
+            of_few = [*base(args), "--num_sessions", str(sessions)]
+            for run in args.feats:
+                common = [*of_few, "--tag", f"bench{seed}"]
+                timed(seconds, ("ridge", run), SCRIPTS[run][0],
+                      [*common, "--model", "ridge", "--seed", str(seed), "--resume"])
+                measure(found, "ridge", run, [*common, "--run", "ridge", "--overwrite"])
+                train(args, run, common, seed, seconds, "components")
+                measure(found, "fine-tuned", run, [*common, "--no-stack", "--overwrite"])
+            gnet = simulate_by(args, sessions, seed, seconds)
+            for n in args.stimuli:
+                gnet(n)
+                for run in args.feats:
+                    common = [*of_few, "--tag", f"bench{seed}_{n}"]
+                    flags = [*common, "--seed", str(seed), "--num_workers", "0", "--device", "cpu", "--overwrite"]
+                    start = run_name("pretrain", args.subj, run, args.hidden_dim, tag=f"bench{seed}")
+                    timed(seconds, (f"{n} simulated", run), SCRIPTS[run][0],
+                          [*flags, "--synthetic", "--multisubject_ckpt", start])
+                    timed(seconds, ("then fine-tuned", run), SCRIPTS[run][0],
+                          [*flags, "--multisubject_ckpt", "synthetic"])
+                    for method, stage in (("alone", "synthetic"), ("then fine-tuned", "finetune")):
+                        measure(found, f"{n} simulated, {method}", run,
+                                [*common, "--run", stage, "--no-stack", "--overwrite"])
+        show(sessions, found, seconds)
+
+
+def simulate_by(args, sessions, seed, seconds):
+    """Train a GNet on the first sessions; returns a function that lets it simulate responses to n stimuli."""
+    known, tag = ["--root", str(args.root), "--subj", args.subj], f"bench{seed}_{sessions}sess"
+    epochs = round(8 * (max(options.SESSIONS.values()) / sessions) ** 0.5)
+    timed(seconds, ("GNet",), train_gnet, [
+        *known, "--num_sessions", str(sessions), "--tag", tag, "--seed", str(seed), "--num_epochs", str(epochs),
+        "--num_workers", "0", "--resume", *args.gnet.split()])
+    return lambda n: score_gnet.main([*known, "--gnet_run", run_name("scratch", args.subj, "gnet", None, tag=tag),
+                                      "--synthetic", str(n), "--overwrite"])
+
+
+def show(sessions, found, seconds):
+    """Print the part of a table that is of so many sessions: found {method: {column: values}}."""
+    columns = list(dict.fromkeys(column for method in found.values() for column in method))
+    print(f"\n{sessions} session{'s' * (sessions > 1)}\n\n| | {' | '.join(columns)} |")
+    print("|---|" + "---|" * len(columns))
+    for method, cells in found.items():
+        print(f"| {method} | " + " | ".join(spread(cells.get(column)) for column in columns) + " |")
+    print("\nseconds: " + ", ".join(f"{' '.join(key)} {np.mean(value):.0f}" for key, value in seconds.items()),
+          flush=True)
 
 
 def settings(args):
