@@ -52,7 +52,7 @@ def names(calls):
 @pytest.mark.parametrize(("knob", "value", "words"), [
     ("FEATS", "g2", "g2 is not a feature; wanted c, z, g_2 ... g_12"), ("FEATS", "c q", "q is not a feature"),
     ("FEATS", "c,z", "c,z is not a feature"), ("FEATS", "g_3", "g_3 is not a feature"),
-    ("STAGES", "fine-tune", "fine-tune is not a stage; wanted pretrain, finetune"),
+    ("STAGES", "fine-tune", "fine-tune is not a stage; wanted pretrain, synthetic"),
     ("SUBJ", "100", "100 is not a subject; wanted 1 ... 99"), ("SUBJ", "sub-01", "is not a subject"),
     ("DRY_RUN", "yes", "yes is not a setting; wanted 1 (yes) or 0 (no)"), ("WANDB_LOG", "true", "true is not"),
     ("PYTHON", "/nowhere/python", "/nowhere/python is not a program"), ("LAUNCH", "acelerate x", "acelerate is not"),
@@ -143,6 +143,9 @@ def test_stages(call):
     made = call("train", FEATS="c", STAGES="pretrain ridge gnet").calls
     assert names(made) == ["train_c.py", "train_c.py", "train_gnet.py"]
     assert "--multi_subject" in made[0] and after(made[1], "--model") == ["ridge"]
+    made = call("train", FEATS="c", STAGES="synthetic finetune").calls
+    assert "--synthetic" in made[0] and after(made[0], "--multisubject_ckpt") == ["auto"]
+    assert "--synthetic" not in made[1] and after(made[1], "--multisubject_ckpt") == ["synthetic"]
     for stages, run in (("pretrain", "pretrain"), ("finetune ridge", "ridge"), ("scratch", "scratch")):
         (words,) = call("score", FEATS="c", STAGES=stages).calls
         assert after(words, "--run") == [run]

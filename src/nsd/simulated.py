@@ -53,9 +53,10 @@ class SimulatedTrials:
         Raises UserError where there are none, or those of a model that trained on other images.
         """
         folder = paths.simulated(subj, num_sessions)
-        again = ("train an encoding model of these sessions (STAGES=gnet bash scripts/train.sh --num_sessions "
-                 f"{num_sessions} --tag {num_sessions}sess) and let it simulate (python src/score_gnet.py --subj "
-                 f"{int(subj[4:])} --gnet_run gnet_{subj}_{num_sessions}sess --synthetic 1000)")
+        number, name = int(subj[4:]), f"{num_sessions}sess"
+        again = (f"train an encoding model of these sessions (SUBJ={number} STAGES=gnet bash scripts/train.sh "
+                 f"--num_sessions {num_sessions} --tag {name}) and let it simulate (SUBJ={number} STAGES=gnet bash "
+                 f"scripts/score.sh --gnet_run gnet_{subj}_{name} --synthetic 1000)")
         self.rows = Rows(folder / FILE, "betas", f"--synthetic: responses simulated from {num_sessions} "
                          f"session{'s' * (num_sessions != 1)} of {subj}", again).of("f", 1, "float (trials, voxels)")
         found = load_json(folder / "config.json", "what they were made from", again)
