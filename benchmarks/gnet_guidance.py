@@ -11,7 +11,8 @@ targets of other images, an untrained GNet, and the best of N pictures, chosen b
 and with it, or by g. On the demo world also what the pictures show: attributes that captions name (setting, kind,
 colour, place) and that they never name (size, pattern, light).
 Prints and writes a markdown table (--table) and a figure beside it; pictures stay in outputs_all/subj0X/gnet_guidance/
-and are reused.
+and are reused. --test_split new_test shows what was chosen on validation images on the test images (folder
+gnet_guidance_new_test).
 """
 
 import sys
@@ -74,6 +75,7 @@ def get_parser():
     parser.add_argument("--guidance_rule", choices=options.RULES, default="posterior")
     parser.add_argument("--guidance_scale", type=float, default=30.0, metavar="X")
     parser.add_argument("--guidance_strength", type=float, default=0.8, metavar="FRACTION")
+    parser.add_argument("--test_split", choices=["val", "new_test"], default="val", help="which images")
     parser.add_argument("--judge_epochs", type=options.whole, default=40, metavar="N")
     parser.add_argument("--only_judge", action="store_true", help="train the judge and stop")
     parser.add_argument("--table", metavar="FILE", help="where the markdown goes, the figure beside it (printed only)")
@@ -205,32 +207,37 @@ def main(argv=None):
 
 
 def draw_setting(args, paths, guide, name, root=None, extra=(), **gnet):
-    """Draw the validation images under one setting; returns their folder."""
+    """Draw the images under one setting; returns their folder."""
     given = ["root", "subj", "hidden_dim", "num_sessions", "sd_model", "clip_model", "num_inference_steps", "cfg_scale",
-             "strength", "guidance_rule", "guidance_scale", "guidance_strength", "guidance_decoder"]
+             "strength", "guidance_rule", "guidance_scale", "guidance_strength", "guidance_decoder", "test_split"]
     given += ["tag"] * bool(args.tag)
     words = [word for flag in given for word in (f"--{flag}", str(getattr(args, flag)))]
     num_samples = gnet.pop("num_samples", 1)
     if gnet:
         gnet = {"gnet_run": guide.run, **gnet}
         words += ["--use_gnet", *(word for flag, value in gnet.items() for word in (f"--{flag}", str(value)))]
-    folder = Path(root or paths.root / "outputs_all" / args.subj / "gnet_guidance") / name
+    folder = Path(root or folder_of(args, paths)) / name
     preflight = encoding.guide.PREFLIGHT_R
     if gnet.get("gnet_run") != guide.run:
         encoding.guide.PREFLIGHT_R = -2  # the untrained network would rightly be refused
     try:
-        recon.main([*words, "--test_split", "val", "--num_samples", str(num_samples), "--outdir", str(folder), *extra])
+        recon.main([*words, "--num_samples", str(num_samples), "--outdir", str(folder), *extra])
     finally:
         encoding.guide.PREFLIGHT_R = preflight
     return folder
 
 
+def folder_of(args, paths):
+    """Where the pictures of all settings lie."""
+    return paths.outputs_all / args.subj / ("gnet_guidance" if args.test_split == "val" else "gnet_guidance_new_test")
+
+
 def shuffled_target(paths, args):
-    """A file of measured responses in which every validation image has another one's."""
-    folder = paths.root / "outputs_all" / args.subj / "gnet_guidance/shuffled_target"
+    """A file of measured responses in which every image has another one's."""
+    folder = folder_of(args, paths) / "shuffled_target"
     folder.mkdir(parents=True, exist_ok=True)
     held_out = (args.num_sessions, options.VAL_FRACTION, args.seed)
-    test = load_test_set(paths, args.subj, held_out=held_out, split="val")
+    test = load_test_set(paths, args.subj, held_out=held_out, split=args.test_split)
     np.save(folder / "target.npy", np.roll(test.betas, 7, axis=0))
     np.save(folder / "image_ids.npy", test.image_ids)
     return folder / "target.npy"
@@ -336,6 +343,7 @@ def report(tables, settings, same, seconds, guide, judge, paths, args):
     """Markdown: what held, then the table of all settings."""
     base, default = tables["kappa 0"], tables["all", DEFAULT]
     masks, n = roi_masks(paths, args.subj), len(base["pixcorr"])
+    kind = "validation" if args.test_split == "val" else "test"
 
     def shown(table, name, against=base):
         mean, low, high = difference(table, against, name)
@@ -349,7 +357,7 @@ def report(tables, settings, same, seconds, guide, judge, paths, args):
                         for roi in regions)
     ratio = seconds["all"] / seconds["clip"]
     lines = [
-        f"Written by `gnet_guidance.py`: {n} validation images of {args.subj}, one picture each, "
+        f"Written by `gnet_guidance.py`: {n} {kind} images of {args.subj}, one picture each, "
         f"{args.num_inference_steps} steps, z from {args.strength:g},",
         f"`--guidance_rule {args.guidance_rule} --guidance_scale {args.guidance_scale:g} --guidance_strength "
         f"{args.guidance_strength:g}`. r: weighted correlation across a region's voxels with the",
