@@ -9,10 +9,10 @@ from disk.hints import how_to_train, runs_like, widths_there
 from disk.names import Paths, run_name
 from options import HIDDEN_DIM
 
-# what may differ between a run and its continuation: how it is run, not what it computes
+# what may differ between a run and its continuation: how it is run, not what it computes; or what its stage says
 NOT_SCIENCE = {"root", "data_path", "device", "precision", "compile", "resume", "overwrite", "num_workers",
                "ckpt_every", "ckpt_minutes", "wandb_log", "wandb_project", "wandb_group", "wandb_upload", "dry_run",
-               "feat", "tag"}
+               "feat", "tag", "synthetic"}
 
 # of a run's configuration, what its network is made of (clip_scale: whether it has heads for the contrast)
 ARCHITECTURE = ("model", "hidden_dim", "n_blocks", "dropout", "prior_depth", "decoder_channels", "clip_scale")
@@ -218,7 +218,7 @@ def settings_of(flags, stage):
     flags: {name: value} of the whole command line; stage: of a Plan, or gnet. A run with other settings is another run.
     """
     config = {key: value for key, value in flags.items() if key not in NOT_SCIENCE}
-    for name in ("hold_out", "pretrain_subjects", "synthetic"):  # so that a run says what it said before the flag was
+    for name in ("hold_out", "pretrain_subjects"):  # so that a run says what it said before there was the flag
         if not config.get(name):
             config.pop(name, None)
     if flags.get("model") == "components":
