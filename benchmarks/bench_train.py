@@ -39,7 +39,7 @@ from disk.names import Paths
 from features.components import Fit, create_file
 from models import BrainModel, Decoder
 from nsd import sources
-from training.loop import make_loader, math_attention, to_device, weight_decay_groups
+from training.loop import make_loader, math_attention, to_device, parameter_groups
 from training.objectives import BrainObjective, ComponentObjective
 from training.runs import open_component_run, open_run
 from training.settings import Plan
@@ -185,7 +185,7 @@ def measure(args, paths, feat, imports):
     run, make_network, objective = open_training(plan, flags, feat)
     lap("shards, later")
     model, team = make_network(), run.team
-    optimizer = torch.optim.AdamW(weight_decay_groups(model, flags.weight_decay), flags.max_lr, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, flags.weight_decay), flags.max_lr, fused=True)
     net = team.prepare(model, optimizer, plan.loop.batch_size)
     lap("network")
     loader = make_loader(run.train, args.num_workers, team)

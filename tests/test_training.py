@@ -25,7 +25,7 @@ from nsd.rows import open_feature
 from nsd.trials import load_trials, split_by_image
 from tiny_nsd import N_VOXELS
 from tiny_runs import FINETUNED, PRETRAINED, SCRATCH, checkpoint, copy_world, stopped_at, train
-from training.loop import make_optimizer, weight_decay_groups
+from training.loop import make_optimizer, parameter_groups
 from training.objectives import BrainObjective, LatentObjective
 from training.ridge import RIDGE_ALPHAS, decompose, solve
 from training.runs import subjects_of, target_statistics
@@ -425,7 +425,7 @@ def test_target_statistics_are_those_of_the_training_images(paths):
 
 def test_no_weight_decay_on_biases_and_norms():
     model = BrainModel({"subj01": 5}, 8, 3, 6, prior_depth=1)
-    decayed, free = weight_decay_groups(model, 1e-2)
+    decayed, free = parameter_groups(model, 1e-2)
     names = {id(p): name for name, p in model.named_parameters()}
     assert len(decayed["params"]) + len(free["params"]) == len(names)
     expected = {name for name, p in model.named_parameters() if "bias" in name or p.ndim == 1}
@@ -436,7 +436,7 @@ def test_no_weight_decay_on_biases_and_norms():
 def test_a_model_may_pace_some_of_its_parameters():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
     model.paced = [([model[1].weight], 0.5)]
-    groups = weight_decay_groups(model, 1e-2)
+    groups = parameter_groups(model, 1e-2)
     assert [[p.shape for p in group["params"]] for group in groups] == [[(4, 3)], [(4,), (2,)], [(2, 4)]]
     assert groups[-1]["weight_decay"] == 0
     optimizer, schedule = make_optimizer(model, Loop(num_epochs=4, max_lr=1e-2, batch_size=1, seed=0), 5)
@@ -457,7 +457,7 @@ def test_the_optimizer_is_adamw():
         model = Decoder({"subj01": 50, "subj02": 40}, 16, {"c": 7})
         optimizer, schedule = make_optimizer(model, loop, steps_per_epoch=20)
         if not fused:
-            optimizer = torch.optim.AdamW(weight_decay_groups(model, loop.weight_decay), lr=1e-2, foreach=False)
+            optimizer = torch.optim.AdamW(parameter_groups(model, loop.weight_decay), lr=1e-2, foreach=False)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=40, pct_start=0.5)
         for _ in range(40):
             for p in model.parameters():

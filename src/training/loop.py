@@ -423,7 +423,7 @@ def to_device(item, device):
 def make_optimizer(model, loop, steps_per_epoch):
     """Make AdamW and its one-cycle schedule, which peaks after two epochs, or halfway through a shorter training."""
     # fused, a step takes a quarter of the time on a CPU, too
-    optimizer = torch.optim.AdamW(weight_decay_groups(model, loop.weight_decay), lr=loop.max_lr, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, loop.weight_decay), lr=loop.max_lr, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in optimizer.param_groups],
         total_steps=max(4, loop.num_epochs * steps_per_epoch),  # it needs at least four
@@ -443,7 +443,7 @@ def math_attention(device):
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
-def weight_decay_groups(model, weight_decay):
+def parameter_groups(model, weight_decay):
     """Return AdamW's parameter groups: no decay of biases (of any shape) and normalisation gains (one dimension).
 
     Nor of the parameters that a model lists in `paced`, [(parameters, peak learning rate)], which are groups of their
