@@ -39,7 +39,7 @@ from disk.names import Paths
 from features.components import Fit, create_file
 from models import BrainModel, Decoder
 from nsd import sources
-from training.loop import make_loader, math_attention, to_device, parameter_groups
+from training.loop import make_loader, math_attention, parameter_groups, to_device
 from training.objectives import BrainObjective, ComponentObjective
 from training.runs import open_component_run, open_run
 from training.settings import Plan
