@@ -446,11 +446,15 @@ def resolve_training(defaults, args):
     elif args.synthetic:
         chosen["num_epochs"] = 1  # there are as many simulated trials as one likes
     elif args.model == "components" and not (args.multisubject_ckpt or "").startswith("synthetic"):
-        # few sessions are seen more often, in fewer steps all the same
-        chosen["num_epochs"] = round(chosen["num_epochs"] * (max(SESSIONS.values()) / max(args.num_sessions, 1)) ** 0.5)
+        chosen["num_epochs"] = of_few_sessions(chosen["num_epochs"], args.num_sessions)
     for name, value in chosen.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+
+
+def of_few_sessions(num_epochs, num_sessions):
+    """Return how many epochs of so many sessions stand for these of all: few are seen more often, in fewer steps."""
+    return round(num_epochs * (max(SESSIONS.values()) / max(num_sessions, 1)) ** 0.5)
 
 
 def add_loop(parser, note=lambda name: "", **defaults):

@@ -18,6 +18,8 @@ import sys
 import options
 import utils
 
+EPOCHS = 30  # of all sessions, by default
+
 
 def get_parser():
     parser = options.Parser(__doc__)
@@ -28,7 +30,8 @@ def get_parser():
     options.add_compute(parser)
     options.add_precision(parser)
     options.add_tracking(parser)
-    options.add_loop(parser, batch_size=42, num_epochs=30, max_lr=1e-3)
+    options.add_loop(parser, lambda name: f" ({EPOCHS}, more of few sessions)" if name == "num_epochs" else "",
+                     batch_size=42, max_lr=1e-3)
     parser.add_argument("--multi_subject", action=argparse.BooleanOptionalAction, default=False,
                         help="one trunk for all subjects and all sessions, regardless of --subj and --num_sessions")
     parser.add_argument("--trunk_width", type=options.whole, default=64, metavar="CHANNELS",
@@ -41,7 +44,14 @@ def get_parser():
                         help="peak learning rate of the voxels' pooling fields, which --max_lr would leave out of "
                              "focus: a field is a softmax, and AdamW moves no number by more than its rate a step")
     parser.add_argument("--l1", type=float, default=0.1, metavar="W", help="weight of the readout's mean |weight|")
+    parser.resolve = resolve_epochs
     return parser
+
+
+def resolve_epochs(args):
+    """Give --num_epochs, where it was not given, its default."""
+    if args.num_epochs is None:
+        args.num_epochs = EPOCHS if args.multi_subject else options.of_few_sessions(EPOCHS, args.num_sessions)
 
 
 def main(argv=None):

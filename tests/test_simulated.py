@@ -9,6 +9,7 @@ import torch
 
 import score_gnet
 import train_c
+import train_gnet
 import utils
 from disk.checkpoints import load_checkpoint, save_checkpoint
 from encoding.encoder import load_encoder
@@ -131,12 +132,13 @@ def test_fine_tuning_goes_on_with_the_same_voxel_encoder(simulated, tmp_path, ca
 
 def test_epochs_without_a_flag(simulated):
     """One of simulated trials; after them as many as of all sessions; otherwise few sessions are seen more often."""
-    def epochs(*flags):
+    def epochs(*flags, script=train_c):
         words = ["--root", str(simulated.root), "--num_sessions", "1", *flags]
-        return train_c.get_parser().parse_args(words).num_epochs
+        return script.get_parser().parse_args(words).num_epochs
 
     assert [epochs("--synthetic"), epochs("--multisubject_ckpt", "synthetic"), epochs("--multisubject_ckpt", STAGE),
             epochs()] == [1, 12, 12, 76]
+    assert epochs(script=train_gnet) == round(30 * 40 ** 0.5) and epochs("--multi_subject", script=train_gnet) == 30
 
 
 def test_a_run_says_what_it_was_made_from_and_is_kept_or_refused(simulated, tmp_path, capsys):
