@@ -153,10 +153,9 @@ def synthetic(args):
 def simulate_by(args, sessions, seed, seconds):
     """Train a GNet on the first sessions; returns a function that lets it simulate responses to n stimuli."""
     known, tag = ["--root", str(args.root), "--subj", args.subj], f"bench{seed}_{sessions}sess"
-    epochs = round(8 * (max(options.SESSIONS.values()) / sessions) ** 0.5)
     timed(seconds, ("GNet",), train_gnet, [
-        *known, "--num_sessions", str(sessions), "--tag", tag, "--seed", str(seed), "--num_epochs", str(epochs),
-        "--num_workers", "0", "--resume", *args.gnet.split()])
+        *known, "--num_sessions", str(sessions), "--tag", tag, "--seed", str(seed), "--num_workers", "0", "--resume",
+        "--num_epochs", str(options.of_few_sessions(8, sessions)), *args.gnet.split()])
     return lambda n: score_gnet.main([*known, "--gnet_run", run_name("scratch", args.subj, "gnet", None, tag=tag),
                                       "--synthetic", str(n), "--overwrite"])
 

@@ -159,9 +159,8 @@ def write_synthetic(args, paths, encoder):
         return
     rng = np.random.default_rng(seed)
     image_ids = rng.permutation(candidates)[:args.synthetic]
-    noise = noise_of(encoder, paths)
-    blocks = utils.progress(simulate(encoder, paths, image_ids, noise, rng), desc=f"simulate {encoder.run}",
-                            unit="batch")
+    batches, noise = stimuli.batches(image_ids, args.batch_size), noise_of(encoder, paths)
+    blocks = simulate(encoder, utils.progress(batches, desc=f"simulate {encoder.run}", unit="batch"), noise, rng)
     save_together({folder / "config.json": write_json(config),  # in place last
                    folder / FILE: lambda file: write_simulated(file, image_ids, blocks, noise.shape[1])})
     board = Dashboard(folder, f"score_{args.subj}_{folder.name}", config, Wandb.from_args(args).of("score", "gnet"))

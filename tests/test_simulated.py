@@ -152,6 +152,20 @@ def test_a_run_says_what_it_was_made_from_and_is_kept_or_refused(simulated, tmp_
     assert train(paths, *NETWORK, "--synthetic", "--resume") == 2 and "simulated resp" in capsys.readouterr().err
 
 
+def test_a_finished_run_does_not_need_them_any_more(simulated, tmp_path, capsys):
+    paths = copy_world(simulated, tmp_path)
+    responses_file(paths).unlink()
+    assert train(paths, *NETWORK, "--synthetic", "--resume") == 0 and "already finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_batch_size_does_not_matter(world, tmp_path, batch_size):
+    paths = copy_world(world, tmp_path)
+    assert simulate(paths, "--synthetic", 6, "--overwrite", "--batch_size", batch_size) == 0
+    found, wanted = (read_hdf5(responses_file(root), "betas") for root in (paths, world))
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("flags, wanted", [
     (["--seed", "1"], "seed 42, wanted 1"), (["--val_fraction", "0.2"], "val_fraction 0.3, wanted 0.2"),
     (["--num_sessions", "2"], "gnet_2sess_synthetic"), (["--model", "mindeye2"], "--synthetic"),

@@ -29,11 +29,11 @@ def noise_of(encoder, paths):
     return train * np.sqrt(np.square(val).mean() / np.square(train).mean())
 
 
-def simulate(encoder, paths, image_ids, noise, rng):
-    """Yield responses to stimuli (N,), a few stimuli at a time: TRIALS of each, one after the other, (n TRIALS, V).
+def simulate(encoder, batches, noise, rng):
+    """Yield responses to pictures, batch by batch (n, H, W, 3): TRIALS of each, one after the other, (n TRIALS, V).
 
     noise: of noise_of, of which each trial gets a row at random.
     """
-    for pictures in open_stimuli(paths).batches(image_ids, 50):
-        responses = np.repeat(encoder.predict(pictures), TRIALS, axis=0)
+    for pictures in batches:
+        responses = np.repeat(encoder.predict([pictures]), TRIALS, axis=0)
         yield responses + noise[rng.integers(len(noise), size=len(responses))]

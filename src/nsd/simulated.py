@@ -40,6 +40,17 @@ def write_simulated(file, image_ids, blocks, n_voxels):
             start += len(block)
 
 
+def open_simulated(paths, subj, num_sessions):
+    """Open the responses of a subject that a GNet of so many sessions simulated: Rows (trials, V) float32."""
+    number, name = int(subj[4:]), f"{num_sessions}sess"
+    again = (f"train an encoding model of these sessions (SUBJ={number} STAGES=gnet bash scripts/train.sh "
+             f"--num_sessions {num_sessions} --tag {name}) and let it simulate (SUBJ={number} STAGES=gnet bash "
+             f"scripts/score.sh --gnet_run gnet_{subj}_{name} --synthetic 1000)")
+    return Rows(paths.simulated(subj, num_sessions) / FILE, "betas", f"--synthetic: responses simulated from "
+                f"{num_sessions} session{'s' * (num_sessions != 1)} of {subj}", again).of(
+                    "f", 1, "float (trials, voxels)")
+
+
 class SimulatedTrials:
     """A subject's simulated trials, as score_gnet.py --synthetic wrote them.
 
@@ -52,14 +63,9 @@ class SimulatedTrials:
 
         Raises UserError where there are none, or those of a model that trained on other images.
         """
-        folder = paths.simulated(subj, num_sessions)
-        number, name = int(subj[4:]), f"{num_sessions}sess"
-        again = (f"train an encoding model of these sessions (SUBJ={number} STAGES=gnet bash scripts/train.sh "
-                 f"--num_sessions {num_sessions} --tag {name}) and let it simulate (SUBJ={number} STAGES=gnet bash "
-                 f"scripts/score.sh --gnet_run gnet_{subj}_{name} --synthetic 1000)")
-        self.rows = Rows(folder / FILE, "betas", f"--synthetic: responses simulated from {num_sessions} "
-                         f"session{'s' * (num_sessions != 1)} of {subj}", again).of("f", 1, "float (trials, voxels)")
-        found = load_json(folder / "config.json", "what they were made from", again)
+        self.rows, folder = open_simulated(paths, subj, num_sessions), paths.simulated(subj, num_sessions)
+        found = load_json(folder / "config.json", "what they were made from",
+                          "simulate again (score_gnet.py --synthetic, --overwrite)")
         wanted = {"num_sessions": num_sessions, "val_fraction": val_fraction, "seed": seed}
         differing = [f"{name} {found.get(name)}, wanted {value}" for name, value in wanted.items()
                      if found.get(name) != value]

@@ -7,15 +7,17 @@ a checkpoint lists the checksums of its tensors.
 from disk.files import archive_hash
 from nsd.components import open_components, source_of
 from nsd.rows import open_betas, open_feature, open_stimuli, sample_hash
+from nsd.simulated import FILE, open_simulated
 
 CLUSTERS = "clusters of images"  # of --hold_out, in what a run was made from
 
 
-def inputs_there(paths, subjects=(), components=(), features=(), stimuli=False, runs=()):
+def inputs_there(paths, subjects=(), components=(), features=(), stimuli=False, runs=(), simulated=None):
     """Return {what it is, in words: its identity} of those inputs that are there.
 
     subjects: whose betas; components, features: names of features, by their components or by whole rows; runs:
-    checkpoints of other runs, or None. Raises UserError for a file that is there and not readable.
+    checkpoints of other runs, or None; simulated: whose simulated responses, from how many sessions, or None. Raises
+    UserError for a file that is there and not readable.
     """
     found = {f"betas of {subj}": sample_hash(open_betas(paths, subj)) for subj in subjects if
              paths.betas(subj).exists()}
@@ -25,6 +27,8 @@ def inputs_there(paths, subjects=(), components=(), features=(), stimuli=False, 
               paths.feature(feat).exists()}
     if stimuli and paths.stimuli.joinpath("nsd_stimuli.hdf5").exists():
         found["stimuli"] = sample_hash(open_stimuli(paths))
+    if simulated and (paths.simulated(*simulated) / FILE).exists():
+        found["simulated responses"] = sample_hash(open_simulated(paths, *simulated))
     return found | {f"run {file.parent.name}": archive_hash(file) for file in runs if file is not None
                     and file.exists()}
 

@@ -15,7 +15,7 @@ from nsd.batches import EpochBatches, read_targets
 from nsd.clusters import clusters_digest, read_clusters
 from nsd.components import CoefficientRows, open_components
 from nsd.repeats import AveragedRows
-from nsd.rows import open_betas, open_feature, open_stimuli, sample_hash
+from nsd.rows import open_betas, open_feature, open_stimuli
 from nsd.simulated import SimulatedTrials
 from nsd.trials import list_subjects, shared_images, split_trials
 from training.origins import CLUSTERS, changed, inputs_there
@@ -114,7 +114,7 @@ def gather_component_run(plan, config, team, subjects, feats, pretrained=None):
         averaged = AveragedRows(rows, val)
         tables["val"][subj], betas["val"][subj] = averaged.table, averaged
         if plan.stage == "synthetic":
-            simulated = simulated_trials(plan)
+            simulated = SimulatedTrials(plan.paths, subj, plan.num_sessions, plan.val_fraction, plan.loop.seed)
             train, rows = simulated.table, simulated.rows
         tables["train"][subj], betas["train"][subj] = train, rows
     targets = {feat: CoefficientRows(known) for feat, known in components.items()}
@@ -139,11 +139,6 @@ def ridge_r2(plan, name, feats):
                 found = {feat: rows[-1].get(f"val/r2_{feat}") for feat in feats}
                 return {f"val/r2_{feat}_ridge": r2 for feat, r2 in found.items() if r2 is not None}
     return {}
-
-
-def simulated_trials(plan):
-    """Open the SimulatedTrials of a plan's subject, from as many sessions, and with the same images to validate on."""
-    return SimulatedTrials(plan.paths, plan.subj, plan.num_sessions, plan.val_fraction, plan.loop.seed)
 
 
 def split_of(plan, subj):
@@ -193,9 +188,8 @@ def claim(plan, feat, subjects, components=(), features=(), stimuli=False, **fur
     check_tracking(plan.loop.wandb.log)
     name = plan.run_name(feat)
     config = plan.config | {"feat": feat, "run": name, **further, "made_from": inputs_there(
-        plan.paths, subjects, components, features, stimuli, [plan.pretrained_path(feat)])}
-    if plan.stage == "synthetic":
-        config["made_from"]["simulated responses"] = sample_hash(simulated_trials(plan).rows)
+        plan.paths, subjects, components, features, stimuli, [plan.pretrained_path(feat)],
+        (plan.subj, plan.num_sessions) if plan.stage == "synthetic" else None)}
     team = Team.assemble(plan.loop.device, plan.loop.precision)
     if plan.hold_out:
         read_clusters(plan.paths, int(plan.hold_out.split("/")[1]), partial(shared_images, plan.paths))
