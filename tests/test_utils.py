@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -97,6 +98,30 @@ def test_run_cli_prints_one_line(capsys):
     assert utils.run_cli(fail, []) == 2
     assert capsys.readouterr().err == "error: row 3\n"
     assert utils.run_cli(lambda argv: None, []) == 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has its own ways")
+def test_scripts_keep_freed_memory():
+    program = """if True:
+        import resource, sys
+        import numpy as np
+        import utils
+
+        def use(argv=None):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(10):
+                np.ones(2**22)  # 32 MB: 8,192 pages
+            found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+        found = []
+        use()
+        utils.run_cli(use)
+        print(*found)
+        """
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
+                           env=os.environ | {"PYTHONPATH": str(utils.REPOSITORY / "src")})
+    before, kept = map(int, shown.stdout.split())
+    assert kept < before / 5 and kept < 2 * 8192
 
 
 def test_flags(capsys):

@@ -93,16 +93,13 @@ class Scale:
 
     def pixels(self, pictures, sample):
         """PixCorr and SSIM of every image, {metric: (N,)}."""
-        n, n_images = self.store.batch_size, len(self.seen.image_ids)
-
-        def measure(start):
-            index = range(start, min(start + n, n_images))
-            pair = self.seen.batch(index), pictures.batch(index, sample)
+        def measure(i):  # one by one: a batch of this size is no faster, and its memory has to be zeroed each time
+            pair = self.seen.batch([i]), pictures.batch([i], sample)
             return metrics.pixcorr(*pair), metrics.ssim(*pair)
 
         def make(file):
             with ThreadPoolExecutor(os.cpu_count()) as threads:  # scikit-image's SSIM keeps one core busy
-                found = list(threads.map(measure, range(0, n_images, n)))
+                found = list(threads.map(measure, range(len(self.seen.image_ids))))
             with open(file, "wb") as stream:
                 np.save(stream, np.concatenate(found, axis=1))
 
