@@ -807,3 +807,9 @@ def load_trunk(model, state_dict, voxel_encoders=False):
         )
     model.load_state_dict(found, strict=False)
     return sorted(found)
+
+
+def freeze_trunk(model):
+    """Let a training change the voxel encoders of `model` alone."""
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key.startswith("voxelenc."))

@@ -38,6 +38,7 @@ MINDEYE2_DEFAULTS = {"n_blocks": 4, "dropout": 0.15, "batch_size": 24, "num_epoc
 # trials, of all seven subjects together: 4.5 million trials, which are 29 times all that NSD has of them for training
 PRETRAINING_DEFAULTS = {"components": {"num_epochs": 6, "batch_size": 140, "max_lr": 1.5e-3}, "ridge": {},
                         "mindeye2": {"batch_size": 42, "num_epochs": 29}}
+FROZEN_MAX_LR = 3e-3  # of components whose trunk stays as pretrained: the voxel encoder starts from scratch
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -405,6 +406,9 @@ def training_parser(doc, components=None, mindeye2=None):
     stage.add_argument("--synthetic", action=argparse.BooleanOptionalAction, default=False,
                        help="train on responses to stimuli that --subj never saw, which a GNet of the same sessions "
                             "simulated (score_gnet.py --synthetic); fine-tuning goes on from there")
+    stage.add_argument("--freeze_trunk", action=argparse.BooleanOptionalAction, default=None,
+                       help="fine-tuning: fit the subject's voxel encoder, and leave everything else as pretrained "
+                            "(components: yes; mindeye2: no)")
     network = parser.add_argument_group("network", "in fine-tuning, what is not given is the pretrained run's")
     network.add_argument("--model", choices=MODELS,
                          help="components: regression of the features' principal components; mindeye2: the published "
@@ -429,7 +433,8 @@ def by_model(defaults, name):
     """Say a flag's default, which depends on --model and, for some, on the stage. defaults: {model: {name: value}}."""
     said = []
     for model in ("components", "mindeye2"):
-        more = ", more for few sessions" if (model, name) == ("components", "num_epochs") else ""
+        more = {"num_epochs": ", more for few sessions", "max_lr": f", --freeze_trunk {FROZEN_MAX_LR:g}"}.get(name, "")
+        more = more if model == "components" else ""
         pretraining = PRETRAINING_DEFAULTS[model].get(name)
         more += f", pretraining {pretraining:g}" if pretraining else ""
         said.append(f"{model}: {defaults[model][name]:g}{more}")
@@ -441,6 +446,10 @@ def resolve_training(defaults, args):
     args.model = args.model or "components"
     args.pretrain_subjects = sorted(set(args.pretrain_subjects or []))  # the same run in any order
     chosen = {"hidden_dim": HIDDEN_DIM} | defaults[args.model]
+    if args.freeze_trunk is None:
+        args.freeze_trunk = args.model == "components" and args.multisubject_ckpt is not None
+    if args.freeze_trunk and args.model == "components":
+        chosen["max_lr"] = FROZEN_MAX_LR
     if args.multi_subject:
         chosen |= PRETRAINING_DEFAULTS[args.model]
     elif args.synthetic:

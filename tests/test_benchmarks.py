@@ -22,6 +22,7 @@ from tiny_sd import LATENT
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import bench_allocator
 import bench_busy
 import bench_features
 import bench_gnet
@@ -123,6 +124,12 @@ def test_bench_gnet_prints_its_ratios(capsys):
     bench_gnet.main([*SHORT, "--voxels", "30", "--train_batch", "5"])
     printed = capsys.readouterr().out
     assert "voxels in chunks of   1024:" in printed and "a guided step: with GNet / CLIP alone = " in printed
+
+
+@pytest.mark.parametrize("task", bench_allocator.TASKS)
+def test_bench_allocator_measures_its_tasks(task):
+    seconds, faults = bench_allocator.measure(task, repeats=1, kept=False)
+    assert seconds > 0 and faults >= 0
 
 
 def test_bench_features_prints_its_ratios(monkeypatch, capsys):

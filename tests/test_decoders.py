@@ -167,6 +167,32 @@ def test_fine_tuning_starts_from_the_trunk_of_the_same_features(trained, tmp_pat
     assert "was pretrained with --n_blocks 1, here 2; give" in capsys.readouterr().err
 
 
+def test_fine_tuning_fits_the_voxel_encoder_and_leaves_the_trunk(trained, tmp_path, capsys):
+    """Unless it is asked to train all of it."""
+    paths = copy_world(trained, tmp_path)
+    assert train(paths, *NETWORK, "--multi_subject") == 0
+    start = checkpoint(paths, "multisubject_subj01_ext1_c_8_mlp")["model"]
+    for tag, flags, kept in (("a", (), True), ("b", ("--no-freeze_trunk",), False)):
+        assert train(paths, *NETWORK, "--multisubject_ckpt", "auto", "--tag", tag, *flags) == 0
+        assert ("the voxel encoder alone is trained" in capsys.readouterr().out) == kept
+        made = checkpoint(paths, f"pretrained_subj01_3sess_ext1_c_8_mlp_{tag}")["model"]
+        trunk = [key for key in made if not key.startswith("voxelenc.")]
+        assert len(trunk) > 4 and all(torch.equal(made[key], start[key]) == kept for key in trunk)
+    first, other = (checkpoint(paths, f"pretrained_subj01_3sess_ext1_c_8_mlp_{tag}")["model"] for tag in "ab")
+    assert not torch.equal(first["voxelenc.linears.0.weight"], other["voxelenc.linears.0.weight"])
+    assert train(paths, *NETWORK, "--freeze_trunk") == 2
+    assert "--freeze_trunk: without --multisubject_ckpt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "frozen", "max_lr"), [
+    (["--multisubject_ckpt", "x"], True, 3e-3), (["--multisubject_ckpt", "x", "--no-freeze_trunk"], False, 1e-3),
+    (["--multisubject_ckpt", "x", "--max_lr", "1e-4"], True, 1e-4), ([], False, 1e-3),
+    (["--multi_subject"], False, 1.5e-3), (["--model", "mindeye2", "--multisubject_ckpt", "x"], False, 3e-4)])
+def test_the_trunk_is_frozen_where_one_was_pretrained(flags, frozen, max_lr):
+    args = train_c.get_parser().parse_args(flags)
+    assert (args.freeze_trunk, args.max_lr) == (frozen, max_lr)
+
+
 def test_fine_tuning_takes_its_network_from_the_pretrained_run(trained, tmp_path, capsys):
     """What flags of it are not given; what is given can contradict. The run that `auto` means may have any width."""
     paths = copy_world(trained, tmp_path)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 import utils
 from disk.checkpoints import RUN_KEYS, load_checkpoint, require_keys, save_checkpoint
 from disk.files import archive_hash, save_json
-from models import load_trunk, restore
+from models import freeze_trunk, load_trunk, restore
 from nsd.components import basis_in, maker_in
 from training.settings import Wandb
 from training.tracking import Dashboard, Tracker, load_rows
@@ -218,6 +218,8 @@ def load_start(run, model, loop):
         check_network(run, source["model_args"], model.model_args)
         own = source["config"].get("stage") == "synthetic"  # then it has the subject's own voxel encoder
         copied = load_trunk(model, source["model"], voxel_encoders=own)
+        if run.config.get("freeze_trunk"):
+            freeze_trunk(model)
     last, state = run.folder / "last.pth", None
     if loop.resume and not loop.overwrite and last.exists():
         state = load_checkpoint(last, keys=(*RUN_KEYS, "epoch"))
@@ -231,7 +233,8 @@ def load_start(run, model, loop):
     run.introduce()
     if run.pretrained is not None:
         run.say(f"{len(copied)} tensors copied from {run.pretrained.parent.name} "
-                + ("(all of them)" if own else "(all but the voxel encoder, which starts from scratch)"))
+                + ("(all of them)" if own else "(all but the voxel encoder, which starts from scratch)")
+                + "; the voxel encoder alone is trained" * run.config.get("freeze_trunk", False))
     return state
 
 

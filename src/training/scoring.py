@@ -20,7 +20,7 @@ from disk.files import archive_hash, file_hash, load_json
 from disk.hints import how_to_train, runs_like
 from disk.names import Paths, head_of, runs_of, scores_name
 from disk.scores import save_scores
-from models import build_model, load_trunk, restore
+from models import build_model, freeze_trunk, load_trunk, restore
 from nsd.clusters import clusters_digest
 from nsd.components import Components, open_components, source_of
 from nsd.lesions import digest_of, kept_voxels, make_lesion
@@ -463,9 +463,8 @@ def adapt(request, feat, run, state, checkpoint_hash):
         objective = OBJECTIVES[kind](**{key: trained[key] for key in scales})
     model = build_model({**state["model_args"], "n_voxels": fitted.n_voxels})
     load_trunk(model, state["model"])
+    freeze_trunk(model)
     fitted.keeps = "voxelenc."
-    for key, parameter in model.named_parameters():
-        parameter.requires_grad_(key.startswith(fitted.keeps))
     fit(fitted, model, objective, loop)
     return model
 

@@ -100,6 +100,9 @@ class Plan:
         if args.model == "ridge" and (args.multi_subject or args.multisubject_ckpt):
             raise utils.UserError("--model ridge: has no pretraining; leave out --multi_subject and "
                                   "--multisubject_ckpt")
+        if args.freeze_trunk and not args.multisubject_ckpt:
+            raise utils.UserError("--freeze_trunk: without --multisubject_ckpt there is nothing pretrained to leave as "
+                                  "it is; give both, or none")
         if args.synthetic and (args.model != "components" or args.multi_subject or args.hold_out):
             raise utils.UserError("--synthetic: trains components, of --subj alone, and not with --hold_out, of which "
                                   "GNet knows nothing; leave one of them out")
@@ -218,7 +221,7 @@ def settings_of(flags, stage):
     flags: {name: value} of the whole command line; stage: of a Plan, or gnet. A run with other settings is another run.
     """
     config = {key: value for key, value in flags.items() if key not in NOT_SCIENCE}
-    for name in ("hold_out", "pretrain_subjects"):  # so that a run says what it said before there was the flag
+    for name in ("hold_out", "pretrain_subjects", "freeze_trunk"):  # a run says what it said before there was the flag
         if not config.get(name):
             config.pop(name, None)
     if flags.get("model") == "components":
