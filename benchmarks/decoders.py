@@ -4,12 +4,12 @@
     python benchmarks/decoders.py --root demo --table settings      # one setting changed at a time, validation images
     python benchmarks/decoders.py --root demo --table synthetic --sessions 1 4    # with simulated responses, or not
 
-Methods: ridge; components; both stacked; components pretrained on one subject instead of all others; mindeye2 by its
-prior's mean and by samples of 20 steps; with --sessions 1 4 40 of the subject's sessions and several seeds. Each cell
-is R2, the share of the feature's variance that is explained, mean over seeds (range), and for c the share of images
-that its prediction retrieves among all test images (cosine of centred rows; of mindeye2's contrast as they are), brain
-to image and back. Seconds: process time of pretraining and of fine-tuning on one thread. Runs are tagged bench<seed>;
-those that are there are kept.
+Methods: ridge; components; both stacked; components pretrained on one subject instead of all others, and with a trunk
+that fine-tuning trains, too; mindeye2 by its prior's mean and by samples of 20 steps; with --sessions 1 4 40 of the
+subject's sessions and several seeds. Each cell is R2, the share of the feature's variance that is explained, mean over
+seeds (range), and for c the share of images that its prediction retrieves among all test images (cosine of centred
+rows; of mindeye2's contrast as they are), brain to image and back. Seconds: process time of pretraining and of
+fine-tuning on one thread. Runs are tagged bench<seed>; those that are there are kept.
 
 Synthetic: fine-tuned from the pretraining, as ever, or after a stage on what a GNet simulated to --stimuli, and what
 that stage alone teaches. The GNet knows no other sessions.
@@ -56,6 +56,7 @@ SETTINGS = {
     "learning rate 5e-4": {"both": ["--max_lr", "5e-4"]},
     "learning rate 2e-3": {"both": ["--max_lr", "2e-3"]},
     "MixCo in a third of the epochs": {"both": ["--mixup_pct", "0.33"]},
+    "fine-tuning trains the trunk, too": {"finetune": ["--no-freeze_trunk"]},
     "no pretraining": {"pretrain": None},
     "3 epochs of pretraining": {"pretrain": ["--num_epochs", "3"]},
     "12 epochs of pretraining": {"pretrain": ["--num_epochs", "12"]},
@@ -106,11 +107,13 @@ def methods(args):
                 train(args, run, common, seed, seconds, "components")
                 for method, flags in (("ridge", ["--run", "ridge"]), ("components", ["--no-stack"]), ("stacked", [])):
                     measure(found, method, run, [*common, *flags, "--overwrite"])
-                for subj in args.pretrain_subjects:
-                    alone = [*common[:-1], f"bench{seed}_{subj}"]
-                    train(args, run, alone, seed, seconds, "components", {"pretrain": ["--pretrain_subjects", subj]})
-                    measure(found, f"components, pretrained on {subj} alone", run,
-                            [*alone, "--no-stack", "--overwrite"])
+                variants = {f"pretrained on {subj} alone": (subj, {"pretrain": ["--pretrain_subjects", subj]})
+                            for subj in args.pretrain_subjects}
+                variants["trunk trained, too"] = "trunk", SETTINGS["fine-tuning trains the trunk, too"]
+                for name, (tag, changed) in variants.items():
+                    other = [*common[:-1], f"bench{seed}_{tag}"]
+                    train(args, run, other, seed, seconds, "components", changed)
+                    measure(found, f"components, {name}", run, [*other, "--no-stack", "--overwrite"])
                 if seed in args.mindeye2_seeds:
                     common[-1] = f"mindeye2{seed}"
                     train(args, run, common, seed, seconds, "mindeye2", epochs_of(args.mindeye2_epochs))
