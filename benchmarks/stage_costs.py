@@ -27,7 +27,7 @@ import recon
 import sampler_costs
 import utils
 from bench_recon import random_sd14
-from models import BrainModel, Decoder, LatentModel, RidgeDecoder
+from models import BrainModel, Decoder, LatentModel, RidgeDecoder, freeze_trunk
 from nsd import sources
 from training.objectives import draw_prior
 from training.ridge import RIDGE_ALPHAS, decompose, solve
@@ -143,6 +143,8 @@ def training(model):
     for stage, run, net in networks(model):
         defaults = DEFAULTS[model] | (options.PRETRAINING_DEFAULTS[model] if stage == "pretrain" else {})
         epochs = defaults["num_epochs"]
+        if (model, stage) == ("components", "finetune"):
+            freeze_trunk(net)
         subjects = net.model_args["n_voxels"]
         trials = {subj: TRAINING_TRIALS[subj] * (1 - options.VAL_FRACTION) for subj in subjects}
         flops = sum(n * flops_of(lambda net=net, subj=subj, run=run: outputs(net, subj, run), True)

@@ -38,6 +38,8 @@ from training.settings import Loop, Plan, Wandb
 from training.team import Team
 from training.tracking import Dashboard, check_tracking
 
+STACK_PRIOR = 20  # images whose vote the network has before a stack's weight is measured
+
 
 @dataclass(frozen=True)
 class Request:
@@ -361,8 +363,9 @@ def validate(model, ridge, trained):
     """Stack a FeatureOf with a ridge's network, if there is one, and measure it on the validation images.
 
     The weight is the one with the least squared error there, for whole responses: a lesion or a bottleneck changes what
-    the same predictor reads. Sets model.errors, (K + 1,): the mean squared error of
-    each coefficient, and the variance beyond them. Returns R2 {"network", "ridge", "scored"}.
+    the same predictor reads. A few images hardly tell it: STACK_PRIOR further ones count, as if they had found the
+    network alone best. Sets model.errors, (K + 1,): the mean squared error of each coefficient, and the variance beyond
+    them. Returns R2 {"network", "ridge", "scored"}.
     """
     known, val = model.components, trained.validation
     voxels, whole = ({trained.whose: torch.from_numpy(part.betas).to(trained.device)}  # (N, V)
@@ -381,7 +384,8 @@ def validate(model, ridge, trained):
             found["ridge"], by_ridge = (model.coefficients(part)[0].cpu() for part in (voxels, whole))
             towards = by_network - by_ridge
             weight = (towards * (truth[:, :towards.shape[1]] - by_ridge)).sum() / towards.square().sum()
-            model.weight = float(weight.clamp(0, 1))
+            n = len(truth)
+            model.weight = float((n * weight.clamp(0, 1) + STACK_PRIOR) / (n + STACK_PRIOR))
         found["scored"] = model.coefficients(voxels)[0].cpu()
     model.errors = errors_of(found["scored"])
     return {name: float(1 - errors_of(rows).sum() / known.total) for name, rows in found.items()}
