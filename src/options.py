@@ -446,7 +446,7 @@ def resolve_training(defaults, args):
     args.model = args.model or "components"
     args.pretrain_subjects = sorted(set(args.pretrain_subjects or []))  # the same run in any order
     chosen = {"hidden_dim": HIDDEN_DIM} | defaults[args.model]
-    if args.freeze_trunk is None:
+    if args.freeze_trunk is None or args.multi_subject:  # train.sh gives its flags to pretraining, too
         args.freeze_trunk = args.model == "components" and args.multisubject_ckpt is not None
     if args.freeze_trunk and args.model == "components":
         chosen["max_lr"] = FROZEN_MAX_LR

@@ -188,7 +188,8 @@ def test_fine_tuning_fits_the_voxel_encoder_and_leaves_the_trunk(trained, tmp_pa
 @pytest.mark.parametrize(("flags", "frozen", "max_lr"), [
     (["--multisubject_ckpt", "x"], True, 3e-3), (["--multisubject_ckpt", "x", "--no-freeze_trunk"], False, 1e-3),
     (["--multisubject_ckpt", "x", "--max_lr", "1e-4"], True, 1e-4), ([], False, 1e-3),
-    (["--multi_subject"], False, 1.5e-3), (["--model", "mindeye2", "--multisubject_ckpt", "x"], False, 3e-4)])
+    (["--multi_subject"], False, 1.5e-3), (["--multi_subject", "--freeze_trunk"], False, 1.5e-3),
+    (["--model", "mindeye2", "--multisubject_ckpt", "x"], False, 3e-4)])
 def test_the_trunk_is_frozen_where_one_was_pretrained(flags, frozen, max_lr):
     args = train_c.get_parser().parse_args(flags)
     assert (args.freeze_trunk, args.max_lr) == (frozen, max_lr)
