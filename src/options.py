@@ -511,8 +511,8 @@ def scoring_parser(doc):
                         help="write the test images' true features as scores: the ceiling of what can be drawn "
                              "(--run ground_truth, in recon.py too)")
     parser.add_argument("--checkpoint", choices=["last", "best"], default="last", help="best: by validation")
-    parser.add_argument("--adapt_epochs", type=whole, default=10, metavar="N",
-                        help="epochs to fit a new voxel encoder for (--head adapt)")
+    parser.add_argument("--adapt_epochs", type=whole, metavar="N",
+                        help="epochs to fit a new voxel encoder for (--head adapt; 12, more for few sessions)")
     parser.add_argument("--num_workers", type=whole, default=2, metavar="N",
                         help="data loader processes, where a voxel encoder is fitted")
     parser.add_argument("--prior_steps", type=whole, default=1, metavar="N",

@@ -55,7 +55,7 @@ class Request:
     device: str
     checkpoint: str = "last"  # or best
     head: str | None = None  # own, adapt or a subject; None: as disk.names.head_of says
-    adapt_epochs: int = 10
+    adapt_epochs: int = options.COMPONENTS_DEFAULTS["num_epochs"]
     test_split: str = "new_test"
     repeats: str = "mean"
     control: str | None = None
@@ -75,6 +75,8 @@ class Request:
         range. settled: {name: value} that is not left to flags."""
         flags = vars(args)
         given = {field.name: flags[field.name] for field in fields(cls) if field.name in flags}
+        if given.get("adapt_epochs", 0) is None:
+            given["adapt_epochs"] = options.of_few_sessions(cls.adapt_epochs, args.num_sessions)
         given["wandb"] = Wandb.from_args(args) if "wandb_log" in flags else Wandb()
         request = cls(Paths.from_args(args), **given | settled)
         for name, least in (("batch_size", 1), ("prior_steps", 1), ("adapt_epochs", 1), ("num_workers", 0)):
@@ -436,22 +438,25 @@ def check_head(whose, subj, n_voxels, known, checkpoint):
 def adapt(request, feat, run, state, checkpoint_hash):
     """Fit a new voxel encoder for the run's network to the subject's training trials; returns the network.
 
-    The run's own objective and settings, adapt_epochs long; fitted again only when checkpoint or flags changed. What is
-    kept is the voxel encoder alone, with the hash of the checkpoint whose network it belongs to.
+    The run's own objective, and its settings in fine-tuning, adapt_epochs long; fitted again only when checkpoint or
+    flags changed. What is kept is the voxel encoder alone, with the hash of the checkpoint whose network it belongs to.
     """
     kind, trained = state["model_args"]["kind"], state["config"]
     feats = list(state["model_args"].get("components", {}))
     if kind == "ridge":
         raise utils.UserError("--head adapt: a ridge has no shared network; fit one: --model ridge")
     name = f"{run}/head_{request.subj}_{request.num_sessions}sess"
-    config = {"run": name, "feat": trained["feat"], "num_epochs": request.adapt_epochs,
+    max_lr, batch_size = trained["max_lr"], trained["batch_size"]
+    if kind == "components":
+        max_lr, batch_size = options.FROZEN_MAX_LR, options.COMPONENTS_DEFAULTS["batch_size"]
+    config = {"run": name, "feat": trained["feat"], "num_epochs": request.adapt_epochs, "max_lr": max_lr,
               "num_sessions": request.num_sessions, "seed": request.seed, "checkpoint_hash": checkpoint_hash,
               "made_from": inputs_there(request.paths, [request.subj], feats)}
     last = request.paths.run(name) / "last.pth"
     changed = last.exists() and load_checkpoint(last)["config"] != config
     if changed:
         last.unlink()
-    loop = Loop(request.adapt_epochs, trained["max_lr"], trained["batch_size"], request.seed, request.device,
+    loop = Loop(request.adapt_epochs, max_lr, batch_size, request.seed, request.device,
                 weight_decay=trained.get("weight_decay", 0.01), num_workers=request.num_workers, resume=True,
                 overwrite=changed)
     plan = Plan(request.paths, "adapt", request.subj, request.num_sessions, trained["val_fraction"],
