@@ -45,8 +45,16 @@ def test_what_is_not_decoded_does_not_measure():
     assert len(found.weights) == 2 and found.basis.shape == (2, 12)
     by_chance = Measurement.of(components_of(p), np.zeros((2, 12)), [1.0, 3.3, 1.1, 1.1, 0.1])  # 1.1 and .55: one step
     np.testing.assert_allclose(1 / by_chance.weights[1] + 0, 1 / (1 / (3 * 0.825) - 1 / 3), rtol=1e-5)
-    with pytest.raises(utils.UserError, match="no component of it is explained"):
-        Measurement.of(components_of(p), np.zeros((2, 12)), p.tolist() + [0])
+
+
+def test_layers_that_measure_nothing_are_left_out(capsys):
+    p = np.array([4.0, 3.0, 2.0, 1.0])
+    silent = Measurement.of(components_of(p), np.zeros((2, 12)), p.tolist() + [0])
+    some = Measurement.of(components_of(p), np.zeros((2, 12)), [1.0, 1.5, 1.95, 1.3, 0.1])
+    assert list(ClipMeasurements(None, {2: silent, 4: some}).measurements) == [4]
+    assert "g_2: no component is explained by 5%" in capsys.readouterr().out
+    with pytest.raises(utils.UserError, match="g_2, g_4: no component is explained"):
+        ClipMeasurements(None, {2: silent, 4: silent})
 
 
 def test_layers_count_as_one_measurement():

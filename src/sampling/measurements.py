@@ -38,8 +38,7 @@ class Measurement:
         """components: nsd.components.Components; rows: (N, ...) predictions; errors: (K + 1,), the mean squared error
         of each of the first K coefficients on validation images, and the variance beyond them (training.scoring).
         shrunk: the rows are posterior means; false of true features, which are taken at their word.
-
-        Raises UserError where no component measures.
+        Where errors are as large as the variance no component measures: k = 0.
         """
         from sklearn.isotonic import IsotonicRegression  # takes a second
 
@@ -47,10 +46,6 @@ class Measurement:
         left = IsotonicRegression(y_min=0.01).fit_transform(np.arange(len(p)), errors[:-1] / p)
         e, r2 = p * left, 1 - left
         at = np.flatnonzero(r2 >= LEAST_R2)
-        if not len(at):
-            raise utils.UserError(f"scores of {components.feat}: no component of it is explained by "
-                                  f"{LEAST_R2:.0%} on validation images, wanted some; leave it out, train it again, or "
-                                  "use --guidance_rule raw")
         basis = components.basis[at]
         targets = np.concatenate([(np.reshape(rows[i:i + ROWS], (-1, len(components.mean))) - components.mean) @ basis.T
                                   for i in range(0, len(rows), ROWS)])
@@ -73,12 +68,20 @@ class ClipMeasurements:
     """Guides by decoded CLIP layers, for all images: `term` gives a batch its misfit of the picture.
 
     The layers are decoded from one response, so that their errors are those of one measurement and not of as many: the
-    mean of their misfits counts, not the sum.
+    mean of their misfits counts, not the sum. Layers that measure nothing are left out, and named.
     """
 
     def __init__(self, clip_features, measurements):
-        """clip_features: models.ClipFeatures; measurements: {layer k: Measurement}."""
-        self.clip_features, self.measurements = clip_features, measurements
+        """clip_features: models.ClipFeatures; measurements: {layer k: Measurement}. UserError where none measures."""
+        self.clip_features = clip_features
+        self.measurements = {k: found for k, found in measurements.items() if len(found.weights)}
+        silent = ", ".join(f"g_{k}" for k in measurements if k not in self.measurements)
+        if silent:
+            explained = f"no component is explained by {LEAST_R2:.0%} on validation images"
+            if not self.measurements:
+                raise utils.UserError(f"scores of {silent}: {explained}, wanted some; train with more sessions, draw "
+                                      "without them (--feats none), or use --guidance_rule raw")
+            print(f"{silent}: {explained}, left out of guidance and selection", flush=True)
 
     def term(self, rows):
         """The guidance term of a batch: images (b, 3, H, W) in [0, 1], those at the slice `at` of it -> (b,) -log p.
