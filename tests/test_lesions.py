@@ -58,8 +58,9 @@ def test_statistics_are_of_images_not_of_trials(paths):
 
 
 def test_the_weight_of_the_ridge_is_that_of_whole_responses():
-    """Of predictions of which the truth is six parts network and four parts ridge, where no voxel is lesioned; to the 30
-    images that say so come 20 that count for the network."""
+    """Of predictions of which the truth is six parts network and four parts ridge, where no voxel is lesioned.
+
+    To the 30 images that say so come 20 that count for the network."""
     torch.manual_seed(0)
     network, ridge = Decoder({"s": 6}, 7, {"c": 5}).eval(), RidgeDecoder({"s": 6}, {"c": 5})
     torch.nn.init.normal_(network.heads["c"].weight)
