@@ -56,12 +56,12 @@ SETTINGS = {
     "learning rate 5e-4": {"both": ["--max_lr", "5e-4"]},
     "learning rate 2e-3": {"both": ["--max_lr", "2e-3"]},
     "MixCo in a third of the epochs": {"both": ["--mixup_pct", "0.33"]},
-    "fine-tuning trains the trunk, too": {"finetune": ["--no-freeze_trunk"]},
     "no pretraining": {"pretrain": None},
     "3 epochs of pretraining": {"pretrain": ["--num_epochs", "3"]},
     "12 epochs of pretraining": {"pretrain": ["--num_epochs", "12"]},
     "6 epochs of fine-tuning": {"finetune": ["--num_epochs", "6"]},
     "25 epochs of fine-tuning": {"finetune": ["--num_epochs", "25"]},
+    "fine-tuning trains the trunk, too": {"finetune": ["--no-freeze_trunk"]},
 }
 
 

@@ -433,8 +433,8 @@ def by_model(defaults, name):
     """Say a flag's default, which depends on --model and, for some, on the stage. defaults: {model: {name: value}}."""
     said = []
     for model in ("components", "mindeye2"):
-        more = {"num_epochs": ", more for few sessions", "max_lr": f", --freeze_trunk {FROZEN_MAX_LR:g}"}.get(name, "")
-        more = more if model == "components" else ""
+        more = {("components", "num_epochs"): ", more for few sessions",
+                ("components", "max_lr"): f", --freeze_trunk {FROZEN_MAX_LR:g}"}.get((model, name), "")
         pretraining = PRETRAINING_DEFAULTS[model].get(name)
         more += f", pretraining {pretraining:g}" if pretraining else ""
         said.append(f"{model}: {defaults[model][name]:g}{more}")

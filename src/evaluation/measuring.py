@@ -93,7 +93,7 @@ class Scale:
 
     def pixels(self, pictures, sample):
         """PixCorr and SSIM of every image, {metric: (N,)}."""
-        def measure(i):  # one by one: a batch of this size is no faster, and its memory has to be zeroed each time
+        def measure(i):  # one by one: a batch is no faster, and the system zeroes its memory each time
             pair = self.seen.batch([i]), pictures.batch([i], sample)
             return metrics.pixcorr(*pair), metrics.ssim(*pair)
 
