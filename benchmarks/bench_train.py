@@ -2,7 +2,7 @@
 
     python benchmarks/bench_train.py                          # pretraining of c, z, g on 7 subjects: 14 GB of files
     python benchmarks/bench_train.py --subjects 2 3           # on two of them: 4 GB
-    python benchmarks/bench_train.py --stage finetune --steps 20          # subject 1 alone: 3 GB
+    python benchmarks/bench_train.py --stage finetune --steps 20          # subject 1's voxel encoder: 3 GB
     python benchmarks/bench_train.py --model mindeye2 --feats c g_2       # the published networks, on whole rows
 
 Makes files in NSD's formats, filled (noise that repeats every 32 MB), then trains through the real code. Before every
@@ -37,7 +37,7 @@ import train_z
 import utils
 from disk.names import Paths
 from features.components import Fit, create_file
-from models import BrainModel, Decoder
+from models import BrainModel, Decoder, freeze_trunk
 from nsd import sources
 from training.loop import make_loader, math_attention, parameter_groups, to_device
 from training.objectives import BrainObjective, ComponentObjective
@@ -185,6 +185,8 @@ def measure(args, paths, feat, imports):
     run, make_network, objective = open_training(plan, flags, feat)
     lap("shards, later")
     model, team = make_network(), run.team
+    if args.stage == "finetune" and args.model == "components":
+        freeze_trunk(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, flags.weight_decay), flags.max_lr, fused=True)
     net = team.prepare(model, optimizer, plan.loop.batch_size)
     lap("network")
@@ -205,7 +207,8 @@ def measure(args, paths, feat, imports):
     lap("that step itself")
     first_start = seconds_of.pop("shards, first start")
     first_step = seconds_of.pop("that step itself")
-    kept = sum(p.numel() * 4 * 4 for p in model.parameters())  # weights, gradients, two moments: float32
+    # float32 weights and, of what is trained, gradients and two moments
+    kept = sum(p.numel() * 4 * (4 if p.requires_grad else 1) for p in model.parameters())
     kept = kept if team.device.type == "cpu" else 0
     resident = anonymous()
     reset_peak()

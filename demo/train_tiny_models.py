@@ -14,7 +14,6 @@ weights of other such models wherever a tensor's name and shape agree.
 """
 
 import argparse
-import copy
 import json
 import math
 import os
@@ -34,14 +33,14 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 import judge
-from scenes import ATTRIBUTES, KINDS, caption, captions, describe, render, sample_scene, vocabulary
+from scenes import ATTRIBUTES, KINDS, NO_SECOND, caption, captions, describe, render, sample_scene, vocabulary
 
 HERE = Path(__file__).resolve().parent
 SIZE = 64  # image side, pixels
 TOKENS = 24  # text length; the longest sentence has 21 words
 N_CAPTIONS = 5  # captions of an image that are averaged into c
-TEXT_STEPS = 1530  # the text tower is locked after so many steps of CLIP (Zhai et al. 2022): then the UNet can start
-STAGES = ("vae", "decoder", "clip", "unet", "judge", "gnet", "taesd", "card")
+LEARNED_LAST = ("pattern", "pattern", "second", "second")  # so hard negatives differ in them three times as often
+STAGES = ("vae", "decoder", "clip", "unet", "details", "judge", "gnet", "taesd", "card")
 TRAIN_SEED, HELD_OUT_SEED = 1_000_001, 1_000_002  # mini-NSD draws from other seeds
 
 
@@ -65,8 +64,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
-    stages = dict(zip(STAGES, (train_vae, train_decoder, train_clip, train_unet, train_judge, train_gnet, train_taesd,
-                               write_card), strict=True))
+    stages = dict(zip(STAGES, (train_vae, train_decoder, train_clip, train_unet, train_details, train_judge, train_gnet,
+                               train_taesd, write_card), strict=True))
     for stage in STAGES if args.stage == "all" else (args.stage,):
         stages[stage](args)
 
@@ -84,17 +83,22 @@ def draw_groups(args, n, seed, size=4):
     """`n` scenes in groups that differ in one attribute, hard negatives of each other; returned as draw_scenes does."""
     rng, scenes = np.random.default_rng(seed), []
     while len(scenes) < n:
-        base, name = sample_scene(rng), rng.choice(list(ATTRIBUTES))
+        name = rng.choice([*ATTRIBUTES, *LEARNED_LAST])
+        base = sample_scene(rng, second_probability=1.0 if name == "second" else 0.5)
         scenes += [base, *(borrow(base, sample_scene(rng), name) for _ in range(size - 1))]
     return cached_renders(args, scenes, f"groups_{seed}_{n}")
 
 
 def borrow(scene, other, name):
-    """`scene` with the attribute `name` of `other`."""
-    whole = {"setting": ["setting"], "light": ["light"], "second": ["second"], "place": ["place"], "size": ["size"]}
+    """`scene` with the attribute `name` of `other`; its second object, where it is, becomes the other's main one."""
+    whole = {"setting": ["setting"], "light": ["light"], "place": ["place"], "size": ["size"]}
     parts = {"kind": ["kind"], "colour": ["colour"], "pattern": ["pattern"], "place": ["x"], "size": ["size"]}
     main = replace(scene.main, **{key: getattr(other.main, key) for key in parts.get(name, [])})
-    return replace(scene, main=main, texture=other.texture, **{k: getattr(other, k) for k in whole.get(name, [])})
+    second = scene.second
+    if name == "second":
+        second = replace(second, kind=other.main.kind, colour=other.main.colour)
+    return replace(scene, main=main, second=second, texture=other.texture,
+                   **{key: getattr(other, key) for key in whole.get(name, [])})
 
 
 def cached_renders(args, scenes, name):
@@ -207,7 +211,7 @@ def optimise(name, model, loss_of_step, args, steps, lr, ema_decay=None):
 
 
 def train_clip(args):
-    """Contrastive image-text training (Radford et al. 2021) of a 12-block vision tower and a 4-block text tower."""
+    """A 12-block vision tower and a 4-block text tower, until the UNet can start on the latter."""
     tokenizer = build_tokenizer(args.outdir / "clip")
     eos = tokenizer.eos_token_id
     config = CLIPConfig(
@@ -219,24 +223,27 @@ def train_clip(args):
                          eos_token_id=eos, pad_token_id=eos, projection_dim=64),
     )
     model = CLIPModel(config)
+    start_from(model, args.init and args.init / "clip", CLIPModel)
+    contrast(args, "clip", model, tokenizer, args.steps or 3000)
+
+
+def train_details(args):
+    """The CLIP goes on until it tells patterns and second objects; the UNet keeps the text tower that it learned with.
+    """
+    folder = args.outdir / "clip"
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32)
+    contrast(args, "details", model, CLIPTokenizer.from_pretrained(folder), args.steps or 6000)
+
+
+def contrast(args, stage, model, tokenizer, steps):
+    """Train a CLIPModel on pictures and sentences (Radford et al. 2021) and export it."""
     processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    start_from(model, args.init and args.init / "clip", CLIPModel)
-    text_parameters = [p for name, p in model.named_parameters() if name.startswith("text_model")]
     scenes, images = draw_groups(args, args.n_scenes, TRAIN_SEED)
     values = np.array([[ATTRIBUTES[name].index(value) for name, value in scene.attributes.items()] for scene in scenes])
     optional = [name for name in ATTRIBUTES if name not in ("setting", "kind")]
 
-    def export():
-        tokenizer.save_pretrained(args.outdir / "clip")
-        processor.save_pretrained(args.outdir / "clip")
-        copy.deepcopy(model).half().save_pretrained(args.outdir / "clip")
-
     def loss_of_step(step, generator):
-        if step == TEXT_STEPS:
-            export()
-        for parameter in text_parameters:
-            parameter.requires_grad_(step < TEXT_STEPS)
         rng = np.random.default_rng((args.seed, step))
         groups = rng.choice(len(scenes) // 4, 64, replace=False)
         rows = (4 * groups[:, None] + np.arange(4)).ravel()
@@ -256,8 +263,9 @@ def train_clip(args):
         return (F.cross_entropy(logits, true_of / true_of.sum(1, keepdim=True))
                 + F.cross_entropy(logits.T, (true_of / true_of.sum(0)).T)) / 2
 
-    model.load_state_dict(optimise("clip", model, loss_of_step, args, args.steps or 3000, 1e-3))
-    export()
+    model.load_state_dict(optimise(stage, model, loss_of_step, args, steps, 1e-3))
+    for part in (tokenizer, processor, model.half()):
+        part.save_pretrained(args.outdir / "clip")
 
 
 # --- VAE ----------------------------------------------------------------------------------------------------------
@@ -345,9 +353,10 @@ def train_unet(args):
     As c is a mean over an image's captions and will be decoded with error, the UNet sees both means and a little noise
     on the condition. The loss is weighted by min-SNR (Hang et al. 2023, gamma 5).
     """
-    sd = args.outdir / "sd"
-    text_encoder = CLIPTextModel.from_pretrained(args.outdir / "clip", dtype=torch.float32).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(args.outdir / "clip")
+    sd, clip = args.outdir / "sd", args.outdir / "clip"
+    known = (sd / "text_encoder").exists()  # a UNet that goes on keeps the text tower that it started with
+    text_encoder = CLIPTextModel.from_pretrained(sd / "text_encoder" if known else clip, dtype=torch.float32).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(sd / "tokenizer" if known else clip)
     vae = AutoencoderKL.from_pretrained(sd / "vae", torch_dtype=torch.float32).eval()
     latents, embeddings = unet_data(args, tokenizer, text_encoder, vae)
     with torch.no_grad():
@@ -458,6 +467,32 @@ def train_taesd(args):
 
 
 @torch.no_grad()
+def told_by_clip(folder, scenes, images):
+    """Return how often CLIP finds the sentence that is true of a picture among all that name another value of an
+    attribute, {attribute: share}."""
+    model, tokenizer = CLIPModel.from_pretrained(folder, dtype=torch.float32), CLIPTokenizer.from_pretrained(folder)
+    processor = CLIPImageProcessor.from_pretrained(folder)
+    right = {name: [] for name in ATTRIBUTES}
+    for scene, image in zip(tqdm(scenes, desc="sentences", leave=False), images, strict=True):
+        pixels = processor(images=image, return_tensors="pt").pixel_values
+        for name, true in scene.attributes.items():
+            if true == NO_SECOND:
+                continue
+            values = [value for value in ATTRIBUTES[name] if value != NO_SECOND]
+            texts = [describe(varied(scene, name, value), ATTRIBUTES, np.random.default_rng(0)) for value in values]
+            logits = model(input_ids=tokenize(tokenizer, texts), pixel_values=pixels).logits_per_image[0]
+            right[name].append(values[logits.argmax()] == true)
+    return {name: float(np.mean(hits)) for name, hits in right.items()}
+
+
+def varied(scene, name, value):
+    """`scene` with another value of an attribute, for what is said of it."""
+    if name in ("kind", "colour", "pattern"):
+        return replace(scene, main=replace(scene.main, **{name: value}))
+    return replace(scene, **{name: replace(scene.second, kind=value) if name == "second" else value})
+
+
+@torch.no_grad()
 def write_card(args, n=400):
     """Measure the exported models on held-out scenes and write the numbers into the models' README.md."""
     scenes, images = draw_scenes(args, n, HELD_OUT_SEED)
@@ -474,7 +509,7 @@ def write_card(args, n=400):
     truths, weights = [scene.attributes for scene in scenes], args.outdir / "judge.safetensors"
     rows = [judge.judge_images(pictures, truths, weights)
             for pictures in (truth, decoded, torch.from_numpy(samples).permute(0, 3, 1, 2).float())]
-    rows.append(judge.chance(truths))
+    rows += [judge.chance(truths), told_by_clip(args.outdir / "clip", scenes, images)]
     size = sum(f.stat().st_size for f in args.outdir.rglob("*") if f.is_file()) / 1e6
     lines = [
         "# The demo's tiny models", "",
@@ -482,10 +517,11 @@ def write_card(args, n=400):
         f"`python demo/train_tiny_models.py --stage card` on {n} held-out scenes.", "",
         f"- VAE reconstruction PSNR: {psnr:.1f} dB (wanted: 27)",
         f"- size of this folder: {size:.1f} MB (fp16)", "",
-        "| found by the judge | renders | after the VAE | samples of captions | another scene |",
-        "|---|---|---|---|---|",
+        "| found by the judge | renders | after the VAE | samples of captions | another scene | told by the CLIP |",
+        "|---|---|---|---|---|---|",
         *(f"| {name} | " + " | ".join(f"{rates[name]:.1%}" for rates in rows) + " |" for name in ATTRIBUTES),
-        "", "Captions always name setting and kind, seldom colour, place and second object, and nothing else.", "",
+        "", "Captions always name setting and kind, seldom colour, place and second object, and nothing else.",
+        "Told by the CLIP: it finds the true sentence among those that differ in the attribute alone.", "",
         "`sd/`: the Stable-Diffusion-shaped pipeline (VAE 64x64x3 -> 16x16x4, UNet, text encoder, DDIM).",
         f"`clip/`: vision tower (12 blocks, 17 tokens x 96) and text tower (4 blocks, {TOKENS} tokens x 64).",
         "`judge.safetensors`: the network of `demo/judge.py`.",
