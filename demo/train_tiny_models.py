@@ -3,7 +3,7 @@
 They stand where openai/clip-vit and CompVis/stable-diffusion-v1-4 stand on real data: same classes, same folder layout,
 loaded by the same from_pretrained calls. The training scenes come from a seed that mini-NSD does not use.
 
-    python demo/train_tiny_models.py                       # everything: about five hours on one CPU core
+    python demo/train_tiny_models.py                       # everything: about six hours on one CPU core
     python demo/train_tiny_models.py --stage unet --steps 40000
     python demo/train_tiny_models.py --stage card          # measure, and write demo/models/README.md
 
@@ -523,7 +523,8 @@ def write_card(args, n=400):
         "", "Captions always name setting and kind, seldom colour, place and second object, and nothing else.",
         "Told by the CLIP: it finds the true sentence among those that differ in the attribute alone.", "",
         "`sd/`: the Stable-Diffusion-shaped pipeline (VAE 64x64x3 -> 16x16x4, UNet, text encoder, DDIM).",
-        f"`clip/`: vision tower (12 blocks, 17 tokens x 96) and text tower (4 blocks, {TOKENS} tokens x 64).",
+        f"`clip/`: vision tower (12 blocks, 17 tokens x 96) and text tower (4 blocks, {TOKENS} tokens x 64), which",
+        "went on learning after `sd/` had taken over the text tower.",
         "`judge.safetensors`: the network of `demo/judge.py`.",
         "`gnet_subj01/`: GNet of subject 1 of the default world (one trunk for all eight subjects).",
         "`taesd/`: a small decoder of the VAE's latents, for guidance.",
