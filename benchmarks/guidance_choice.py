@@ -116,29 +116,30 @@ def main(argv=None):
 
 
 def as_markdown(settings, tables, decoder):
-    """A row per setting, a column per measure; tables: {measure: a value per image}, unguided first; decoder: that of
-    settings that name none."""
+    """A row per setting, a column per measure and for what the settings name; tables: {measure: a value per image},
+    unguided first; decoder: that of settings that name none."""
     shown = [name for name in MEASURES if name in tables[0]]
-    columns = ["rule", "scale", "window", "gradient", "x0", "decoder", "solver", "steps", "repeats"]
-    lines = ["| " + " | ".join([*columns, *(MEASURES[name] for name in shown)]) + " |",
-             "|---" * (len(columns) + len(shown)) + "|"]
+    rows = []
     for setting, table in zip(settings, tables, strict=True):
-        cells = [setting.get("guidance_rule", "none"), f"{setting['guidance_scale']:g}"]
+        cells = {"rule": setting.get("guidance_rule", "none"), "scale": f"{setting['guidance_scale']:g}"}
         if "guidance_rule" in setting:
-            cells += [f"{setting['guidance_strength']:g}", setting.get("guidance_grad", "xt"),
-                      setting.get("guidance_x0", "cond"), Path(setting.get("guidance_decoder", decoder)).name]
-        else:
-            cells += [""] * 4
-        cells += [str(setting.get(name, "")) for name in ("solver", "num_inference_steps", "guidance_repeats")]
+            cells |= {"window": f"{setting['guidance_strength']:g}", "gradient": setting.get("guidance_grad", "xt"),
+                      "x0": setting.get("guidance_x0", "cond"),
+                      "decoder": Path(setting.get("guidance_decoder", decoder)).name}
+        names = {"solver": "solver", "num_inference_steps": "steps", "guidance_repeats": "repeats"}
+        cells |= {column: str(setting[name]) for name, column in names.items() if name in setting}
         for name in shown:
             mean, gain, low, high = gain_of(name, table, tables[0])
             percent = name not in ("pixcorr", "ssim")
             cell = f"{100 * mean:.1f}" if percent else f"{mean:.3f}"
             if low > 0 or high < 0:
                 cell += f" ({100 * gain:+.1f})" if percent else f" ({gain:+.3f})"
-            cells.append(cell)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            cells[MEASURES[name]] = cell
+        rows.append(cells)
+    order = ["rule", "scale", "window", "gradient", "x0", "decoder", "solver", "steps", "repeats", *MEASURES.values()]
+    columns = [name for name in order if any(name in cells for cells in rows)]
+    lines = [columns, ["---"] * len(columns), *([cells.get(name, "") for name in columns] for cells in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def gain_of(name, table, plain):
