@@ -354,9 +354,11 @@ def train_unet(args):
     on the condition. The loss is weighted by min-SNR (Hang et al. 2023, gamma 5).
     """
     sd, clip = args.outdir / "sd", args.outdir / "clip"
-    known = (sd / "text_encoder").exists()  # a UNet that goes on keeps the text tower that it started with
-    text_encoder = CLIPTextModel.from_pretrained(sd / "text_encoder" if known else clip, dtype=torch.float32).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(sd / "tokenizer" if known else clip)
+    if not (args.workdir / "unet.pt").exists():  # a UNet that goes on keeps the text tower that it started with
+        CLIPTextModel.from_pretrained(clip, dtype=torch.float16).save_pretrained(sd / "text_encoder")
+        CLIPTokenizer.from_pretrained(clip).save_pretrained(sd / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(sd / "text_encoder", dtype=torch.float32).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(sd / "tokenizer")
     vae = AutoencoderKL.from_pretrained(sd / "vae", torch_dtype=torch.float32).eval()
     latents, embeddings = unet_data(args, tokenizer, text_encoder, vae)
     with torch.no_grad():

@@ -10,6 +10,7 @@ import shutil
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import h5py
 import nibabel
@@ -19,6 +20,7 @@ from scipy.io import loadmat
 
 import make_mini_nsd
 import scenes
+import train_tiny_models
 from disk.names import Paths
 from make_mini_nsd import EXPLAINABLE, N_SUBJECTS, ROI_SHARES, WORLDS, subject_name
 from nsd.repeats import load_test_set
@@ -367,3 +369,31 @@ def test_ridge_reads_a_world(root):
     accuracies = make_mini_nsd.ridge_accuracies(root)
     assert set(accuracies) == set(ATTRIBUTES)
     assert accuracies["setting"] > 1.5 / len(ATTRIBUTES["setting"])  # 78 voxels, 25 images: above chance
+
+
+def test_hard_negatives_differ_in_one_attribute(tmp_path):
+    args = SimpleNamespace(workdir=tmp_path)
+    groups, pictures = train_tiny_models.draw_groups(args, 160, seed=5)
+    assert pictures.shape == (160, 64, 64, 3)
+    seen = set()
+    for start in range(0, 160, 4):
+        facts = [scene.attributes for scene in groups[start:start + 4]]
+        differ = {name for name in ATTRIBUTES if len({fact[name] for fact in facts}) > 1}
+        assert len(differ) <= 1  # none, where all drew the same
+        assert differ != {"second"} or all(fact["second"] in KINDS for fact in facts)
+        seen |= differ
+    assert {"pattern", "second"} < seen
+
+
+def test_the_clip_goes_on_and_the_unet_keeps_its_text_tower(tmp_path):
+    for name in ("clip", "sd"):
+        shutil.copytree(train_tiny_models.HERE / "models" / name, tmp_path / "models" / name)
+    files = [tmp_path / "models" / name / "model.safetensors" for name in ("clip", "sd/text_encoder")]
+    before = [file.read_bytes() for file in files]
+    flags = ["--workdir", str(tmp_path / "work"), "--outdir", str(tmp_path / "models"), "--threads", "1"]
+    train_tiny_models.main(["--stage", "details", "--steps", "1", "--n_scenes", "256", *flags])
+    clip, text = (file.read_bytes() for file in files)
+    assert clip != before[0] and text == before[1]
+    scene = sample_scene(np.random.default_rng(0), second_probability=1)
+    told = train_tiny_models.told_by_clip(tmp_path / "models/clip", [scene], [render(scene)])
+    assert told.keys() == ATTRIBUTES.keys() and set(told.values()) <= {0.0, 1.0} and told["setting"] == 1
