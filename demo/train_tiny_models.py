@@ -90,15 +90,19 @@ def draw_groups(args, n, seed, size=4):
 
 
 def borrow(scene, other, name):
-    """`scene` with the attribute `name` of `other`; its second object, where it is, becomes the other's main one."""
-    whole = {"setting": ["setting"], "light": ["light"], "place": ["place"], "size": ["size"]}
-    parts = {"kind": ["kind"], "colour": ["colour"], "pattern": ["pattern"], "place": ["x"], "size": ["size"]}
-    main = replace(scene.main, **{key: getattr(other.main, key) for key in parts.get(name, [])})
-    second = scene.second
-    if name == "second":
-        second = replace(second, kind=other.main.kind, colour=other.main.colour)
-    return replace(scene, main=main, second=second, texture=other.texture,
-                   **{key: getattr(other, key) for key in whole.get(name, [])})
+    """`scene` with the attribute `name` of `other`, drawn accordingly; a second object, which `other` may lack, gets
+    kind and colour of its main one."""
+    changed = varied(scene, name, other.main.kind if name == "second" else other.attributes[name])
+    main = replace(changed.main, **{"place": {"x": other.main.x}, "size": {"size": other.main.size}}.get(name, {}))
+    second = replace(changed.second, colour=other.main.colour) if name == "second" else changed.second
+    return replace(changed, main=main, second=second, texture=other.texture)
+
+
+def varied(scene, name, value):
+    """`scene` with another value of an attribute, in words: what is drawn for place and size stays."""
+    if name in ("kind", "colour", "pattern"):
+        return replace(scene, main=replace(scene.main, **{name: value}))
+    return replace(scene, **{name: replace(scene.second, kind=value) if name == "second" else value})
 
 
 def cached_renders(args, scenes, name):
@@ -347,18 +351,26 @@ def unet_data(args, tokenizer, text_encoder, vae):
     return torch.load(path, weights_only=True, mmap=True).values()
 
 
+def text_tower(args):
+    """CLIP's text tower and tokenizer as the UNet first found them, kept in the workdir: the CLIP goes on, and the UNet
+    stays with what it learned."""
+    folder = args.workdir / "text_tower"
+    if not folder.exists():
+        clip, unfinished = args.outdir / "clip", args.workdir / "text_tower.tmp"
+        for part in (CLIPTextModel.from_pretrained(clip, dtype=torch.float32), CLIPTokenizer.from_pretrained(clip)):
+            part.save_pretrained(unfinished)
+        os.replace(unfinished, folder)
+    return CLIPTextModel.from_pretrained(folder, dtype=torch.float32).eval(), CLIPTokenizer.from_pretrained(folder)
+
+
 def train_unet(args):
     """Noise prediction (Ho et al. 2020) conditioned on single captions and on means over several.
 
     As c is a mean over an image's captions and will be decoded with error, the UNet sees both means and a little noise
     on the condition. The loss is weighted by min-SNR (Hang et al. 2023, gamma 5).
     """
-    sd, clip = args.outdir / "sd", args.outdir / "clip"
-    if not (args.workdir / "unet.pt").exists():  # a UNet that goes on keeps the text tower that it started with
-        CLIPTextModel.from_pretrained(clip, dtype=torch.float16).save_pretrained(sd / "text_encoder")
-        CLIPTokenizer.from_pretrained(clip).save_pretrained(sd / "tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(sd / "text_encoder", dtype=torch.float32).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(sd / "tokenizer")
+    sd = args.outdir / "sd"
+    text_encoder, tokenizer = text_tower(args)
     vae = AutoencoderKL.from_pretrained(sd / "vae", torch_dtype=torch.float32).eval()
     latents, embeddings = unet_data(args, tokenizer, text_encoder, vae)
     with torch.no_grad():
@@ -485,13 +497,6 @@ def told_by_clip(folder, scenes, images):
             logits = model(input_ids=tokenize(tokenizer, texts), pixel_values=pixels).logits_per_image[0]
             right[name].append(values[logits.argmax()] == true)
     return {name: float(np.mean(hits)) for name, hits in right.items()}
-
-
-def varied(scene, name, value):
-    """`scene` with another value of an attribute, for what is said of it."""
-    if name in ("kind", "colour", "pattern"):
-        return replace(scene, main=replace(scene.main, **{name: value}))
-    return replace(scene, **{name: replace(scene.second, kind=value) if name == "second" else value})
 
 
 @torch.no_grad()

@@ -391,9 +391,14 @@ def test_the_clip_goes_on_and_the_unet_keeps_its_text_tower(tmp_path):
     files = [tmp_path / "models" / name / "model.safetensors" for name in ("clip", "sd/text_encoder")]
     before = [file.read_bytes() for file in files]
     flags = ["--workdir", str(tmp_path / "work"), "--outdir", str(tmp_path / "models"), "--threads", "1"]
+    (tmp_path / "work").mkdir()
+    kept = SimpleNamespace(workdir=tmp_path / "work", outdir=tmp_path / "models")
+    tower = train_tiny_models.text_tower(kept)[0].state_dict()
     train_tiny_models.main(["--stage", "details", "--steps", "1", "--n_scenes", "256", *flags])
     clip, text = (file.read_bytes() for file in files)
     assert clip != before[0] and text == before[1]
+    again = train_tiny_models.text_tower(kept)[0].state_dict()
+    assert all(again[name].equal(weights) for name, weights in tower.items())
     scene = sample_scene(np.random.default_rng(0), second_probability=1)
     told = train_tiny_models.told_by_clip(tmp_path / "models/clip", [scene], [render(scene)])
     assert told.keys() == ATTRIBUTES.keys() and set(told.values()) <= {0.0, 1.0} and told["setting"] == 1
