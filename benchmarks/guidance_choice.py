@@ -3,6 +3,7 @@
     bash scripts/score.sh --test_split val ...          # or --ground_truth --test_split val for --run ground_truth
     python benchmarks/guidance_choice.py --root demo --sd_model demo/models/sd --clip_model demo/models/clip
     python benchmarks/guidance_choice.py --what steps ...       # of DDIM and DPM-Solver++
+    python benchmarks/guidance_choice.py --what strengths_25 ...   # is the best strength the same in 25 steps? (12, 50)
     python benchmarks/guidance_choice.py --what repeats ...     # of guided steps, and other ways to spend the same
     python benchmarks/guidance_choice.py --decoders demo/models/taesd ...
 
@@ -52,7 +53,10 @@ REPEATS = [UNGUIDED, *({**POSTERIOR, "guidance_repeats": n} for n in (1, 2, 3)),
            *({**POSTERIOR, "guidance_repeats": n, "num_inference_steps": steps} for n, steps in ((1, 24), (2, 8)))]
 SETS = {"rules": RULES, "repeats": REPEATS} | {
     name: [{**guidance, "solver": solver, "num_inference_steps": steps} for solver, steps in STEPS]
-    for name, guidance in (("steps", POSTERIOR), ("unguided_steps", UNGUIDED))}
+    for name, guidance in (("steps", POSTERIOR), ("unguided_steps", UNGUIDED))} | {
+    f"strengths_{steps}": [{**guidance, "num_inference_steps": steps}
+                           for guidance in (UNGUIDED, *({**POSTERIOR, "guidance_scale": scale}
+                                                        for scale in (3, 10, 30, 100)))] for steps in (12, 25, 50)}
 MEASURES = {**{name: name for name in ATTRIBUTES}, "clip_two_way": "CLIP two-way", "pixcorr": "PixCorr", "ssim": "SSIM"}
 
 
