@@ -39,11 +39,14 @@ from disk.files import save_csv
 from disk.names import Paths, run_name
 from encoding.encoder import Encoder, load_encoder
 from encoding.guide import ALL, good_voxels, weighted_correlation
+from evaluation.metrics import pixcorr, ssim
 from guidance_choice import read_table, truths_in
 from models import GNet, gnet_input
 from nsd.regions import roi_masks
 from nsd.repeats import load_test_set, noise_ceiling, responses_to
+from nsd.rows import open_stimuli
 from sampling.folders import read_images, read_png
+from sampling.inputs import as_float
 from training.loop import fit
 from training.objectives import EncodingObjective
 from training.runs import open_encoding_run
@@ -198,8 +201,9 @@ def main(argv=None):
     for title, key in (("best of", "CLIP alone"), (GUIDED_BEST, ("all", DEFAULT))):
         candidates = [measure(settings[key], sample=k) for k in range(max(BEST_OF))]
         tables |= {f"{title} {n}": best_of(candidates[:n]) for n in BEST_OF}
+    sharp = measure_as_sharp(paths, settings["all", DEFAULT], settings["kappa 0"])
     seconds = {name: time_of(args, paths, guide, name) for name in ("clip", "all")}
-    lines = report(tables, settings, same, seconds, guide, judge, paths, args)
+    lines = report(tables, settings, same, sharp, seconds, guide, judge, paths, args)
     print("\n".join(lines))
     if args.table:
         Path(args.table).write_text("\n".join(lines) + "\n")
@@ -332,6 +336,34 @@ def best_of(candidates):
     return {name: np.choose(chosen, [table[name] for table in candidates]) for name in candidates[0]}
 
 
+def as_sharp_as(others, pictures):
+    """Pictures (N, H, W, 3) in [0, 1] with the mean power spectrum of others (M, H, W, 3): every ring of spatial
+    frequencies, a cycle per picture wide, is scaled; the mean stays.
+
+    PixCorr and SSIM prefer a blurred picture to one whose details are not at their places. At one sharpness they
+    compare the rest.
+    """
+    height, width = pictures.shape[1:3]
+    ring = np.hypot(*np.meshgrid(np.fft.fftfreq(height) * height, np.fft.fftfreq(width) * width, indexing="ij"))
+    ring = ring.round().astype(int)
+    count = np.bincount(ring.ravel())
+    spectra = [np.fft.fft2(stack, axes=(1, 2)) for stack in (pictures, others)]
+    has, wanted = (np.bincount(ring.ravel(), (np.abs(spectrum) ** 2).mean((0, 3)).ravel()) / count
+                   for spectrum in spectra)
+    factor = np.sqrt(wanted / np.maximum(has, np.finfo(float).tiny))
+    factor[0] = 1
+    return np.fft.ifft2(spectra[0] * factor[ring][:, :, None], axes=(1, 2)).real.clip(0, 1)
+
+
+def measure_as_sharp(paths, folder, like):
+    """{"pixcorr", "ssim": (N,)} of the first sample of each picture in a folder, as sharp as those in another are."""
+    pictures, others = (np.stack([read_png(picture) for picture in pictures_of(where)]) / 255
+                        for where in (folder, like))
+    seen, sharp = open_stimuli(paths)[read_images(folder).image_ids], as_sharp_as(others, pictures)
+    pair = as_float(seen), torch.from_numpy(sharp).permute(0, 3, 1, 2).float()
+    return {"pixcorr": pixcorr(*pair), "ssim": ssim(*pair)}
+
+
 def difference(table, base, name, draws=10000):
     """Mean difference of two settings in a measure, images paired, and its 95 % interval."""
     delta = table[name] - base[name]
@@ -339,7 +371,7 @@ def difference(table, base, name, draws=10000):
     return delta.mean(), *np.quantile(delta[index].mean(axis=1), (0.025, 0.975))
 
 
-def report(tables, settings, same, seconds, guide, judge, paths, args):
+def report(tables, settings, same, sharp, seconds, guide, judge, paths, args):
     """Markdown: what held, then the table of all settings."""
     base, default = tables["kappa 0"], tables["all", DEFAULT]
     masks, n = roi_masks(paths, args.subj), len(base["pixcorr"])
@@ -384,9 +416,10 @@ def report(tables, settings, same, seconds, guide, judge, paths, args):
                          f"{shown(table, f'{title} {roi}')}; {shown(table, f'{title} {other}')}; "
                          f"{shown(gap, 'x', {'x': 0 * gap['x']})} |")
     measures = {name: title for name, title in MEASURES.items() if name in base}
-    for name, title in measures.items():
-        mean, low, high = difference(default, base, name)
-        relative = [100 * value / base[name].mean() for value in (mean, low, high)]
+    changes = [(name, default, title) for name, title in measures.items()]
+    changes += [(name, sharp, f"{measures[name]}, made as sharp as CLIP alone's,") for name in sharp]
+    for name, table, title in changes:
+        relative = [100 * value / base[name].mean() for value in difference(table, base, name)]
         lines.append(f"| {title} at the default (`all`, kappa {DEFAULT:g}), % of CLIP alone's | {relative[0]:+.2f} "
                      f"({relative[1]:+.2f} .. {relative[2]:+.2f}) |")
     lines.append(f"| seconds for 16 pictures, CLIP alone; with GNet; ratio (this small Stable Diffusion, CPU) | "

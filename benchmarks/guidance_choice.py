@@ -106,10 +106,11 @@ def main(argv=None):
                            "--no-controls"])
         tables.append(read_table(folder, truths))
     n = len(tables[0]["image_id"])
+    named = all("num_inference_steps" in setting for setting in settings)  # each row says it
+    steps = "" if named else f"{args.num_inference_steps} steps, "
     text = "\n".join([
         f"Written by `guidance_choice.py --run {args.run}`: {n} validation images of {args.subj},",
-        f"{args.num_samples} pictures of each, {args.num_inference_steps} steps, CFG {args.cfg_scale:g}, z from "
-        f"{args.strength:g}. In brackets: the",
+        f"{args.num_samples} pictures of each, {steps}CFG {args.cfg_scale:g}, z from {args.strength:g}. In brackets: the",
         "difference from the first row, where its 95 % interval leaves out 0.", "",
         as_markdown(settings, tables, args.guidance_decoder)])
     if args.figure:

@@ -120,6 +120,32 @@ def test_the_best_of_n_is_chosen_by_the_guide():
     assert mean == 1.0 and low == 0.0 and high == 2.0
 
 
+def test_pictures_are_compared_at_one_sharpness():
+    """Blurred pictures, made as sharp as others of their kind, have these ones' spectrum, and their own phases."""
+    from scipy.ndimage import gaussian_filter
+
+    rng = np.random.default_rng(0)
+    others, pictures = (0.5 + 0.1 * rng.standard_normal((40, 16, 16, 3)).clip(-3, 3) for _ in range(2))
+    blurred = gaussian_filter(pictures, (0, 0.6, 0.6, 0), mode="wrap")
+    found = gnet_guidance.as_sharp_as(others, blurred)
+
+    def power_of_rings(stack):
+        rings = {}
+        for spectrum in np.fft.fft2(stack, axes=(1, 2)).transpose(0, 3, 1, 2).reshape(-1, 16, 16):
+            for y in range(16):
+                for x in range(16):
+                    distance = round(np.hypot(min(y, 16 - y), min(x, 16 - x)))
+                    rings.setdefault(distance, []).append(abs(spectrum[y, x]) ** 2)
+        return np.array([np.mean(rings[distance]) for distance in sorted(rings) if distance])
+
+    wanted = power_of_rings(others)
+    assert np.abs(power_of_rings(blurred) / wanted - 1).max() > 0.5
+    np.testing.assert_allclose(power_of_rings(found), wanted, rtol=0.01)
+    np.testing.assert_allclose(found.mean((1, 2)), blurred.mean((1, 2)), atol=1e-3)
+    assert np.corrcoef(found.ravel(), pictures.ravel())[0, 1] > 0.9
+    np.testing.assert_allclose(gnet_guidance.as_sharp_as(pictures, pictures), pictures.clip(0, 1), atol=1e-12)
+
+
 def test_bench_gnet_prints_its_ratios(capsys):
     bench_gnet.main([*SHORT, "--voxels", "30", "--train_batch", "5"])
     printed = capsys.readouterr().out
