@@ -110,8 +110,8 @@ def main(argv=None):
     steps = "" if named else f"{args.num_inference_steps} steps, "
     text = "\n".join([
         f"Written by `guidance_choice.py --run {args.run}`: {n} validation images of {args.subj},",
-        f"{args.num_samples} pictures of each, {steps}CFG {args.cfg_scale:g}, z from {args.strength:g}. In brackets: the",
-        "difference from the first row, where its 95 % interval leaves out 0.", "",
+        f"{args.num_samples} pictures of each, {steps}CFG {args.cfg_scale:g}, z from {args.strength:g}. In brackets:",
+        "the difference from the first row, where its 95 % interval leaves out 0.", "",
         as_markdown(settings, tables, args.guidance_decoder)])
     if args.figure:
         plot(dict(zip((0, *STRENGTHS), tables, strict=False)), args.figure)
