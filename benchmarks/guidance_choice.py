@@ -57,7 +57,8 @@ SETS = {"rules": RULES, "repeats": REPEATS} | {
     f"strengths_{steps}": [{**guidance, "num_inference_steps": steps}
                            for guidance in (UNGUIDED, *({**POSTERIOR, "guidance_scale": scale}
                                                         for scale in (3, 10, 30, 100)))] for steps in (12, 25, 50)}
-MEASURES = {**{name: name for name in ATTRIBUTES}, "clip_two_way": "CLIP two-way", "pixcorr": "PixCorr", "ssim": "SSIM"}
+NUMBERS = {"pixcorr": "PixCorr", "ssim": "SSIM", "sharpness": "sharpness"}  # all others are rates
+MEASURES = {**{name: name for name in ATTRIBUTES}, "clip_two_way": "CLIP two-way", **NUMBERS}
 
 
 def get_parser():
@@ -123,7 +124,7 @@ def main(argv=None):
 def as_markdown(settings, tables, decoder):
     """A row per setting, a column per measure and for what the settings name; tables: {measure: a value per image},
     unguided first; decoder: that of settings that name none."""
-    shown = [name for name in MEASURES if name in tables[0]]
+    shown = [name for name in MEASURES if all(name in table for table in tables)]
     rows = []
     for setting, table in zip(settings, tables, strict=True):
         cells = {"rule": setting.get("guidance_rule", "none"), "scale": f"{setting['guidance_scale']:g}"}
@@ -135,7 +136,7 @@ def as_markdown(settings, tables, decoder):
         cells |= {column: str(setting[name]) for name, column in names.items() if name in setting}
         for name in shown:
             mean, gain, low, high = gain_of(name, table, tables[0])
-            percent = name not in ("pixcorr", "ssim")
+            percent = name not in NUMBERS
             cell = f"{100 * mean:.1f}" if percent else f"{mean:.3f}"
             if low > 0 or high < 0:
                 cell += f" ({100 * gain:+.1f})" if percent else f" ({gain:+.3f})"
@@ -161,11 +162,11 @@ def plot(tables, file):
     from matplotlib.figure import Figure
 
     scales = sorted(scale for scale in tables if scale)
-    shown = [name for name in MEASURES if name in tables[0] and name != "setting"]
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    shown = [name for name in MEASURES if name != "setting" and all(name in table for table in tables.values())]
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, name in zip(figure.subplots(2, -(-len(shown) // 2), sharex=True).flat, shown, strict=False):
         _, gains, lows, highs = np.array([gain_of(name, tables[scale], tables[0]) for scale in scales]).T
-        factor = 1 if name in ("pixcorr", "ssim") else 100
+        factor = 1 if name in NUMBERS else 100
         axes.fill_between(scales, factor * lows, factor * highs, alpha=0.2, linewidth=0)
         axes.plot(scales, factor * gains, marker="o", markersize=3)
         axes.axhline(0, color="gray", linewidth=0.8)

@@ -147,7 +147,8 @@ def test_the_order_of_the_index_does_not_matter(root):
 def test_the_seen_images_reach_the_best_of_everything(root, clip):
     run(root, "--subj", 1, "--seen", "--eval_clip", clip)
     found = metrics_in(images_of(root) / "seen")
-    for name in ("pixcorr", "ssim", "clip_two_way", "clip_two_way_gt_to_rec", "clip_top1", "clip_median_rank"):
+    for name in ("pixcorr", "ssim", "sharpness", "clip_two_way", "clip_two_way_gt_to_rec", "clip_top1",
+                 "clip_median_rank"):
         assert found[name]["value"] == pytest.approx(1), name
     assert not (images_of(root) / "metrics.json").exists()
 
@@ -278,10 +279,10 @@ def test_controls_that_were_drawn_are_in_the_table_and_on_the_sheet(root, monkey
     np.testing.assert_array_equal(shown["control: shuffled responses"][1], stimuli_of(root)[IDS[0]])
     out = capsys.readouterr().out
     rows = dict(re.findall(r"^(set|reconstructed|control: shuffled responses) {2,}(.*)$", out, re.MULTILINE))
-    assert rows["set"].split() == ["PixCorr", "SSIM"]
+    assert rows["set"].split() == ["PixCorr", "SSIM", "sharpness"]
     controlled = json.loads((images_of(root) / "compared.json").read_text())["control: shuffled responses"]["results"]
     for label, found in (("reconstructed", metrics_in(images_of(root))), ("control: shuffled responses", controlled)):
-        assert rows[label].split() == [f"{found[name]['value']:.3f}" for name in ("pixcorr", "ssim")]
+        assert rows[label].split() == [f"{found[name]['value']:.3f}" for name in ("pixcorr", "ssim", "sharpness")]
 
 
 def test_what_is_of_all_scored_images_says_so(root, capsys):

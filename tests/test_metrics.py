@@ -49,6 +49,22 @@ def test_ssim_is_scikit_images_on_gray(pairs):
     np.testing.assert_allclose(metrics.ssim(*pairs), expected, atol=1e-4)
 
 
+def test_sharpness_is_a_naive_ratio_of_gradients(pairs):
+    truths = pairs[0].clone()
+    images = torch.stack([torch.from_numpy(scipy.ndimage.gaussian_filter(x.numpy(), (0, 1, 1))) for x in pairs[1]])
+
+    def steps(image):
+        gray = rgb2gray(enlarged(image))
+        return np.sqrt(np.mean((gray[1:] - gray[:-1]) ** 2) + np.mean((gray[:, 1:] - gray[:, :-1]) ** 2))
+
+    found = metrics.sharpness(truths, images)
+    np.testing.assert_allclose(found, [steps(b) / steps(a) for a, b in zip(truths, images, strict=True)], rtol=1e-4)
+    assert (metrics.sharpness(truths, pairs[1]) > found).all()
+    np.testing.assert_allclose(metrics.sharpness(truths, truths), 1)
+    truths[1] = 0.4
+    assert np.isnan(metrics.sharpness(truths, images)).tolist() == [False, True] + 4 * [False]
+
+
 def test_resize_shrinks_without_antialiasing():
     stripes = torch.zeros(1, 1, 1, 16)
     stripes[..., ::4] = 1  # at a quarter of the width, bilinear looks at pixels 1 and 2 of each four: no stripe left

@@ -92,10 +92,10 @@ class Scale:
         return Measured(per_image, tables, self.seed)
 
     def pixels(self, pictures, sample):
-        """PixCorr and SSIM of every image, {metric: (N,)}."""
+        """PixCorr, SSIM and sharpness of every image, {metric: (N,)}."""
         def measure(i):  # one by one: a batch is no faster, and the system zeroes its memory each time
             pair = self.seen.batch([i]), pictures.batch([i], sample)
-            return metrics.pixcorr(*pair), metrics.ssim(*pair)
+            return metrics.pixcorr(*pair), metrics.ssim(*pair), metrics.sharpness(*pair)
 
         def make(file):
             with ThreadPoolExecutor(os.cpu_count()) as threads:  # scikit-image's SSIM keeps one core busy
@@ -103,8 +103,8 @@ class Scale:
             with open(file, "wb") as stream:
                 np.save(stream, np.concatenate(found, axis=1))
 
-        found = self.store.kept("pixels", self.seen.key() + pictures.key(sample), make)
-        return {"pixcorr": np.array(found[0]), "ssim": np.array(found[1])}
+        found = self.store.kept("pixels_sharpness", self.seen.key() + pictures.key(sample), make)
+        return dict(zip(("pixcorr", "ssim", "sharpness"), np.array(found), strict=True))
 
     def brain_correlation(self, pictures, sample):
         """Correlation of the response predicted for a picture with the one measured to the seen image, across a

@@ -5,11 +5,13 @@ A comparison that is only defined between images (identification, retrieval) is 
 """
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 
 PIXEL_SIDE = 425  # side of NSD's stimuli, at which pixels are compared
 LOWER_IS_BETTER = ("clip_median_rank", "effnet_distance", "swav_distance")  # as evaluate.py names them
 GALLERY, DRAWS = 300, 30  # retrieval: images per gallery, galleries drawn
+FLAT = 1e-6  # a difference of pixels that is rounding
 TIE = 1e-9  # correlations as near as this are the same, but for rounding
 
 
@@ -56,6 +58,18 @@ def ssim(truths, images):
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
     grays = (rgb2gray(resize(x, PIXEL_SIDE).numpy(), channel_axis=1) for x in (images, truths))
     return np.array([structural_similarity(image, truth, **settings) for image, truth in zip(*grays, strict=True)])
+
+
+def sharpness(truths, images):
+    """How sharp images are: rms difference of neighbouring gray pixels, over that of the seen image.
+
+    (N,), at 425 x 425; NaN where the seen image is flat. PixCorr and SSIM prefer a blurred image to a sharp one whose
+    details are not quite in their places: below 1, part of what they say is blur.
+    """
+    gray = torch.tensor([0.2125, 0.7154, 0.0721])  # scikit-image's rgb2gray
+    seen, drawn = (torch.einsum("nchw,c->nhw", resize(x, PIXEL_SIDE), gray) for x in (truths, images))
+    seen, drawn = (sum(x.diff(dim=d).square().mean((1, 2)) for d in (1, 2)).sqrt().numpy() for x in (seen, drawn))
+    return np.divide(drawn, seen, out=np.full(len(seen), np.nan), where=seen > FLAT)
 
 
 # --- features of a pair --------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ TITLES = {
     "inception_two_way": "Incep", "clip_two_way": "CLIP", "effnet_distance": "Eff-B", "swav_distance": "SwAV",
     "clip_two_way_same_cluster": "CLIP, same cluster", "clip_two_way_gt_to_rec": "CLIP, seen to reconstructed",
     "clip_median_rank": "CLIP rank", "clip_top1": "CLIP top-1", "clip_top5": "CLIP top-5",
-    "clip_similarity": "CLIP similarity",
+    "clip_similarity": "CLIP similarity", "sharpness": "sharpness",
 }
 # The one number, the first of these that was measured. CLIP's two-way rate: everyone publishes it, it asks for what is
 # in a picture and not for its pixels (which blur pleases), and its chance is 50 % for any number of images. Where it is
@@ -339,9 +339,9 @@ def ratings_of(findings):
 
 
 def panels_of(findings, kinds):
-    """A figure for each of the protocol's metrics: all sets, chance, published values."""
-    metrics = [metric for metric in PROTOCOL if metric in findings.per_image]
-    metrics += [metric for metric in ("clip_two_way_same_cluster",) if metric in findings.per_image]
+    """A figure for each of the protocol's metrics and two more: all sets, chance, published values."""
+    metrics = [metric for metric in (*PROTOCOL, "clip_two_way_same_cluster", "sharpness")
+               if metric in findings.per_image]
     return [panel(findings, kinds, metric, [row.values[PROTOCOL.index(metric)] for row in PUBLISHED]
                   if metric in PROTOCOL and on_nsd(findings) else ()) for metric in metrics]
 

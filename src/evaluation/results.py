@@ -137,9 +137,9 @@ def whose(entry):
 
 
 def format_sets(measured):
-    """The protocol's metrics, and the rank, of all sets that were measured {label: Measured}, as aligned text."""
+    """The protocol's metrics, rank and sharpness of all sets that were measured {label: Measured}, as aligned text."""
     sets = {label: found.results for label, found in measured.items()}
-    return aligned("set", sets, (*PROTOCOL, "clip_median_rank"))
+    return aligned("set", sets, (*PROTOCOL, "clip_median_rank", "sharpness"))
 
 
 def format_parts(parts):
