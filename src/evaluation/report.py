@@ -103,7 +103,7 @@ def titled(metric):
     """The metric over a figure: its unit, its direction, and how far it agrees with people."""
     people = AGREES_WITH_PEOPLE.get(metric)
     return (title_of(metric) + " (%)" * is_rate(metric) + " (lower is better)" * (metric in LOWER_IS_BETTER)
-            + (f" · people: r {people:.2f}" if people else ""))
+            + " (1: as the seen image)" * (metric == "sharpness") + (f" · people: r {people:.2f}" if people else ""))
 
 
 def number(value, metric):
