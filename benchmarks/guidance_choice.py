@@ -50,7 +50,8 @@ RULES = [
 ]
 STEPS = [("ddim", 50), *((solver, steps) for steps in (25, 20, 16, 12, 10, 8) for solver in ("ddim", "dpm"))]
 REPEATS = [UNGUIDED, *({**POSTERIOR, "guidance_repeats": n} for n in (1, 2, 3)),
-           *({**POSTERIOR, "guidance_repeats": n, "num_inference_steps": steps} for n, steps in ((1, 24), (2, 8)))]
+           *({**POSTERIOR, "guidance_repeats": n, "num_inference_steps": steps}
+             for n, steps in ((1, 24), (2, 12), (2, 10), (2, 8)))]
 SETS = {"rules": RULES, "repeats": REPEATS} | {
     name: [{**guidance, "solver": solver, "num_inference_steps": steps} for solver, steps in STEPS]
     for name, guidance in (("steps", POSTERIOR), ("unguided_steps", UNGUIDED))} | {
