@@ -19,9 +19,9 @@ export TRAIN_GNET_FLAGS="--num_epochs 8 --batch_size 32 --max_lr 3e-3"
 # score.sh: which decoders
 export SCORE_FLAGS="--hidden_dim 512"
 
-# recon.sh: few steps, each guided one taken twice, CFG and where z starts were chosen on this world's validation images
+# recon.sh: steps, CFG and where z starts were chosen on this world's validation images; guidance is the default
 export RECON_FLAGS="--hidden_dim 512 --sd_model models/sd --clip_model models/clip --guidance_decoder models/taesd
-    --num_inference_steps 10 --guidance_repeats 2 --cfg_scale 5 --strength 0.5"
+    --num_inference_steps 12 --cfg_scale 5 --strength 0.5"
 
 # maps.sh: whose decoders
 export MAPS_FLAGS="--hidden_dim 512"
