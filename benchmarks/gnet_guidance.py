@@ -39,7 +39,8 @@ from disk.files import save_csv
 from disk.names import Paths, run_name
 from encoding.encoder import Encoder, load_encoder
 from encoding.guide import ALL, good_voxels, weighted_correlation
-from evaluation.metrics import pixcorr, ssim
+from evaluation.metrics import pixcorr, resize, ssim
+from evaluation.picture_sets import SIDE
 from guidance_choice import read_table, truths_in
 from models import GNet, gnet_input
 from nsd.regions import roi_masks
@@ -359,8 +360,9 @@ def measure_as_sharp(paths, folder, like):
     """{"pixcorr", "ssim": (N,)} of the first sample of each picture in a folder, as sharp as those in another are."""
     pictures, others = (np.stack([read_png(picture) for picture in pictures_of(where)]) / 255
                         for where in (folder, like))
-    seen, sharp = open_stimuli(paths)[read_images(folder).image_ids], as_sharp_as(others, pictures)
-    pair = as_float(seen), torch.from_numpy(sharp).permute(0, 3, 1, 2).float()
+    sharp = torch.from_numpy(as_sharp_as(others, pictures)).permute(0, 3, 1, 2).float()
+    seen = as_float(open_stimuli(paths)[read_images(folder).image_ids])
+    pair = [resize(images, SIDE) for images in (seen, sharp)]  # as evaluate.py compares them
     return {"pixcorr": pixcorr(*pair), "ssim": ssim(*pair)}
 
 
