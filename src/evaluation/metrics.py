@@ -33,7 +33,7 @@ def chance_of(metric, n):
 
 
 def resize(images, side):
-    """Resize (N, 3, H, W) images to `side` pixels: bilinear, no antialiasing, as every resize of the protocol."""
+    """Resize images (N, C, H, W) to `side` pixels: bilinear, no antialiasing, as every resize of the protocol."""
     if images.shape[-2:] == (side, side):
         return images
     return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False, antialias=False)
@@ -66,9 +66,9 @@ def sharpness(truths, images):
     (N,), at 425 x 425; NaN where the seen image is flat. PixCorr and SSIM prefer a blurred image to a sharp one whose
     details are not quite in their places: below 1, part of what they say is blur.
     """
-    gray = torch.tensor([0.2125, 0.7154, 0.0721])  # scikit-image's rgb2gray
-    seen, drawn = (torch.einsum("nchw,c->nhw", resize(x, PIXEL_SIDE), gray) for x in (truths, images))
-    seen, drawn = (sum(x.diff(dim=d).square().mean((1, 2)) for d in (1, 2)).sqrt().numpy() for x in (seen, drawn))
+    gray = torch.tensor([0.2125, 0.7154, 0.0721]).view(1, 3, 1, 1)  # scikit-image's rgb2gray
+    seen, drawn = (resize((x * gray).sum(1, keepdim=True), PIXEL_SIDE) for x in (truths, images))  # (N, 1, 425, 425)
+    seen, drawn = (sum(x.diff(dim=d).square().mean((1, 2, 3)) for d in (2, 3)).sqrt().numpy() for x in (seen, drawn))
     return np.divide(drawn, seen, out=np.full(len(seen), np.nan), where=seen > FLAT)
 
 
