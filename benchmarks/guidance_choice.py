@@ -37,10 +37,15 @@ UNGUIDED = {"guidance_scale": 0}
 POSTERIOR = {"guidance_rule": "posterior", "guidance_scale": 30, "guidance_strength": 0.8}
 RAW = {"guidance_rule": "raw", "guidance_scale": 1000, "guidance_strength": 0.4}
 NORM = {"guidance_rule": "norm", "guidance_scale": 0.2, "guidance_strength": 1.0}
-STRENGTHS = (1, 3, 10, 30, 100, 300)
+
+
+def at_strengths(*scales):
+    """Unguided, then the posterior rule at each strength."""
+    return [UNGUIDED, *({**POSTERIOR, "guidance_scale": scale} for scale in scales)]
+
+
 RULES = [
-    UNGUIDED,
-    *({**POSTERIOR, "guidance_scale": scale} for scale in STRENGTHS),
+    *at_strengths(1, 3, 10, 30, 100, 300),
     *({**POSTERIOR, "guidance_strength": window} for window in (0.4, 1.0)),
     {**POSTERIOR, "guidance_x0": "cfg"},
     {**POSTERIOR, "guidance_grad": "x0"},
@@ -55,9 +60,8 @@ REPEATS = [UNGUIDED, *({**POSTERIOR, "guidance_repeats": n} for n in (1, 2, 3)),
 SETS = {"rules": RULES, "repeats": REPEATS} | {
     name: [{**guidance, "solver": solver, "num_inference_steps": steps} for solver, steps in STEPS]
     for name, guidance in (("steps", POSTERIOR), ("unguided_steps", UNGUIDED))} | {
-    f"strengths_{steps}": [{**guidance, "num_inference_steps": steps}
-                           for guidance in (UNGUIDED, *({**POSTERIOR, "guidance_scale": scale}
-                                                        for scale in (3, 10, 30, 100)))] for steps in (12, 25, 50)}
+    f"strengths_{steps}": [{**setting, "num_inference_steps": steps} for setting in at_strengths(3, 10, 30, 100)]
+    for steps in (12, 25, 50)}
 NUMBERS = {"pixcorr": "PixCorr", "ssim": "SSIM", "sharpness": "sharpness"}  # all others are rates
 MEASURES = {**{name: name for name in ATTRIBUTES}, "clip_two_way": "CLIP two-way", **NUMBERS}
 
@@ -116,7 +120,9 @@ def main(argv=None):
         "the difference from the first row, where its 95 % interval leaves out 0.", "",
         as_markdown(settings, tables, args.guidance_decoder)])
     if args.figure:
-        plot(dict(zip((0, *STRENGTHS), tables, strict=False)), args.figure)
+        scales = [setting["guidance_scale"] for setting in settings]
+        end = next((i for i, scale in enumerate(scales) if scale in scales[:i]), None)  # of the scan, which comes first
+        plot(dict(zip(scales[:end], tables[:end], strict=True)), args.figure)
     if args.table:
         Path(args.table).write_text(text + "\n")
     print(text)

@@ -38,7 +38,7 @@ TITLES = {
     "inception_two_way": "Incep", "clip_two_way": "CLIP", "effnet_distance": "Eff-B", "swav_distance": "SwAV",
     "clip_two_way_same_cluster": "CLIP, same cluster", "clip_two_way_gt_to_rec": "CLIP, seen to reconstructed",
     "clip_median_rank": "CLIP rank", "clip_top1": "CLIP top-1", "clip_top5": "CLIP top-5",
-    "clip_similarity": "CLIP similarity", "sharpness": "sharpness",
+    "clip_similarity": "CLIP similarity",
 }
 # The one number, the first of these that was measured. CLIP's two-way rate: everyone publishes it, it asks for what is
 # in a picture and not for its pixels (which blur pleases), and its chance is 50 % for any number of images. Where it is

@@ -6,7 +6,7 @@ import numpy as np
 
 from disk.files import atomic_path, load_json, save_json, save_together, write_csv, write_json
 from evaluation.metrics import LOWER_IS_BETTER, written
-from evaluation.report import PROTOCOL, TITLES, latex_row
+from evaluation.report import PROTOCOL, latex_row, title_of
 from utils import UserError
 
 
@@ -154,7 +154,7 @@ def format_parts(parts):
 def aligned(corner, sets, metrics):
     """A table of sets {label: {metric: entry}}, a row each, of those metrics that any of them has, as aligned text."""
     metrics = [metric for metric in metrics if any(results.get(metric, {}).get("n") for results in sets.values())]
-    titles = [TITLES[metric] + " (low)" * (metric in LOWER_IS_BETTER) for metric in metrics]
+    titles = [title_of(metric) + " (low)" * (metric in LOWER_IS_BETTER) for metric in metrics]
     width = max(map(len, (corner, *sets))) + 2
     lines = [f"{corner:<{width}}" + "".join(f"{title:>{len(title) + 3}}" for title in titles)]
     for label, results in sets.items():
