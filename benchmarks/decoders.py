@@ -37,7 +37,8 @@ import utils
 from disk.names import Paths, run_name
 from nsd.components import open_components
 from nsd.rows import open_feature
-from training.scoring import Request, open_source, open_trained, predict
+from training.scoring import open_source, predict
+from training.trained import Request, open_trained
 
 SCRIPTS = {"c": (train_c, score_c), "z": (train_z, score_z), "g": (train_g, score_g)}
 # what is changed, in both stages unless it says of which: {name: {stage: flags}}

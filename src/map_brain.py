@@ -98,7 +98,8 @@ def decoders(args, paths, absent):
     """{feature: scoring.Source} of the decoders that are mapped; those that are not there go to `absent`, or are an
     error where --feats names them."""
     from disk.hints import how_to_train
-    from training.scoring import Request, open_source, open_trained
+    from training.scoring import open_source
+    from training.trained import Request, open_trained
 
     request = Request.from_args(args, overwrite=True)
     found, trained = {}, None

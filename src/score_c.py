@@ -24,7 +24,8 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv, writes=partial(scores_folders, ["c"]))
-    from training.scoring import Request, score
+    from training.scoring import score
+    from training.trained import Request
 
     score(Request.from_args(args), ["c"])
 

@@ -25,7 +25,8 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv, writes=lambda given: scores_folders(given.feat, given))
-    from training.scoring import Request, score
+    from training.scoring import score
+    from training.trained import Request
 
     score(Request.from_args(args), args.feat)
 

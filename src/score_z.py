@@ -36,7 +36,8 @@ def get_parser():
 def main(argv=None):
     args = get_parser().parse_args(argv, writes=partial(scores_folders, ["z"]))
     from nsd.components import source_of
-    from training.scoring import Request, score
+    from training.scoring import score
+    from training.trained import Request
 
     request = Request.from_args(args)
     latents = request.paths.feature("z")
@@ -47,7 +48,8 @@ def main(argv=None):
 def finish(transductive, source, predicted):
     """Bring predictions of z (N, 4, h, w) to the latents' statistics."""
     from training.latent_statistics import restandardise, training_statistics
-    from training.scoring import predict, r2_of_rows
+    from training.scoring import predict
+    from training.stacking import r2_of_rows
 
     trained = source.trained
     on_validation = on_whole = predict(source, trained.validation, "validate")["nsdgeneral"]

@@ -56,7 +56,7 @@ def main(argv=None):
         raise utils.UserError("--run ground_truth: true features have no run; give "
                               f"{options.listed(options.STAGES)}")
     from sharing.exports import export_runs
-    from training.scoring import Request
+    from training.trained import Request
 
     export_runs(Request.from_args(args, overwrite=True), args.feats, paths.find(args.folder), args.overwrite)
 

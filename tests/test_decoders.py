@@ -130,7 +130,7 @@ def test_scores_are_rows_of_the_feature_and_r2_is_that_of_the_validation_images(
 
 @pytest.mark.parametrize("script", [score_c, score_z])
 def test_the_stack_is_the_best_average_on_validation_images(trained, script, capsys, monkeypatch):
-    monkeypatch.setattr("training.scoring.STACK_PRIOR", 0)
+    monkeypatch.setattr("training.stacking.STACK_PRIOR", 0)
     assert score(trained, "--test_split", "val", "--overwrite", script=script) == 0
     more = ["restandardised"] if script is score_z else []
     header, row, *notes = capsys.readouterr().out.splitlines()[-2 - len(more):]

@@ -18,7 +18,7 @@ from nsd.rows import open_betas
 from nsd.trials import load_trials
 from options import regions
 from sampling.folders import ImageSet
-from training.scoring import FeatureOf, validate
+from training.stacking import FeatureOf, validate
 
 MASKS = {"V1": np.array([True, False, False, False]), "V2": np.array([False, True, False, False]),
          "all": np.ones(4, bool)}

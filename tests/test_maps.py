@@ -26,7 +26,9 @@ from nsd.repeats import AveragedRows, TestSet, noise_ceiling
 from nsd.rows import open_betas, open_stimuli
 from nsd.trials import load_trials, split_trials
 from tiny_brain import LABELS, V, write_brain, write_volumes
-from training.scoring import FeatureOf, Request, open_source, open_trained
+from training.scoring import open_source
+from training.stacking import FeatureOf
+from training.trained import Request, open_trained
 from whole_world import DATA, assert_refused, mistakes
 
 AFFINE = np.array([[1.8, 0, 0, -20], [0, 1.8, 0, -30], [0, 0, 1.8, -5], [0, 0, 0, 1.0]])

@@ -15,6 +15,7 @@ from disk.files import archive_hash, file_hash
 from features.components import write_components
 from tiny_runs import FINETUNED, PRETRAINED, copy_world, train, write_world
 from training import scoring
+from training import trained as trained_runs
 
 NETWORK = ["--model", "components", "--num_epochs", 1]
 SCORE = ["--hidden_dim", "8", "--num_sessions", "3", "--device", "cpu"]
@@ -155,9 +156,10 @@ def test_a_run_of_several_layers_is_opened_once(paths, monkeypatch):
     assert train(paths, *NETWORK, *layers, script=train_g) == 0
     assert train(paths, "--model", "ridge", "--feat", "g_2", script=train_g) == 0
     opened = []
-    for name in ("load_checkpoint", "restore", "load_test_set", "average_repeats", "archive_hash"):
-        call = getattr(scoring, name)
-        monkeypatch.setattr(scoring, name, lambda *args, name=name, call=call, **more: opened.append(name)
+    readers = ("load_checkpoint", "restore", "load_test_set", "average_repeats", "archive_hash")
+    for room, name in [*((trained_runs, name) for name in readers), (scoring, "archive_hash")]:
+        call = getattr(room, name)
+        monkeypatch.setattr(room, name, lambda *args, name=name, call=call, **more: opened.append(name)
                             or call(*args, **more))
     assert score(paths, "--run", "scratch", *layers, script=score_g) == 0
     assert Counter(opened) == {"load_checkpoint": 2, "restore": 2, "load_test_set": 1, "average_repeats": 1,

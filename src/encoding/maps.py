@@ -9,7 +9,8 @@ import torch
 import utils
 from models import Decoder, RidgeDecoder
 from nsd.rows import open_feature, read_betas
-from training.scoring import FeatureOf, predict
+from training.scoring import predict
+from training.stacking import FeatureOf
 
 LEAST_CEILING = 0.1  # of a voxel whose share of the ceiling is told: below it is a quotient of noise
 PULLED = 64  # random directions over all pictures, for a voxel's pull: its error is a seventh of it then

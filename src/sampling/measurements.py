@@ -36,7 +36,7 @@ class Measurement:
     @classmethod
     def of(cls, components, rows, errors, shrunk=True, device="cpu"):
         """components: nsd.components.Components; rows: (N, ...) predictions; errors: (K + 1,), the mean squared error
-        of each of the first K coefficients on validation images, and the variance beyond them (training.scoring).
+        of each of the first K coefficients on validation images, and the variance beyond them (training.stacking).
         shrunk: the rows are posterior means; false of true features, which are taken at their word.
         Where errors are as large as the variance no component measures: k = 0.
         """

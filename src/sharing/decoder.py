@@ -9,7 +9,7 @@ from models import restore
 from nsd import sources
 from sharing.folder import STATISTICS, open_export
 from training.latent_statistics import restandardise
-from training.scoring import FeatureOf
+from training.stacking import FeatureOf
 
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 

@@ -15,7 +15,9 @@ from nsd.trials import split_trials
 from sharing.card import write_card
 from sharing.folder import STATISTICS, check_place, take_apart, write_export
 from training.latent_statistics import restandardise, training_statistics
-from training.scoring import FeatureOf, components_beside, open_source, open_trained, predict, r2_of_rows
+from training.scoring import open_source, predict
+from training.stacking import FeatureOf, components_beside, r2_of_rows
+from training.trained import open_trained
 
 
 def export_runs(request, feats, folder, overwrite=False):
