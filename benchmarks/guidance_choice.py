@@ -5,6 +5,7 @@
     python benchmarks/guidance_choice.py --what steps ...       # of DDIM and DPM-Solver++
     python benchmarks/guidance_choice.py --what strengths_25 ...   # is the best strength the same in 25 steps? (12, 50)
     python benchmarks/guidance_choice.py --what repeats ...     # of guided steps, and other ways to spend the same
+    python benchmarks/guidance_choice.py --what cfg ...         # classifier-free guidance beside that of g
     python benchmarks/guidance_choice.py --decoders demo/models/taesd ...
 
 Validation images are training images that no training step saw, so nothing is chosen on test images. Every setting
@@ -57,11 +58,13 @@ STEPS = [("ddim", 50), *((solver, steps) for steps in (25, 20, 16, 12, 10, 8) fo
 REPEATS = [UNGUIDED, *({**POSTERIOR, "guidance_repeats": n} for n in (1, 2, 3)),
            *({**POSTERIOR, "guidance_repeats": n, "num_inference_steps": steps}
              for n, steps in ((1, 24), (2, 12), (2, 10), (2, 8)))]
-SETS = {"rules": RULES, "repeats": REPEATS} | {
+CFG = [{**guidance, "cfg_scale": w} for w in (5, 7.5, 3, 2, 1.5, 1) for guidance in (UNGUIDED, POSTERIOR)]
+SETS = {"rules": RULES, "repeats": REPEATS, "cfg": CFG} | {
     name: [{**guidance, "solver": solver, "num_inference_steps": steps} for solver, steps in STEPS]
     for name, guidance in (("steps", POSTERIOR), ("unguided_steps", UNGUIDED))} | {
     f"strengths_{steps}": [{**setting, "num_inference_steps": steps} for setting in at_strengths(3, 10, 30, 100)]
     for steps in (12, 25, 50)}
+KNOBS = {"cfg_scale": "CFG", "solver": "solver", "num_inference_steps": "steps", "guidance_repeats": "repeats"}
 NUMBERS = {"pixcorr": "PixCorr", "ssim": "SSIM", "sharpness": "sharpness"}  # all others are rates
 MEASURES = {**{name: name for name in ATTRIBUTES}, "clip_two_way": "CLIP two-way", **NUMBERS}
 
@@ -112,11 +115,11 @@ def main(argv=None):
                            "--no-controls"])
         tables.append(read_table(folder, truths))
     n = len(tables[0]["image_id"])
-    named = all("num_inference_steps" in setting for setting in settings)  # each row says it
-    steps = "" if named else f"{args.num_inference_steps} steps, "
+    fixed = {"num_inference_steps": f"{args.num_inference_steps} steps, ", "cfg_scale": f"CFG {args.cfg_scale:g}, "}
+    fixed = "".join(text for name, text in fixed.items() if not all(name in setting for setting in settings))
     text = "\n".join([
         f"Written by `guidance_choice.py --run {args.run}`: {n} validation images of {args.subj},",
-        f"{args.num_samples} pictures of each, {steps}CFG {args.cfg_scale:g}, z from {args.strength:g}. In brackets:",
+        f"{args.num_samples} pictures of each, {fixed}z from {args.strength:g}. In brackets:",
         "the difference from the first row, where its 95 % interval leaves out 0.", "",
         as_markdown(settings, tables, args.guidance_decoder)])
     if args.figure:
@@ -139,8 +142,7 @@ def as_markdown(settings, tables, decoder):
             cells |= {"window": f"{setting['guidance_strength']:g}", "gradient": setting.get("guidance_grad", "xt"),
                       "x0": setting.get("guidance_x0", "cond"),
                       "decoder": Path(setting.get("guidance_decoder", decoder)).name}
-        names = {"solver": "solver", "num_inference_steps": "steps", "guidance_repeats": "repeats"}
-        cells |= {column: str(setting[name]) for name, column in names.items() if name in setting}
+        cells |= {column: str(setting[name]) for name, column in KNOBS.items() if name in setting}
         for name in shown:
             mean, gain, low, high = gain_of(name, table, tables[0])
             percent = name not in NUMBERS
@@ -149,7 +151,7 @@ def as_markdown(settings, tables, decoder):
                 cell += f" ({100 * gain:+.1f})" if percent else f" ({gain:+.3f})"
             cells[MEASURES[name]] = cell
         rows.append(cells)
-    order = ["rule", "scale", "window", "gradient", "x0", "decoder", "solver", "steps", "repeats", *MEASURES.values()]
+    order = ["rule", "scale", "window", "gradient", "x0", "decoder", *KNOBS.values(), *MEASURES.values()]
     columns = [name for name in order if any(name in cells for cells in rows)]
     lines = [columns, ["---"] * len(columns), *([cells.get(name, "") for name in columns] for cells in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
