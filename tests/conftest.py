@@ -1,11 +1,14 @@
-"""What every test shares: MKL adds up as recon.py lets it, here and in every process that a test starts.
+"""What every test shares: MKL adds up as recon.py lets it, and Ctrl-C ends what runs, here and in every process that a
+test starts.
 
 MKL reads the setting once. Without this, whether a process has it would depend on which test came first, and processes
-that are compared to the bit would differ.
+that are compared to the bit would differ. A shell lets what it starts in the background ignore Ctrl-C, and tests that
+press it would wait for ever.
 """
 
 import multiprocessing
 import shutil
+import signal
 
 import pytest
 
@@ -15,6 +18,7 @@ from disk.names import Paths
 from shared import built_once
 
 utils.reproducible_products()
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
