@@ -59,7 +59,7 @@ def finish(transductive, source, predicted):
     if transductive:
         of_predictions = predicted.mean(axis=0), predicted.std(axis=0)
     restandardised = restandardise(on_validation, *of_predictions, *of_latents)
-    source.config["r2"]["restandardised"] = r2_of_rows(source, restandardised)
+    source.config["r2"]["restandardised"] = r2_of_rows(source.model, trained, "z", restandardised)
     return restandardise(predicted, *of_predictions, *of_latents)
 
 

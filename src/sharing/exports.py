@@ -83,7 +83,7 @@ def describe(source, feat):
         on_validation = predict(source, trained.validation, "validate")["nsdgeneral"]
         of_predictions, of_latents = training_statistics(source, on_validation)
         found = restandardise(on_validation, *of_predictions, *of_latents)
-        source.config["r2"]["restandardised"] = r2_of_rows(source, found)
+        source.config["r2"]["restandardised"] = r2_of_rows(model, trained, feat, found)
         tensors |= dict(zip(STATISTICS, map(torch.from_numpy, (*of_predictions, *of_latents)), strict=True))
     stacked = trained.ridge_file(feat) if regression else None
     facts = ("total", "kept", "n_fitted", "seed", "wanted", "source", "digest")

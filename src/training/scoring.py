@@ -75,7 +75,7 @@ def open_source(trained, feat, **settings):
         config["r2"] = {}
         if request.paths.feature(feat).exists():
             on_validation = predict(source, trained.validation, "validate")["nsdgeneral"]
-            r2 = r2_of_rows(source, on_validation)
+            r2 = r2_of_rows(source.model, trained, feat, on_validation)
             config["r2"] = {"network": r2, "scored": r2}
             if known is not None:
                 source.model.errors = errors_of_rows(known, on_validation, trained.validation.image_ids)

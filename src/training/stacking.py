@@ -83,16 +83,17 @@ def validate(model, ridge, trained):
     return {name: float(1 - errors_of(rows).sum() / known.total) for name, rows in found.items()}
 
 
-def r2_of_rows(source, predicted):
-    """Return the share of variance that predictions (N, ...) of the validation images explain; source: scoring.Source.
+def r2_of_rows(model, trained, feat, predicted):
+    """Return the share of variance that predictions (N, ...) of the validation images explain.
 
-    The variance is that of the feature's components, or, of networks that predict none, that of these images.
+    model: what predicts, of the run `trained`. The variance is that of the feature's components, or, of networks that
+    predict none, that of these images.
     """
-    image_ids = source.trained.validation.image_ids
-    true = open_feature(source.request.paths, source.config["feat"])[image_ids].astype(np.float32)
+    image_ids = trained.validation.image_ids
+    true = open_feature(trained.request.paths, feat)[image_ids].astype(np.float32)
     true = true.reshape(len(image_ids), -1)
     error = float(np.square(predicted.reshape(true.shape) - true).sum(1).mean())
-    total = source.model.components.total if isinstance(source.model, FeatureOf) else float(true.var(0).sum())
+    total = model.components.total if isinstance(model, FeatureOf) else float(true.var(0).sum())
     return 1 - error / total
 
 
