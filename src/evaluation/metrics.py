@@ -77,7 +77,9 @@ def sharpness(truths, images):
 
 def paired_correlation(reals, preds):
     """Pearson correlation of row i of `reals` with row i of `preds`, (N, D) both; returns (N,), 0 for constant rows."""
-    return np.sum(_standardise(reals) * _standardise(preds), axis=1)
+    sides = [_centred(x) for x in (reals, preds)]
+    norm = np.prod([np.sqrt(np.einsum("nd,nd->n", x, x)) for x in sides], axis=0)
+    return np.divide(np.einsum("nd,nd->n", *sides), norm, out=np.zeros(len(norm)), where=norm > 0)
 
 
 def correlation_distance(reals, preds):
@@ -309,12 +311,18 @@ def pair_mean_of(successes):
     return statistic
 
 
-def _standardise(x):
-    """Rows (N, D) with zero mean and unit norm, in float64; a row that is constant up to float32 rounding becomes 0."""
-    x = np.asarray(x, np.float64).reshape(len(x), -1)
-    centred = x - x.mean(axis=1, keepdims=True)
-    varies = np.abs(centred).max(axis=1, keepdims=True) > 1e-6 * np.abs(x).max(axis=1, keepdims=True)
-    return _unit(np.where(varies, centred, 0))
+def _centred(x):
+    """Rows (N, D) with zero mean, in float64; a row that is constant up to float32 rounding becomes 0."""
+    x = np.array(x, np.float64).reshape(len(x), -1)
+    size = _largest(x)
+    x -= x.mean(axis=1, keepdims=True)
+    x[_largest(x) <= 1e-6 * size] = 0
+    return x
+
+
+def _largest(x):
+    """Largest absolute value of each row (N, D)."""
+    return np.maximum(x.max(axis=1), -x.min(axis=1))
 
 
 def _unit(x):
