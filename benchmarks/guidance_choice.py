@@ -46,11 +46,10 @@ def at_strengths(*scales):
 
 
 RULES = [
-    *at_strengths(1, 3, 10, 30, 100, 300),
-    *({**POSTERIOR, "guidance_strength": window} for window in (0.4, 1.0)),
-    {**POSTERIOR, "guidance_x0": "cfg"},
+    *at_strengths(3, 10, 14, 20, 30, 45, 100, 300),
+    *({**POSTERIOR, "guidance_draws": draws} for draws in (0, 1)),
+    {**POSTERIOR, "guidance_strength": 1.0},
     {**POSTERIOR, "guidance_grad": "x0"},
-    {**POSTERIOR, "guidance_grad": "x0", "guidance_decoder": "half"},
     *({**RAW, "guidance_scale": scale} for scale in (300, 1000, 3000)),
     NORM,
 ]
@@ -62,9 +61,10 @@ CFG = [{**guidance, "cfg_scale": w} for w in (5, 7.5, 3, 2, 1.5, 1) for guidance
 SETS = {"rules": RULES, "repeats": REPEATS, "cfg": CFG} | {
     name: [{**guidance, "solver": solver, "num_inference_steps": steps} for solver, steps in STEPS]
     for name, guidance in (("steps", POSTERIOR), ("unguided_steps", UNGUIDED))} | {
-    f"strengths_{steps}": [{**setting, "num_inference_steps": steps} for setting in at_strengths(3, 10, 30, 100)]
+    f"strengths_{steps}": [{**setting, "num_inference_steps": steps} for setting in at_strengths(7, 10, 14, 20, 30)]
     for steps in (12, 25, 50)}
-KNOBS = {"cfg_scale": "CFG", "solver": "solver", "num_inference_steps": "steps", "guidance_repeats": "repeats"}
+KNOBS = {"cfg_scale": "CFG", "solver": "solver", "num_inference_steps": "steps", "guidance_repeats": "repeats",
+         "guidance_draws": "draws"}
 NUMBERS = {"pixcorr": "PixCorr", "ssim": "SSIM", "sharpness": "sharpness"}  # all others are rates
 MEASURES = {**{name: name for name in ATTRIBUTES}, "clip_two_way": "CLIP two-way", **NUMBERS}
 
@@ -79,7 +79,7 @@ def get_parser():
     for name in ("sd_model", "clip_model", "guidance_decoder"):
         parser.add_argument(f"--{name}", required=True, metavar="NAME|DIR", help="as in recon.py")
     parser.add_argument("--num_samples", type=options.whole, default=4, metavar="SAMPLES")
-    parser.add_argument("--num_inference_steps", type=options.whole, default=16, metavar="STEPS")
+    parser.add_argument("--num_inference_steps", type=options.whole, default=14, metavar="STEPS")
     parser.add_argument("--cfg_scale", type=float, default=5.0, metavar="X")
     parser.add_argument("--strength", type=float, default=0.6, metavar="FRACTION")
     parser.add_argument("--batch_size", type=options.whole, default=4, metavar="PICTURES")

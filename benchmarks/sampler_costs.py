@@ -84,27 +84,29 @@ class Bench:
         self.weights = sum(tensor.numel() * tensor.element_size() for tensor in kept)
         self.unguided, self.guided = {}, {}
 
-    def parts(self, grad, name, n):
+    def parts(self, grad, name, n, draws):
         """costs.parts_of a batch of n."""
         at_once = decoded_at_once(name, (4, 64, 64))
         with torch.device("meta"):
             given = torch.zeros(n, 77, 768), torch.zeros(n, 4, 64, 64)
             if (n, at_once) not in self.unguided:
                 self.unguided[n, at_once] = parts_of(self.pipe, *given, dict(terms=[]), at_once)
-            if grad and (grad, name, n) not in self.guided:
+            if grad and (grad, name, n, draws) not in self.guided:
                 decoder = guidance_decoder(name, self.pipe, self.tiny)
-                guidance = dict(terms=[self.measurements.term([0] * n)], grad=grad, x0="cond", decoder=decoder)
-                self.guided[grad, name, n] = parts_of(self.pipe, *given, guidance, at_once, ["guided"])
-        return self.unguided[n, at_once] | (self.guided[grad, name, n] if grad else {})
+                guidance = dict(terms=[self.measurements.term([0] * n)], grad=grad, x0="cond", decoder=decoder,
+                                noises=[given[1]] * draws)
+                self.guided[grad, name, n, draws] = parts_of(self.pipe, *given, guidance, at_once, ["guided"])
+        return self.unguided[n, at_once] | (self.guided[grad, name, n, draws] if grad else {})
 
     def settings(self, rule, grad, name, steps, strength, repeats=1):
         """{"tflop", "gb", card: batch}; batch 0 does not fit."""
         at_once = decoded_at_once(name, (4, 64, 64))
         n_steps = len(timesteps_of(self.pipe.scheduler, steps, strength))
-        n_guided = guided_steps(recon.DEFAULTS[rule]["guidance_strength"], n_steps) if grad else 0
+        defaults = recon.DEFAULTS[rule] if grad else {"guidance_strength": 0, "guidance_draws": 0}
+        n_guided, draws = guided_steps(defaults["guidance_strength"], n_steps), defaults["guidance_draws"]
 
         def costs(n):
-            return total(self.parts(grad, name, n), n_steps, n_guided, repeats)
+            return total(self.parts(grad, name, n, draws), n_steps, n_guided, repeats)
 
         found = {"tflop": costs(at_once).flops / at_once / 1e12, "gb": (self.weights + costs(at_once).bytes) / GB}
         for card in CARDS:

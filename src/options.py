@@ -25,7 +25,7 @@ SOLVERS = ("ddim", "dpm")  # what --solver takes
 STAGES = ("finetune", "pretrain", "synthetic", "scratch", "ridge")  # of which a run of c, z or g is
 TEST_SPLITS = ("new_test", "test", "val", "synthetic")  # what --test_split takes
 SELECTORS = ("g", "gnet")  # what --select takes
-MAX_SHIFT = 0.6  # --guidance_rule norm and posterior move the predicted image by at most this many sigma (rms)
+MAX_SHIFT = 0.6  # --guidance_rule norm moves the predicted image by at most this many sigma (rms)
 
 
 HIDDEN_DIM = 1024

@@ -47,9 +47,9 @@ import utils
 from disk.names import LESIONS, Paths, run_name, scores_name
 from nsd import sources
 
-PUBLISHED = {"guidance_strength": 0.2, "num_inference_steps": 50, "guidance_decoder": "full"}
+PUBLISHED = {"guidance_strength": 0.2, "guidance_draws": 0, "num_inference_steps": 50, "guidance_decoder": "full"}
 DEFAULTS = {  # of flags that depend on --guidance_rule
-    "posterior": {"guidance_scale": 30.0, "guidance_strength": 0.8, "num_inference_steps": 16,
+    "posterior": {"guidance_scale": 30.0, "guidance_strength": 0.8, "guidance_draws": 3, "num_inference_steps": 14,
                   "guidance_decoder": sources.TAESD},
     "raw": {"guidance_scale": 300000.0, **PUBLISHED},
     "norm": {"guidance_scale": 0.3, **PUBLISHED},
@@ -91,7 +91,7 @@ def get_parser():
     group.add_argument("--resolution", type=options.whole, metavar="PIXELS",
                        help="side of the picture (the model's own)")
     group.add_argument("--num_inference_steps", type=options.whole, metavar="STEPS",
-                       help="of a path from pure noise, of which --strength runs a part (by the rule: 16, 50 with raw "
+                       help="of a path from pure noise, of which --strength runs a part (by the rule: 14, 50 with raw "
                             "and norm)")
     group.add_argument("--solver", choices=options.SOLVERS, default="ddim",
                        help="DDIM, or DPM-Solver++ (2M), of second order")
@@ -106,6 +106,9 @@ def get_parser():
     group.add_argument("--guidance_repeats", type=options.whole, default=1, metavar="N",
                        help="take each guided step N times, noised back in between (time travel): nearer to what g "
                             "says, at N times the cost")
+    group.add_argument("--guidance_draws", type=options.whole, metavar="N",
+                       help="N noised versions of the prediction, at whose mean gradient g pulls; 0: the prediction "
+                            "itself (by the rule: 3, 0 with raw and norm)")
     group.add_argument("--guidance_grad", choices=options.GRADS, default="xt",
                        help="differentiate through the UNet (xt) or only through the decoder (x0, cheaper)")
     group.add_argument("--guidance_x0", choices=options.X0S, default="cond",
@@ -407,7 +410,7 @@ def resolve(args, paths):
     for name in ("batch_size", "limit", "num_samples", "num_inference_steps", "guidance_repeats"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise utils.UserError(f"--{name} {getattr(args, name)}: wanted at least 1")
-    for name in ("sag_scale", "cfg_scale", "guidance_scale"):
+    for name in ("sag_scale", "cfg_scale", "guidance_scale", "guidance_draws"):
         if not 0 <= getattr(args, name) < float("inf"):
             raise utils.UserError(f"--{name} {getattr(args, name):g}: wanted a number from 0")
     if args.guidance_rule == "norm" and args.guidance_scale > options.MAX_SHIFT:
@@ -507,7 +510,8 @@ def config_of(args, paths, files):
 
     decisive = {name: paths.as_recorded(value) if name in PATH_OPTIONS and value else value
                 for name, value in vars(args).items() if name not in FREE_OPTIONS}
-    usual = {"hold_out": None, "guidance_repeats": 1, **dict.fromkeys(LESIONS)}  # as before there were these flags
+    usual = {"hold_out": None, "guidance_repeats": 1, "guidance_draws": 0,
+             **dict.fromkeys(LESIONS)}  # as before there were these flags
     decisive = {name: value for name, value in decisive.items() if name not in usual or value != usual[name]}
     if not args.use_gnet:  # what does not guide does not matter
         decisive = {name: value for name, value in decisive.items() if name not in GNET_OPTIONS}

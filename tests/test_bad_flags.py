@@ -68,6 +68,7 @@ CASES = [  # script, what is broken, how, flags, words of the line: flag or file
     (recon, "--guidance_strength 1.5", whole, ["--guidance_strength", 1.5], ("--guidance_strength 1.5", "from 0 to 1")),
     (recon, "--strength nan", whole, ["--strength", "nan"], ("--strength nan", "from 0 to 1")),
     (recon, "--guidance_repeats 0", whole, ["--guidance_repeats", 0], ("--guidance_repeats 0", "at least 1")),
+    (recon, "--guidance_draws -1", whole, ["--guidance_draws", -1], ("--guidance_draws -1", "from 0")),
     (recon, "dpm goes back", whole, ["--guidance_repeats", 2, "--solver", "dpm"],
      ("--guidance_repeats 2", "use --solver")),
     (recon, "--num_samples 0", whole, ["--num_samples", 0], ("--num_samples 0", "at least 1")),

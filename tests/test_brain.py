@@ -25,7 +25,7 @@ from evaluation.metrics import identified
 from models import GNet
 from nsd.repeats import load_test_set, responses_to
 from nsd.rows import open_stimuli
-from sampling.guidance import gradient_on, guidance_pull
+from sampling.guidance import gradient_on, guidance_pull, views_of
 from tiny_brain import RUN, V, write_brain, write_run
 from tiny_nsd import SHARED
 from tiny_sd import hasten
@@ -207,6 +207,19 @@ def test_the_brain_pulls_kappa_times_as_hard_as_the_others():
     torch.testing.assert_close(alone, brains)  # as it is
     measured, _ = guidance_pull(image, [Slope(a), Slope(brains, relative=False, kappa=0.7)])
     torch.testing.assert_close(measured, a + 0.7 * brains)  # in one unit
+
+
+def test_the_brain_looks_at_the_prediction_and_the_others_around_it():
+    clean, noises = torch.rand(2, 4, 3, 3), list(torch.randn(2, 2, 4, 3, 3))
+    clip, brain = Slope(None), Slope(None, relative=False, kappa=0.1)
+    assert views_of(clean, [clip, brain], []) == [(clean, [clip, brain], 1)]
+    assert views_of(clean, [brain], noises) == [(clean, [brain], 1)]
+    relative = Slope(None, relative=True, kappa=0.1)
+    assert [terms for _, terms, _ in views_of(clean, [clip, relative], noises)] == 2 * [[clip, relative]]
+    *around, last = views_of(clean, [clip, brain], noises)
+    assert last == (clean, [brain], 1)
+    for (latents, terms, share), noise in zip(around, noises, strict=True):
+        assert torch.equal(latents, clean + noise) and (terms, share) == ([clip], 0.5)
 
 
 def test_good_voxels_are_those_of_the_region_that_validation_trusts(encoder):

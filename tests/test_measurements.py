@@ -8,8 +8,7 @@ import torch
 from scipy.stats import multivariate_normal
 
 import utils
-from options import MAX_SHIFT
-from sampling.guidance import posterior_rule
+from sampling.guidance import STEEPEST, posterior_rule
 from sampling.measurements import ClipMeasurements, Measurement
 from sampling.pipeline import loss_scale
 
@@ -80,7 +79,7 @@ def test_posterior_rule_follows_the_gradient_of_x0_and_no_further_than_it_knows(
 
     # the gradient on x_t is that on x0 over sqrt(abar)
     torch.testing.assert_close(shift(1e-3), -1e-3 * sigma**2 * gradient * abar.sqrt())
-    torch.testing.assert_close(shift(1e3).square().mean((1, 2, 3)).sqrt(), (MAX_SHIFT * sigma).expand(2))
+    torch.testing.assert_close(shift(1e3).square().mean((1, 2, 3)).sqrt(), (STEEPEST * sigma).expand(2))
     assert torch.equal(posterior_rule(eps, 0 * gradient, abar, 30.0), eps)
 
 

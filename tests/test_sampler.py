@@ -216,10 +216,11 @@ def test_noise_depends_on_seed_id_and_sample_only(pipe):
 # --- guidance ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule, scale, repeats", [("raw", 300.0, 1), ("norm", 0.3, 2)])
-def test_result_does_not_depend_on_the_batch(pipe, condition, rule, scale, repeats):
+@pytest.mark.parametrize("rule, scale, again", [("raw", 300.0, {}),
+                                                ("norm", 0.3, {"guidance_repeats": 2, "guidance_draws": 1})])
+def test_result_does_not_depend_on_the_batch(pipe, condition, rule, scale, again):
     settings = dict(seed=SEED, num_inference_steps=STEPS, terms=[redness], guidance_scale=scale, rule=rule,
-                    guidance_strength=0.5, guidance_repeats=repeats)
+                    guidance_strength=0.5, **again)
     together = pipe(condition, IDS, **settings)
     for i in range(len(IDS)):
         alone = pipe(condition[i:i + 1], IDS[i:i + 1], **settings)
@@ -237,6 +238,7 @@ def test_rows_decoded_in_turn_are_those_decoded_together(double_pipe, condition,
         return (image - target[rows]).square().mean((1, 2, 3))
 
     settings = dict(num_inference_steps=4, terms=[term], guidance_scale=100.0, guidance_strength=0.5, z=z,
+                    guidance_draws=2 * (decoder == "full"),
                     decoder=load_guidance_decoder(decoder, pipe))
     together, in_turn = (pipe(condition, IDS, decoded_at_once=at_once, log=steps[i], **settings)
                          for i, at_once in enumerate((None, 2)))
@@ -276,13 +278,13 @@ def test_gradient_agrees_with_finite_differences(double_pipe, condition, z, grad
             torch.testing.assert_close((gradient * direction).sum((1, 2, 3)), slope, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("grad, repeats", [("xt", 1), ("x0", 1), ("xt", 3)])
-def test_raw_rule_is_the_papers_loop(double_pipe, condition, grad, repeats):
+@pytest.mark.parametrize("grad, repeats, draws", [("xt", 1, 0), ("x0", 1, 0), ("xt", 3, 0), ("xt", 2, 2)])
+def test_raw_rule_is_the_papers_loop(double_pipe, condition, grad, repeats, draws):
     """DDIM with eps' = eps + sigma * scale * gradient, sample by sample, written from the equations; with time travel
-    each guided step again from where the forward process leads back to."""
+    each guided step again from where the forward process leads back to, with draws the mean gradient around x0."""
     pipe, scale, w, strength = double_pipe, 1000.0, 5.0, 0.5
     settings = dict(seed=SEED, num_inference_steps=STEPS, cfg_scale=w, guidance_strength=strength, grad=grad,
-                    guidance_repeats=repeats)
+                    guidance_repeats=repeats, guidance_draws=draws)
     ours = pipe(condition, IDS, terms=[redness], guidance_scale=scale, **settings)
     assert (ours - pipe(condition, IDS, **settings)).abs().max() > 0.1  # there is something to compare
     abars = pipe.scheduler.alphas_cumprod
@@ -306,10 +308,17 @@ def test_raw_rule_is_the_papers_loop(double_pipe, condition, grad, repeats):
             eps = eps_u + w * (eps_c - eps_u)
             if step < strength * STEPS:
                 seen = (x - sigma * (eps_c if grad == "xt" else eps_c.detach())) / abar**0.5
-                image = (pipe.vae.decode(seen.double() / pipe.vae.config.scaling_factor).sample + 1) / 2
-                pixels = image.detach().clamp(0, 1).requires_grad_()  # the clamp is straight-through
-                pull = torch.autograd.grad(redness(pixels).sum(), pixels)[0]
-                eps = eps + sigma * scale * torch.autograd.grad(image, x, pull)[0]
+                gradient = 0
+                for k in range(max(draws, 1)):
+                    if draws:
+                        visit = utils.derive_seed(SEED, step, again, 1 + k)
+                        generator.manual_seed(utils.derive_seed(visit, image_id, 0))
+                    away = 0.6 * sigma * torch.randn(1, 4, LATENT, LATENT, generator=generator) if draws else 0
+                    image = (pipe.vae.decode((seen + away).double() / pipe.vae.config.scaling_factor).sample + 1) / 2
+                    pixels = image.detach().clamp(0, 1).requires_grad_()  # the clamp is straight-through
+                    pull = torch.autograd.grad(redness(pixels).sum(), pixels)[0]
+                    gradient = gradient + torch.autograd.grad(image, x, pull, retain_graph=True)[0] / max(draws, 1)
+                eps = eps + sigma * scale * gradient
             clean = (x - sigma * eps) / abar**0.5
             x = abar_next**0.5 * clean + (1 - abar_next) ** 0.5 * eps
         decoded = pipe.vae.decode(x.detach().double() / pipe.vae.config.scaling_factor).sample

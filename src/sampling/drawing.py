@@ -33,7 +33,7 @@ class Settings:
     batch_size: int | None = None  # pictures at once on a GPU; None: as many as fit
     precision: str = "fp32"
     resolution: int | None = None
-    num_inference_steps: int = 16
+    num_inference_steps: int = 14
     solver: str = "ddim"
     strength: float = 0.75
     cfg_scale: float = 7.5
@@ -41,6 +41,7 @@ class Settings:
     guidance_scale: float = 30.0
     guidance_strength: float = 0.8
     guidance_repeats: int = 1
+    guidance_draws: int = 3
     guidance_rule: str = "posterior"
     guidance_grad: str = "xt"
     guidance_x0: str = "cond"
@@ -97,6 +98,7 @@ class Sampler:
         images = self.pipe(condition, **start, **guidance, solver=wanted.solver, cfg_scale=wanted.cfg_scale,
                            sag_scale=wanted.sag_scale, rule=wanted.guidance_rule, guidance_scale=wanted.guidance_scale,
                            guidance_strength=wanted.guidance_strength, guidance_repeats=wanted.guidance_repeats,
+                           guidance_draws=wanted.guidance_draws,
                            decoded_at_once=self.decoded_at_once, log=log)
         return images[:len(jobs)], [{name: values.tolist() for name, values in step.items()} for step in log]
 
@@ -132,6 +134,7 @@ class Sampler:
 
         condition, start, guidance = self.inputs_of([(0, 0)] * n)
         latents, timesteps = self.pipe.start(**start)
+        guidance["noises"] = [latents] * self.settings.guidance_draws
         guided = guided_steps(self.settings.guidance_strength, len(timesteps)) if self.guides else 0
         return total(parts_of(self.pipe, condition, latents, guidance, self.decoded_at_once), len(timesteps), guided,
                      self.settings.guidance_repeats)

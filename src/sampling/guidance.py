@@ -11,6 +11,8 @@ import torch.nn.functional as F
 import utils
 from options import MAX_SHIFT
 
+SPREAD = 0.6  # of sigma: how far noised predictions lie around the prediction (--guidance_draws)
+STEEPEST = 1.2  # sigma (rms): the longest step of the posterior rule
 LAYER_WEIGHTS = {2: 1.5, 4: 1.2}  # NeuralDiffuser's emphasis on early CLIP layers; the others weigh 1
 
 
@@ -87,6 +89,21 @@ def guidance_pull(image, terms, rows=slice(None)):
     return pull, found
 
 
+def views_of(clean, terms, noises):
+    """What the terms look at: [(latents (b, C, h, w), terms that look at them, what their gradient counts)].
+
+    Without noises all of them look at the clean latents. With them measured features look at each of clean + noise,
+    and the mean of their gradients counts: what x_t leaves open is a cloud around the prediction, and a gradient at
+    one point of it finds changes that please CLIP and show nothing (Song et al. 2023, ICML, Loss-Guided Diffusion).
+    The brain, which costs more, looks at the prediction, unless its pull is relative to theirs.
+    """
+    brain = [term for term in terms if hasattr(term, "kappa") and not term.relative]
+    others = [term for term in terms if term not in brain]
+    if not others or not noises:
+        return [(clean, terms, 1)]
+    return [(clean + noise, others, 1 / len(noises)) for noise in noises] + [(clean, brain, 1)] * bool(brain)
+
+
 def gradient_on(image, terms, rows=slice(None)):
     """Losses of the terms' sum, (b,), and their gradient wrt the images (b, 3, H, W), `rows` of a batch."""
     with torch.enable_grad():
@@ -114,12 +131,12 @@ def posterior_rule(eps, gradient, abar, scale):
     """Shift x0 towards the posterior of terms that are -log likelihoods: delta = -scale * sigma^2 * d(-log p)/dx0.
 
     sigma^2 is what x0 is still open to, of latents of variance 1. The gradient is that wrt x_t, which is wrt x0 times
-    1 / sqrt(abar). The step is cut to MAX_SHIFT sigma (rms): where the likelihood is steeper than that, it is curved
+    1 / sqrt(abar). The step is cut to STEEPEST sigma (rms): where the likelihood is steeper than that, it is curved
     within the step, and what lies further on is not known from here.
     """
     sigma = (1 - abar).sqrt()
     delta = -scale * sigma.square() * abar.sqrt() * gradient
-    most = MAX_SHIFT * sigma
+    most = STEEPEST * sigma
     return shifted(eps, delta * (most / rms(delta).clamp_min(torch.finfo(delta.dtype).tiny)).clamp(max=1), abar)
 
 

@@ -27,7 +27,7 @@ from nsd import sources
 from options import GRADS, X0S
 from sampling.compiling import CompiledUNet
 from sampling.decoders import in_unit_range
-from sampling.guidance import RULES, guidance_pull
+from sampling.guidance import RULES, SPREAD, guidance_pull, views_of
 from sampling.solvers import SOLVERS, timesteps_of
 
 CPU_BATCH = 4096  # latent pixels that a CPU draws at once: 16 latents of 16 x 16, one of 64 x 64
@@ -103,6 +103,7 @@ class GuidedPipeline(DiffusionPipeline):
         guidance_scale=300000.0,
         guidance_strength=0.2,
         guidance_repeats=1,
+        guidance_draws=0,
         rule="raw",
         grad="xt",
         x0="cond",
@@ -120,6 +121,7 @@ class GuidedPipeline(DiffusionPipeline):
         (b, 3, H, W) in [0, 1] and the slice of the batch that they are of, -> (b,); none, or a zero guidance_scale or
         guidance_strength, leaves plain Stable Diffusion. guidance_strength: fraction of the steps, from the first,
         that are guided. guidance_repeats: how often each of them is taken (`visits`), with solver 'ddim' alone.
+        guidance_draws: at how many noised versions of the prediction the losses look (`pull_on`), 0 = at itself.
         rule: a name of guidance.RULES, what a gradient does. grad: 'xt' differentiates through the UNet, 'x0' through
         the decoder only. x0: the prediction that the losses see, 'cond' (the conditional one) or 'cfg' (the one the
         sampler follows). decoder: of what the losses see, (b, C, h, w) latents -> image in [0, 1]; None is the VAE's.
@@ -138,9 +140,14 @@ class GuidedPipeline(DiffusionPipeline):
         path = SOLVERS[solver](self.scheduler, timesteps)
         n_guided = guided_steps(guidance_strength, len(timesteps)) if terms and guidance_scale else 0
         steps = visits(len(timesteps), n_guided, guidance_repeats)
-        noises = [self.start_noise(image_ids, sample, utils.derive_seed(seed, *visit), latents.shape[1:])
-                  for visit in steps if visit[1]]
-        fresh = iter(torch.stack(noises).to(latents) if noises else ())  # one copy: in the loop each would wait for it
+
+        def noises_of(names):  # one copy: in the loop each would wait for it
+            noises = [self.start_noise(image_ids, sample, utils.derive_seed(seed, *name), latents.shape[1:])
+                      for name in names]
+            return iter(torch.stack(noises).to(latents) if noises else ())
+
+        fresh = noises_of([visit for visit in steps if visit[1]])
+        around = noises_of([(*visit, 1 + k) for visit in steps if visit[0] < n_guided for k in range(guidance_draws)])
         with self._watched_attention(sag_scale) as tokens:
             for step, repeat in self.progress_bar(steps):
                 t = timesteps[step]
@@ -148,7 +155,8 @@ class GuidedPipeline(DiffusionPipeline):
                     latents = path.back(step, latents, next(fresh))
                 if step < n_guided:
                     eps_empty, eps_cond, gradient = self.guidance_gradient(
-                        latents, t, context, cfg_scale, terms, grad, x0, decoder, decoded_at_once, log)
+                        latents, t, context, cfg_scale, terms, grad, x0, decoder,
+                        [next(around) for _ in range(guidance_draws)], decoded_at_once, log)
                 else:
                     eps_empty, eps_cond = self.predict_noise(latents, t, context)
                 eps = eps_empty + cfg_scale * (eps_cond - eps_empty)
@@ -231,14 +239,14 @@ class GuidedPipeline(DiffusionPipeline):
         abar = self.scheduler.alphas_cumprod[t]
         return (latents - (1 - abar).sqrt() * eps) / abar.sqrt()
 
-    def guidance_gradient(self, latents, t, context, cfg_scale, terms, grad="xt", x0="cond", decoder=None,
+    def guidance_gradient(self, latents, t, context, cfg_scale, terms, grad="xt", x0="cond", decoder=None, noises=(),
                           decoded_at_once=None, log=None):
         """The unconditional and conditional noise, and the gradient of the terms wrt latents; (B, C, h, w) each.
 
-        Arguments as of a call, `log` as of guidance_pull. Every row goes through the UNet once for both noises. Only
-        what the losses see keeps a graph: with grad='xt' and x0='cond' that is half of the rows. With grad='x0' the
-        noise counts as a constant, so that the gradient is that wrt x0 times dx0/dx_t = 1/sqrt(abar): both kinds are in
-        the same unit.
+        Arguments as of a call; noises: standard normal, (B, C, h, w) each (pull_on); log as of guidance_pull. Every row
+        goes through the UNet once for both of its noises. Only what the losses see keeps a graph: with grad='xt' and
+        x0='cond' that is half of the rows. With grad='x0' the noise counts as a constant, so that the gradient is that
+        wrt x0 times dx0/dx_t = 1/sqrt(abar): both kinds are in the same unit.
         """
         with torch.enable_grad():
             latents = latents.detach().requires_grad_()
@@ -252,28 +260,39 @@ class GuidedPipeline(DiffusionPipeline):
                     eps_empty, eps_cond = self.predict_noise(latents, t, context)
             seen = eps_cond if x0 == "cond" else eps_empty + cfg_scale * (eps_cond - eps_empty)
             clean = self.predict_x0(latents, seen, t)
-            pull, scale = self.pull_on(clean.detach(), terms, decoder or self.decode, decoded_at_once, log)
+            spread = SPREAD * (1 - self.scheduler.alphas_cumprod[t]).sqrt()
+            pull, scale = self.pull_on(clean.detach(), terms, decoder or self.decode,
+                                       [spread * noise for noise in noises], decoded_at_once, log)
             gradient = torch.autograd.grad(clean, latents, pull)[0] / scale
         return eps_empty.detach(), eps_cond.detach(), gradient
 
-    def pull_on(self, clean, terms, decoder, at_once=None, log=None):
+    def pull_on(self, clean, terms, decoder, noises=(), at_once=None, log=None):
         """The gradient of the terms wrt clean latents, (B, C, h, w), times `scale` (B, 1, 1, 1), which comes with it.
 
-        `at_once` rows after the other, each with a graph of its own: so memory does not grow with the batch. The terms
-        meet on the image (guidance_pull): one pass back through the decoder serves them all.
+        noises: (B, C, h, w) each; the mean over clean + noise is what measured features pull by (guidance.views_of).
+        `at_once` rows after the other, each with a graph of its own: so memory does not grow with the batch. Terms that
+        look at one image meet there (guidance_pull): one pass back through the decoder serves them all.
         """
-        pulls, scales, found = [], [], []
+        pulls, found = [], []
         for start in range(0, len(clean), at_once or len(clean)):
             rows = slice(start, start + (at_once or len(clean)))
-            latents = clean[rows].requires_grad_()
-            image = decoder(latents)
-            pull, facts = guidance_pull(image, terms, rows)
-            scales.append(loss_scale(pull))
-            pulls.append(torch.autograd.grad(image, latents, pull * scales[-1])[0])
-            found.append(facts)
+            parts, facts = [], []
+            for latents, looking, share in views_of(clean[rows], terms, [noise[rows] for noise in noises]):
+                latents = latents.requires_grad_()
+                image = decoder(latents)
+                pull, seen = guidance_pull(image, looking, rows)
+                scale = loss_scale(pull)
+                parts.append(share * torch.autograd.grad(image, latents, pull * scale)[0] / scale)
+                facts.append(seen)
+            if 0 < len(noises) < len(parts):  # the last is the brain's, which looked at another image than the others
+                facts.append({"cosine": F.cosine_similarity(sum(parts[:-1]).flatten(1), parts[-1].flatten(1))})
+            pulls.append(sum(parts))
+            found.append(averaged(facts))
         if log is not None:
             log.append({name: torch.cat([facts[name] for facts in found]) for name in found[0]})
-        return torch.cat(pulls), torch.cat(scales)
+        pulls = torch.cat(pulls)
+        scale = loss_scale(pulls)
+        return pulls * scale, scale
 
     def blurred_noise(self, latents, eps_empty, t, empty, tokens):
         """Self-attention guidance (Hong et al. 2023, ICCV): the noise when what the UNet attends to is blurred.
@@ -362,6 +381,12 @@ def visits(n_steps, n_guided, repeats):
     noised back to where it began the picture can go on in the same direction, and the UNet mend what does not fit.
     """
     return [(step, repeat) for step in range(n_steps) for repeat in range(repeats if step < n_guided else 1)]
+
+
+def averaged(facts):
+    """The mean of each value, {name: (b,)}, over those of the dicts that have it."""
+    found = {name: [seen[name] for seen in facts if name in seen] for name in dict.fromkeys(sum(map(list, facts), []))}
+    return {name: torch.stack(values).mean(0) if len(values) > 1 else values[0] for name, values in found.items()}
 
 
 def loss_scale(pull):
