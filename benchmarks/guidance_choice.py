@@ -173,7 +173,10 @@ def plot(tables, file):
     scales = sorted(scale for scale in tables if scale)
     shown = [name for name in MEASURES if name != "setting" and all(name in table for table in tables.values())]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for axes, name in zip(figure.subplots(2, -(-len(shown) // 2), sharex=True).flat, shown, strict=False):
+    panels = figure.subplots(2, -(-len(shown) // 2), sharex=True).flat
+    for axes in panels[len(shown):]:
+        axes.set_axis_off()
+    for axes, name in zip(panels, shown, strict=False):
         _, gains, lows, highs = np.array([gain_of(name, tables[scale], tables[0]) for scale in scales]).T
         factor = 1 if name in NUMBERS else 100
         axes.fill_between(scales, factor * lows, factor * highs, alpha=0.2, linewidth=0)

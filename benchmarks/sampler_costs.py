@@ -32,7 +32,7 @@ from sampling.solvers import timesteps_of
 
 CARDS = (8, 16, 24, 80)  # GB
 CONTEXT = 0.6  # GB that CUDA itself takes
-STEPS = (50, 25, 20, 16, 12)
+STEPS = (50, 25, 20, 16, 14)
 DECODERS = ("full", "half", "taesd")
 F = 50 * 768  # numbers of a layer of CLIP
 GB = 1e9
