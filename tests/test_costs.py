@@ -130,6 +130,7 @@ def test_no_step_waits_for_the_device(tiny_models, solver, rule):
             image = pipe(torch.zeros(B, TOKENS, WIDTH, device="meta"), list(range(B)), num_inference_steps=steps,
                          terms=[clip_term(clip, "meta")], rule=rule, guidance_strength=0.5, solver=solver,
                          guidance_repeats=1 + (solver == "ddim"), decoded_at_once=2, log=[],
+                         guidance_draws=2 * (rule == "posterior"),
                          z=torch.zeros(B, 4, LATENT, LATENT, device="meta"))
         crossings.append(found.n)
     assert image.shape == (B, 3, 2 * LATENT, 2 * LATENT) and image.is_meta
