@@ -61,7 +61,7 @@ CFG = [{**guidance, "cfg_scale": w} for w in (5, 7.5, 3, 2, 1.5, 1) for guidance
 SETS = {"rules": RULES, "repeats": REPEATS, "cfg": CFG} | {
     name: [{**guidance, "solver": solver, "num_inference_steps": steps} for solver, steps in STEPS]
     for name, guidance in (("steps", POSTERIOR), ("unguided_steps", UNGUIDED))} | {
-    f"strengths_{steps}": [{**setting, "num_inference_steps": steps} for setting in at_strengths(7, 10, 14, 20, 30)]
+    f"strengths_{steps}": [{**setting, "num_inference_steps": steps} for setting in at_strengths(14, 20, 30, 45, 100)]
     for steps in (12, 25, 50)}
 KNOBS = {"cfg_scale": "CFG", "solver": "solver", "num_inference_steps": "steps", "guidance_repeats": "repeats",
          "guidance_draws": "draws"}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up, check the style and run all tests, side by side on up to four cores; flags go to pytest.
 #
-#   bash scripts/test.sh                   all of them: about 6 minutes
+#   bash scripts/test.sh                   all of them: 6 to 8 minutes
 #   bash scripts/test.sh -k recon          the tests of this name
 #   bash scripts/test.sh -n 0 --pdb        one after another, a debugger at the first failure
 #

@@ -510,8 +510,9 @@ def config_of(args, paths, files):
 
     decisive = {name: paths.as_recorded(value) if name in PATH_OPTIONS and value else value
                 for name, value in vars(args).items() if name not in FREE_OPTIONS}
-    usual = {"hold_out": None, "guidance_repeats": 1, "guidance_draws": 0,
-             **dict.fromkeys(LESIONS)}  # as before there were these flags
+    usual = {"hold_out": None, "guidance_repeats": 1, **dict.fromkeys(LESIONS)}  # as before there were these flags
+    if args.guidance_rule != "posterior":  # whose steps are longer since there are draws
+        usual["guidance_draws"] = 0
     decisive = {name: value for name, value in decisive.items() if name not in usual or value != usual[name]}
     if not args.use_gnet:  # what does not guide does not matter
         decisive = {name: value for name, value in decisive.items() if name not in GNET_OPTIONS}
