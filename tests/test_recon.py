@@ -495,6 +495,18 @@ def test_every_rule_has_its_defaults():
     assert recon.get_parser().parse_args([]).guidance_rule == "posterior"
 
 
+@pytest.mark.parametrize("rule, status", [("posterior", 2), ("norm", 0)])
+def test_a_folder_from_before_there_were_draws(measured, models, tmp_path, rule, status):
+    """The posterior rule has had other steps then; norm draws what it did."""
+    flags = ("--guidance_rule", rule, "--guidance_draws", 0, "--limit", 1, "--outdir", tmp_path / "pictures")
+    assert run(measured, models, *flags) == 0
+    file = tmp_path / "pictures/config.json"
+    config = json.loads(file.read_text())
+    config.pop("guidance_draws", None)
+    file.write_text(json.dumps(config))
+    assert run(measured, models, *flags) == status
+
+
 def test_the_posterior_rule_lowers_the_misfit(measured, models):
     assert measure(measured, models) == 0 and measure(measured, models, "--guidance_scale", 0) == 0
     folder = measured / "outputs_all/subj01/cp_4096_v1"
