@@ -128,7 +128,7 @@ def write_world(root, world, seed, pool):
     write_stimuli(root, images, texts, scenes, design, np.random.default_rng([seed, 2]))
     write_design(root, world, design)
 
-    early, colour = low_level(images)
+    early, colour = low_level(images, pool.map)
     strength = colour.std(axis=(0, 1))
     features = image_features(early, colour, strength, scenes)
     gratings = write_gratings(root, world, np.random.default_rng([seed, 4]))
@@ -180,10 +180,13 @@ N_SEEN = len(POSITIONS) * len(EXTENTS)
 OPPONENT_LEVELS, OPPONENT_WIDTH = ((0.1, 0.5, 0.9), (-0.4, 0.1, 0.6), (-0.6, -0.1, 0.5)), 0.28
 
 
-def low_level(images):
-    """Energy and contrast (N, P, C), and colour and curvature (N, P', C'), of pictures (N, H, W, 3) uint8."""
-    batches = np.array_split(np.arange(len(images)), -(-len(images) // 256))
-    pairs = [_batch_features(images[batch]) for batch in utils.progress(batches, desc="image features")]
+def low_level(images, map_each=map):
+    """Energy and contrast (N, P, C), and colour and curvature (N, P', C'), of pictures (N, H, W, 3) uint8.
+
+    map_each: what shares the batches out, such as an Executor's map.
+    """
+    batches = np.array_split(images, -(-len(images) // 256))
+    pairs = list(utils.progress(map_each(_batch_features, batches), total=len(batches), desc="image features"))
     return tuple(np.concatenate(part) for part in zip(*pairs, strict=True))
 
 

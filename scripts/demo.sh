@@ -32,7 +32,8 @@ stage() {
 train() { env FEATS="$1" STAGES="$2" bash "$scripts/train.sh"; }
 recon() { bash "$scripts/recon.sh" "$@"; }
 features() {
-    for feat in c z g; do beside env FEATS=$feat bash "$scripts/features.sh"; done
+    local JOBS=2 # z takes as long as the other two
+    for feat in z g c; do beside env FEATS=$feat bash "$scripts/features.sh"; done
     finish
 }
 pretrain() {

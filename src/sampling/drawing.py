@@ -18,7 +18,7 @@ from nsd import sources
 from sampling import folders
 from sampling.decoders import decoded_at_once, gradient_cosine
 
-COMPARED = 8  # pictures on which a cheaper decoder's gradient is compared with the full one's
+COMPARED = 4  # pictures on which a cheaper decoder's gradient is compared with the full one's
 WRITERS = 4  # threads that write pictures while the next ones are drawn
 
 
