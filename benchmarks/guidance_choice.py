@@ -4,6 +4,7 @@
     python benchmarks/guidance_choice.py --root demo --sd_model demo/models/sd --clip_model demo/models/clip
     python benchmarks/guidance_choice.py --what steps ...       # of DDIM and DPM-Solver++
     python benchmarks/guidance_choice.py --what strengths_25 ...   # is the best strength the same in 25 steps? (12, 50)
+    python benchmarks/guidance_choice.py --what adapter ...     # g's adapter (train_adapter.py), and guidance beside it
     python benchmarks/guidance_choice.py --what repeats ...     # of guided steps, and other ways to spend the same
     python benchmarks/guidance_choice.py --what cfg ...         # classifier-free guidance beside that of g
     python benchmarks/guidance_choice.py --decoders demo/models/taesd ...
@@ -57,14 +58,16 @@ STEPS = [("ddim", 50), *((solver, steps) for steps in (25, 20, 16, 12, 10, 8) fo
 REPEATS = [UNGUIDED, *({**POSTERIOR, "guidance_repeats": n} for n in (1, 2, 3)),
            *({**POSTERIOR, "guidance_repeats": n, "num_inference_steps": steps}
              for n, steps in ((1, 24), (2, 12), (2, 10), (2, 8)))]
+ADAPTER = [UNGUIDED, POSTERIOR, {"use_adapter": True, **UNGUIDED},
+           *({"use_adapter": True, **POSTERIOR, "guidance_scale": scale} for scale in (3, 10, 20, 30, 45))]
 CFG = [{**guidance, "cfg_scale": w} for w in (5, 7.5, 3, 2, 1.5, 1) for guidance in (UNGUIDED, POSTERIOR)]
-SETS = {"rules": RULES, "repeats": REPEATS, "cfg": CFG} | {
+SETS = {"rules": RULES, "repeats": REPEATS, "cfg": CFG, "adapter": ADAPTER} | {
     name: [{**guidance, "solver": solver, "num_inference_steps": steps} for solver, steps in STEPS]
     for name, guidance in (("steps", POSTERIOR), ("unguided_steps", UNGUIDED))} | {
     f"strengths_{steps}": [{**setting, "num_inference_steps": steps} for setting in at_strengths(14, 20, 30, 45, 100)]
     for steps in (12, 25, 50)}
-KNOBS = {"cfg_scale": "CFG", "solver": "solver", "num_inference_steps": "steps", "guidance_repeats": "repeats",
-         "guidance_draws": "draws"}
+KNOBS = {"use_adapter": "adapter", "cfg_scale": "CFG", "solver": "solver", "num_inference_steps": "steps",
+         "guidance_repeats": "repeats", "guidance_draws": "draws"}
 NUMBERS = {"pixcorr": "PixCorr", "ssim": "SSIM", "sharpness": "sharpness"}  # all others are rates
 MEASURES = {**{name: name for name in ATTRIBUTES}, "clip_two_way": "CLIP two-way", **NUMBERS}
 
@@ -107,7 +110,7 @@ def main(argv=None):
         name = ",".join(f"{key.removeprefix('guidance_')}={str(value).replace('/', '_')}"
                         for key, value in setting.items())
         folder = paths.root / "outputs_all" / args.subj / "choice" / args.run.replace(":", "_") / name
-        changed = [word for key, value in setting.items() for word in (f"--{key}", str(value))]
+        changed = [word for key, value in setting.items() for word in (f"--{key}", str(value)) if word != "True"]
         recon.main([*same, *changed, "--test_split", "val", "--outdir", str(folder)])
         metrics = folder / "metrics_per_image.csv"
         if not metrics.exists() or metrics.stat().st_mtime < (folder / "index.csv").stat().st_mtime:

@@ -15,6 +15,7 @@ export CHECK_DATA_FLAGS="--sd_model models/sd --clip_model models/clip --guidanc
 # train.sh: the decoders' width; a small world is read without further processes
 export TRAIN_FLAGS="--hidden_dim 512 --num_workers 0"
 export TRAIN_GNET_FLAGS="--num_epochs 8 --batch_size 32 --max_lr 3e-3"
+export TRAIN_ADAPTER_FLAGS="--sd_model models/sd --num_epochs 20 --batch_size 48 --max_lr 1e-3 --num_workers 0"
 
 # score.sh: which decoders
 export SCORE_FLAGS="--hidden_dim 512"

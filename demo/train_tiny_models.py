@@ -7,8 +7,8 @@ loaded by the same from_pretrained calls. The training scenes come from a seed t
     python demo/train_tiny_models.py --stage unet --steps 40000
     python demo/train_tiny_models.py --stage card          # measure, and write demo/models/README.md
 
-Stage gnet trains the brain encoding model, by the pipeline itself and on mini-NSD, which must be there
-(make_mini_nsd.py), and stage taesd the small decoder of the VAE's latents, on its features (demo.sh). Each other stage
+Stages gnet and adapter train the brain encoding model and the adapter of g, by the pipeline itself and on mini-NSD, and
+stage taesd the small decoder of the VAE's latents, on its features: both must be there (demo.sh). Each other stage
 continues from its last checkpoint in --workdir and exports to --outdir when it is done. --init FOLDER starts from the
 weights of other such models wherever a tensor's name and shape agree.
 """
@@ -40,7 +40,7 @@ SIZE = 64  # image side, pixels
 TOKENS = 24  # text length; the longest sentence has 21 words
 N_CAPTIONS = 5  # captions of an image that are averaged into c
 LEARNED_LAST = ("pattern", "pattern", "second", "second")  # so hard negatives differ in them three times as often
-STAGES = ("vae", "decoder", "clip", "unet", "details", "judge", "gnet", "taesd", "card")
+STAGES = ("vae", "decoder", "clip", "unet", "details", "judge", "gnet", "taesd", "adapter", "card")
 TRAIN_SEED, HELD_OUT_SEED = 1_000_001, 1_000_002  # mini-NSD draws from other seeds
 
 
@@ -65,7 +65,7 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     stages = dict(zip(STAGES, (train_vae, train_decoder, train_clip, train_unet, train_details, train_judge, train_gnet,
-                               train_taesd, write_card), strict=True))
+                               train_taesd, train_adapter, write_card), strict=True))
     for stage in STAGES if args.stage == "all" else (args.stage,):
         stages[stage](args)
 
@@ -461,12 +461,25 @@ def train_gnet(args):
     train = "STAGES=gnet bash scripts/train.sh --multi_subject --num_epochs 12 --precision bf16"
     subprocess.run(["bash", "-c", f"source demo/settings.sh && {train}"], cwd=HERE.parent, check=True)
     state = torch.load(HERE / "train_logs" / "gnet_multisubject" / "best.pth", weights_only=True)
-    state["model"] = {key: value.half() if value.is_floating_point() else value
-                      for key, value in state["model"].items()
+    state["model"] = {key: value for key, value in state["model"].items()
                       if key.startswith(f"readouts.{subj}.") or not key.startswith("readouts.")}
     state["n_voxels"] = state["model_args"]["n_voxels"] = {subj: state["n_voxels"][subj]}
     state |= {"subjects": [subj], "val_r": {subj: state["val_r"][subj]}}
-    folder = args.outdir / f"gnet_{subj}"
+    export(state, args.outdir / f"gnet_{subj}")
+
+
+def train_adapter(args):
+    """The adapter of subject 1's decoded g, a folder of train_logs, too."""
+    subprocess.run(["bash", "-c", "source demo/settings.sh && STAGES=adapter bash scripts/train.sh --precision bf16"],
+                   cwd=HERE.parent, check=True)
+    run = "adapter_subj01"
+    export(torch.load(HERE / "train_logs" / run / "best.pth", weights_only=True), args.outdir / run)
+
+
+def export(state, folder):
+    """Keep a run's checkpoint in half precision."""
+    state["model"] = {key: value.half() if value.is_floating_point() else value
+                      for key, value in state["model"].items()}
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(state, folder / "best.pth")
 
@@ -535,6 +548,7 @@ def write_card(args, n=400):
         "`judge.safetensors`: the network of `demo/judge.py`.",
         "`gnet_subj01/`: GNet of subject 1 of the default world (one trunk for all eight subjects).",
         "`taesd/`: a small decoder of the VAE's latents, for guidance.",
+        "`adapter_subj01/`: what lets the UNet attend to g as decoded from subject 1 of the default world.",
     ]
     (args.outdir / "README.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

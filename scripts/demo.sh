@@ -50,22 +50,22 @@ score() {
 }
 draw() {
     local JOBS=2 # the longest first, so that both cores are busy to the end
-    beside recon --use_gnet
-    beside recon
-    beside recon --control shuffle
-    beside recon --run ground_truth
+    beside recon --use_adapter --use_gnet
+    beside recon --use_adapter
+    beside recon --use_adapter --control shuffle
+    beside recon --use_adapter --run ground_truth
     beside recon --method c --z none --feats none
     beside recon --method cz --feats none
     finish
 }
-if [[ ! -e $ROOT/train_logs/gnet_subj01/best.pth ]]; then # the brain encoding model, where a downloaded one would be
+for trained in gnet_subj01 adapter_subj01; do # runs that would take long, where downloaded ones would be
     mkdir -p "$ROOT/train_logs"
-    cp -r "$ROOT/models/gnet_subj01" "$ROOT/train_logs/"
-fi
+    [[ -e $ROOT/train_logs/$trained/best.pth ]] || cp -r "$ROOT/models/$trained" "$ROOT/train_logs/"
+done
 export JOBS=3 # small networks fill no two cores: what can be is run side by side
 sets=$ROOT/outputs_all/subj01 guided=30/0.8
-c=$sets/c/0/0 cz=$sets/cz/0/0 full=$sets/cp_4096_v1/$guided brain=$sets/cp_4096_v1_gnet_all_0.1/$guided
-shuffled=$sets/cp_4096_v1_shuffle/$guided true=$sets/cp_4096_v1_ground_truth/$guided
+c=$sets/c/0/0 cz=$sets/cz/0/0 full=$sets/cp_4096_v1_adapter/$guided brain=$sets/cp_4096_v1_adapter_gnet_all_0.1/$guided
+shuffled=$sets/cp_4096_v1_adapter_shuffle/$guided true=$sets/cp_4096_v1_adapter_ground_truth/$guided
 
 stage mini_nsd "drawing 7,300 scenes and simulating eight brains that see them, about 20 seconds" \
     run "$PYTHON" "$ROOT/make_mini_nsd.py" --root "$ROOT"

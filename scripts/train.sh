@@ -8,6 +8,7 @@
 #   STAGES="pretrain finetune ridge" bash scripts/train.sh           also the ridge that score.sh averages them with
 #   bash scripts/train.sh --model mindeye2 --tag mindeye2            the published networks instead
 #   STAGES=gnet bash scripts/train.sh                                SUBJ's encoding model, image -> voxels
+#   STAGES=adapter bash scripts/train.sh                             what lets Stable Diffusion draw from decoded g
 #   STAGES="synthetic finetune" bash scripts/train.sh --num_sessions 1    on what it simulated first: docs/flags.md
 #   WANDB_LOG=1 WANDB_MODE=offline bash scripts/train.sh --tag a     log to W&B on this disk; variants side by side
 #   LAUNCH="accelerate launch --config_file scripts/accelerate/ddp.yaml" bash scripts/train.sh   several GPUs
@@ -16,15 +17,17 @@
 #   SUBJ=1                                   the subject
 #   FEATS="c z g_2 g_4 g_6 g_8 g_10 g_12"    features to train; g: all of its layers
 #   STAGES="pretrain finetune"               one after another; also scratch (on SUBJ alone), ridge (the linear
-#                                            baseline), gnet, and, before finetune, synthetic (on simulated responses)
+#                                            baseline), gnet, adapter, and, before finetune, synthetic (on simulated
+#                                            responses)
 #   JOBS=1                                   so many trainings of a stage side by side, sharing the cores
 #   ROOT=<the repository>                    the folder that holds data and results
 #   LAUNCH=""                                accelerate launch ..., for several GPUs
 #   WANDB_LOG=0                              1: log to W&B
 #   DRY_RUN=0                                1: show the configuration and the folders to write, and stop
 #   PYTHON=.venv/bin/python                  the Python to use
-#   TRAIN_FLAGS="" TRAIN_GNET_FLAGS=""       flags to put in front of yours; also of one stage, or of one stage
-#                                            and feature: PRETRAIN_FLAGS, FINETUNE_Z_FLAGS, ... (Z, C or G)
+#   TRAIN_FLAGS=""                           flags to put in front of yours; also of one stage, or of one stage and
+#                                            feature: PRETRAIN_FLAGS, FINETUNE_Z_FLAGS, ... (Z, C or G)
+#   TRAIN_GNET_FLAGS="" TRAIN_ADAPTER_FLAGS=""    the same of these stages
 #
 # A run lies in ROOT/train_logs/ and is named by stage, SUBJ, --num_sessions, feature (g: all of its layers),
 # --hidden_dim and --tag:
@@ -48,8 +51,9 @@ for stage in "${STAGES[@]}"; do
         finetune) flags=(--multisubject_ckpt "$start") ;;
         scratch) flags=() ;;
         ridge) flags=(--model ridge) ;;
-        gnet)
-            (preset TRAIN_GNET && run "${LAUNCH[@]}" "$REPO/src/train_gnet.py" --subj "$SUBJ" --resume "${LOGGED[@]}" "$@")
+        gnet | adapter)
+            preset="TRAIN_$(tr '[:lower:]' '[:upper:]' <<<"$stage")"
+            (preset "$preset" && run "${LAUNCH[@]}" "$REPO/src/train_$stage.py" --subj "$SUBJ" --resume "${LOGGED[@]}" "$@")
             continue
             ;;
     esac

@@ -765,7 +765,114 @@ class RidgeDecoder(nn.Module):
         return {feat: head(voxels[self.subject]) for feat, head in self.heads.items()}, {}
 
 
-MODELS = {"components": Decoder, "ridge": RidgeDecoder, "brain": BrainModel, "latent": LatentModel, "gnet": GNet}
+# --- what conditions Stable Diffusion on decoded g ------------------------------------------------------------------
+
+
+class AdapterAttention(nn.Module):
+    """A processor of a UNet's cross-attention: what it finds in the text, plus what it finds in further tokens.
+
+    Both are asked the same (the queries are the UNet's own); keys, values and the way back are this one's
+    (Ye et al. 2023, arXiv 2308.06721, IP-Adapter, with a way back of its own, which starts at zero: nothing is added).
+    Letters: B rows, b the last of them, N queries, C channels, T tokens, D their width.
+    """
+
+    def __init__(self, plain, channels, width):
+        """plain: the processor that was there; channels: C of the attention; width: D of the further tokens."""
+        super().__init__()
+        self.plain = plain
+        self.to_k, self.to_v = (nn.Linear(width, channels, bias=False) for _ in range(2))
+        self.to_out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.to_out.weight)
+        nn.init.zeros_(self.to_out.bias)
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None,
+                 ip_hidden_states=None):
+        """As diffusers calls it; ip_hidden_states: the tokens (b, T, D) of the last b rows; None adds nothing."""
+        found = self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)  # (B, N, C)
+        if ip_hidden_states is None:
+            return found
+        asking = hidden_states[-len(ip_hidden_states):]  # (b, N, C)
+        query, key, value = (rows.unflatten(2, (attn.heads, -1)).transpose(1, 2) for rows in
+                             (attn.to_q(asking), self.to_k(ip_hidden_states), self.to_v(ip_hidden_states)))
+        seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return torch.cat([found[:-len(asking)], found[-len(asking):] + self.to_out(seen)])
+
+
+class FeatureAdapter(nn.Module):
+    """Makes decoded CLIP layers into tokens that a Stable Diffusion UNet attends to beside the text.
+
+    Every token of every layer becomes one: T tokens of width D in, L * T of the text's width out.
+    """
+
+    def __init__(self, layers, tokens, width, text_width, attentions, hidden=256):
+        """layers: [k, ...] of g_k, L of them; tokens: T; width: D; text_width: of the UNet's text; attentions: {name of
+        a cross-attention's processor in unet.attn_processors: its channels}; hidden: of the networks in between."""
+        super().__init__()
+        self.layers, self.shape, self.text_width, self.hidden = list(layers), (tokens, width), text_width, hidden
+        self.channels = dict(attentions)
+        self.register_buffer("mean", torch.zeros(len(layers), tokens, width))
+        self.register_buffer("scale", torch.ones(len(layers), 1, 1))
+        self.networks = nn.ModuleList(nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, text_width))
+                                      for _ in layers)
+        self.place = nn.Parameter(0.5 * torch.randn(len(layers), tokens, text_width))
+        self.norm = nn.LayerNorm(text_width)
+        self.attentions = nn.ModuleList(AdapterAttention(None, channels, text_width)
+                                        for channels in self.channels.values())
+
+    @classmethod
+    def of(cls, unet, layers):
+        """An adapter of a UNet, which draws as before until it is trained; layers: {k: nsd.components.Components}."""
+        channels = {name: unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
+                    for name in unet.attn_processors if name.endswith("attn2.processor")}
+        first = next(iter(layers.values()))
+        adapter = cls(layers, *first.shape, unet.config.cross_attention_dim, channels)
+        for i, known in enumerate(layers.values()):
+            adapter.mean[i] = torch.from_numpy(known.mean).view(known.shape)
+            adapter.scale[i] = float(known.variances.sum() / len(known.mean)) ** 0.5
+        return adapter
+
+    @property
+    def model_args(self):
+        return {"kind": "adapter", "layers": self.layers, "tokens": self.shape[0], "width": self.shape[1],
+                "text_width": self.text_width, "attentions": self.channels, "hidden": self.hidden}
+
+    def attach(self, unet):
+        """Let the cross-attentions of `unet` take the tokens (AdapterAttention); ValueError where it has others."""
+        processors = dict(unet.attn_processors)
+        if {name for name in processors if name.endswith("attn2.processor")} != set(self.channels):
+            raise ValueError("the UNet has other cross-attentions than the adapter")
+        for name, attention in zip(self.channels, self.attentions, strict=True):
+            attention.plain = processors[name]
+            processors[name] = attention
+        unet.set_attn_processor(processors)
+
+    def forward(self, features):
+        """{layer k: (B, T, D)} -> tokens (B, L * T, text_width), for AdapterAttention."""
+        rows = [(features[k] - self.mean[i]) / self.scale[i] for i, k in enumerate(self.layers)]
+        tokens = torch.stack([network(part) for network, part in zip(self.networks, rows, strict=True)], 1) + self.place
+        return self.norm(tokens.flatten(1, 2))
+
+
+class AdaptedUNet(nn.Module):
+    """A frozen UNet and its adapter, which alone is trained and saved."""
+
+    def __init__(self, unet, adapter):
+        super().__init__()
+        self.unet, self.adapter = unet.requires_grad_(False), adapter
+        adapter.attach(unet)
+
+    @property
+    def model_args(self):
+        return self.adapter.model_args
+
+    def forward(self, latents, t, text, features):
+        """Noise (B, C, h, w) of latents at times t (B,), given text (B, T, D) and {layer k: (B, T', D')}, or None."""
+        adapted = {} if features is None else {"cross_attention_kwargs": {"ip_hidden_states": self.adapter(features)}}
+        return self.unet(latents, t, encoder_hidden_states=text, **adapted).sample
+
+
+MODELS = {"components": Decoder, "ridge": RidgeDecoder, "brain": BrainModel, "latent": LatentModel, "gnet": GNet,
+          "adapter": FeatureAdapter}
 
 
 def build_model(model_args):

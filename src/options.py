@@ -347,6 +347,8 @@ def add_guidance_folder(parser):
                         help="how hard it pulls, in the rule's own unit (30; raw 300000, norm 0.3: see recon.py)")
     parser.add_argument("--guidance_strength", type=float, metavar="FRACTION",
                         help="fraction of the steps, from the first, that are guided (0.8; raw and norm 0.2)")
+    parser.add_argument("--use_adapter", action=argparse.BooleanOptionalAction, default=False,
+                        help="the UNet attends to the decoded g_k, too: train_adapter.py")
     parser.add_argument("--select", choices=SELECTORS, help="of --num_samples pictures of an image keep the one that "
                         "agrees best with the decoded g_k, or, through GNet, with the measured response")
 

@@ -60,6 +60,7 @@ FREE_OPTIONS = ("root", "data_path", "batch_size", "limit", "ids", "num_samples"
                 "select_feats")
 PATH_OPTIONS = ("sd_model", "clip_model", "guidance_decoder", "z", "target_fmri_npy")
 SHOWN = 8  # images whose pictures W&B shows
+ADAPTER_OPTIONS = ("use_adapter", "adapter_run")
 GNET_OPTIONS = ("use_gnet", "gnet_roi", "gnet_kappa", "gnet_alpha", "gnet_run", "target_fmri_npy")
 
 
@@ -117,6 +118,8 @@ def get_parser():
                        help="decoder for the losses: the model's own VAE, the same at half the resolution, or an "
                             f"AutoencoderTiny; how well the gradient of a cheaper one agrees is printed (by the rule: "
                             f"{sources.TAESD}, full with raw and norm)")
+    parser.add_argument("--adapter_run", type=options.tag, metavar="RUN",
+                        help="the adapter: a folder of train_logs (adapter_<subj>)")
     brain = parser.add_argument_group("guidance by the brain")
     options.add_gnet(brain)
     brain.add_argument("--gnet_alpha", type=float, default=1.0, metavar="FRACTION",
@@ -165,12 +168,14 @@ def main(argv=None):
     team = Team.assemble(args.device, drawing_precision(args), timedelta(days=1))
     resolve_device(args, team)
 
-    files = score_files(paths, args, ["c", *args.feats, *(["z"] if args.z == "scores" else [])])
+    layers = dict.fromkeys([*args.feats, *(adapted_layers(paths, args) if args.use_adapter else [])])
+    files = score_files(paths, args, ["c", *layers, *(["z"] if args.z == "scores" else [])])
     if args.z not in ("scores", "none"):
         files["z"] = utils.require(args.z, "--z: latents", "give scores, none, or an .npy beside its image_ids.npy")
     scores, image_ids = read_scores(files)
     rows = pick_rows(image_ids, args.ids, args.limit, args.subj)
     jobs = [(row, sample) for row in rows for sample in range(args.num_samples)]
+    files |= {"adapter": adapter_file(paths, args)} if args.use_adapter else {}
     files |= {**(guide_files(paths, args) if args.use_gnet else {}), "image_ids": files["c"].parent / "image_ids.npy"}
     config = config_of(args, paths, files)
 
@@ -203,7 +208,7 @@ def show(board, folder, image_ids, rows, files, hashes):
     board.log_images("recon/images", map(folders.read_png, pictures.values()),
                      [f"id {image_ids[row]}" for row in pictures])
     for name, file in files.items():
-        if name == "gnet":
+        if name in ("gnet", "adapter"):
             board.uses("checkpoint", file, archive_hash)
         elif name != "image_ids":
             board.uses("scores", Path(file), hashes[name])
@@ -253,6 +258,24 @@ def guide_files(paths, args):
     return files
 
 
+def adapter_file(paths, args):
+    """The checkpoint of the adapter; UserError when there is none."""
+    return utils.require(paths.run(args.adapter_run) / "best.pth", f"--use_adapter: the adapter {args.adapter_run}",
+                         f"train one (STAGES=adapter SUBJ={int(args.subj[-2:])} bash scripts/train.sh), name another "
+                         "(--adapter_run), or draw without")
+
+
+def adapted_layers(paths, args):
+    """The g_k that the adapter takes, as names of features."""
+    from disk.checkpoints import load_checkpoint
+
+    found = load_checkpoint(adapter_file(paths, args))["model_args"]
+    if found["kind"] != "adapter":
+        raise utils.UserError(f"--adapter_run {args.adapter_run}: holds no adapter but a {found['kind']}, wanted a run "
+                              "of train_adapter.py (adapter_...)")
+    return [f"g_{k}" for k in found["layers"]]
+
+
 def error_files(paths, args, feats):
     """{g_k: file} of the scores' errors on validation images, which make measurements of them.
 
@@ -275,6 +298,7 @@ def load_sampler(args, paths, scores, image_ids, team):
     find_model(args.sd_model, paths, "--sd_model", sources.how_to_fetch(args.sd_model), "model_index.json")
     if args.feats:
         find_clip(args, paths)
+    from sampling.adapter import load_adapter
     from sampling.decoders import load_guidance_decoder
     from sampling.drawing import Sampler, Settings
     from sampling.pipeline import load_pipeline  # takes seconds
@@ -283,6 +307,7 @@ def load_sampler(args, paths, scores, image_ids, team):
     if args.use_gnet:  # first: it checks what the user gave
         brain.append(brain_guide(args, paths, image_ids, team, args.guidance_rule == "posterior"))
     pipe = load_pipeline(args.sd_model, team.device, team.precision, args.offload, args.compile)
+    adapter = load_adapter(adapter_file(paths, args), pipe.unet, team.device) if args.use_adapter else None
     pipe.set_progress_bar_config(desc="steps", leave=False, disable=not team.is_main)
     guided = args.feats or args.use_gnet
     if guided and args.guidance_decoder not in ("full", "half"):
@@ -290,7 +315,7 @@ def load_sampler(args, paths, scores, image_ids, team):
         find_model(args.guidance_decoder, paths, "--guidance_decoder", f"full or half{how and ', or ' + how}")
     decoder = load_guidance_decoder(args.guidance_decoder, pipe) if guided else None
     clip = [clip_guide(args, paths, scores, team.device)] if args.feats else []
-    return Sampler(pipe, scores, image_ids, [*clip, *brain], decoder, Settings.of(vars(args)), team.device)
+    return Sampler(pipe, scores, image_ids, [*clip, *brain], decoder, Settings.of(vars(args)), team.device, adapter)
 
 
 def find_clip(args, paths):
@@ -397,6 +422,8 @@ def resolve(args, paths):
     if args.hold_out and (args.use_gnet or args.select == "gnet"):
         raise utils.UserError(f"--hold_out {args.hold_out} with --use_gnet or --select gnet: the encoding model has "
                               "seen responses to the images that were held out; leave one of them out")
+    if args.use_adapter:
+        resolve_adapter(args)
     if args.use_gnet:
         resolve_gnet(args, paths)
     elif not args.feats:
@@ -461,6 +488,14 @@ def samples_folder(args, paths, folder):
     return folder / "samples" if args.outdir else paths.images_of({**vars(args), "select": None})
 
 
+def resolve_adapter(args):
+    """Name the adapter, and check what it does not go with."""
+    args.adapter_run = args.adapter_run or run_name("scratch", args.subj, "adapter", None)
+    if args.hold_out:
+        raise utils.UserError(f"--hold_out {args.hold_out} with --use_adapter: the adapter was trained on the "
+                              "images that were held out; leave one of them out")
+
+
 def resolve_gnet(args, paths):
     """Check the flags of guidance by the brain, against each other too."""
     if not 0 <= args.gnet_kappa < float("inf"):
@@ -514,6 +549,8 @@ def config_of(args, paths, files):
     if args.guidance_rule != "posterior":  # whose steps are longer since there are draws
         usual["guidance_draws"] = 0
     decisive = {name: value for name, value in decisive.items() if name not in usual or value != usual[name]}
+    if not args.use_adapter:  # as before there was one
+        decisive = {name: value for name, value in decisive.items() if name not in ADAPTER_OPTIONS}
     if not args.use_gnet:  # what does not guide does not matter
         decisive = {name: value for name, value in decisive.items() if name not in GNET_OPTIONS}
     if not args.feats and not args.use_gnet:

@@ -18,7 +18,7 @@ HEAD = r"(?:_adapt(?P<adapted>\d+)sess|_head(?P<lent>\d\d))?"
 VARIANT = (r"(?:_(?P<test_split>test|val|synthetic))?(?:_(?P<repeats>single))?"
            r"(?:_(?P<control>shuffle|noise|mean|bottleneck\d+))?"
            r"(?:_only_(?P<voxels>[A-Za-z0-9_+]+)|_without_(?P<without>[A-Za-z0-9_+]+))?")
-PICTURES = (r"(?P<method>.+?)(?P<ceiling>_ground_truth)?" + WITHOUT +
+PICTURES = (r"(?P<method>.+?)(?P<adapter>_adapter)?(?P<ceiling>_ground_truth)?" + WITHOUT +
             r"(?:_gnet_(?P<gnet_roi>[A-Za-z0-9]+|higher_vis|nsd_general)_(?P<gnet_kappa>[\d.e+-]+))?"
             r"(?:_select_(?P<select>g|gnet))?" + VARIANT)
 DEFAULTS = {"test_split": "new_test", "repeats": "mean", "control": None}
@@ -109,7 +109,7 @@ def pictures_like(paths, flags):
         except ValueError:
             continue
         of_set = {"subj": subj, "method": name["method"], "run": "ground_truth" if name["ceiling"] else "finetune",
-                  "hold_out": held_out_in(name), **variant_in(name),
+                  "hold_out": held_out_in(name), **variant_in(name), "use_adapter": name["adapter"] is not None,
                   "use_gnet": name["gnet_roi"] is not None, "gnet_roi": name["gnet_roi"],
                   "gnet_kappa": float(name["gnet_kappa"] or 0), "select": name["select"]}
         assert images_name(of_set) == method, f"{method}: {of_set}"

@@ -176,13 +176,13 @@ def run_name(stage, subj, feat, hidden_dim, num_sessions=40, tag="", hold_out=No
     stage: 'pretrain' (all subjects but `subj`), 'synthetic' (simulated trials of `subj`), 'finetune' (`subj` alone,
     from one of these), 'scratch' or 'ridge' (the linear baseline, which has no hidden_dim), or 'ground_truth' (no run,
     but the true features of the images that `subj` saw). feat: 'gnet' with 'scratch' is the encoding model of `subj`,
-    with 'pretrain' the one that all subjects share. tag: the user's own, to keep variants apart. hold_out: 'K/N', the
-    cluster of images that it never sees.
+    with 'pretrain' the one that all subjects share; 'adapter' is what conditions the diffusion on g as decoded from
+    `subj`. tag: the user's own, to keep variants apart. hold_out: 'K/N', the cluster of images that it never sees.
     """
     if stage == "ground_truth":
         return f"ground_truth_{subj}_{feat}"
-    if feat == "gnet":
-        return "gnet_" + ("multisubject" if stage == "pretrain" else subj) + (f"_{tag}" if tag else "")
+    if feat in ("gnet", "adapter"):
+        return f"{feat}_" + ("multisubject" if stage == "pretrain" else subj) + (f"_{tag}" if tag else "")
     prefix = {"pretrain": "multisubject", "finetune": "pretrained"}.get(stage, stage)
     sessions = "" if stage == "pretrain" else f"_{num_sessions}sess"
     width = "" if stage == "ridge" else f"_{hidden_dim}" + ("_mlp" if feat == "c" else "")
@@ -236,7 +236,9 @@ def images_name(flags):
     ceiling = ["ground_truth"] if flags["run"] == "ground_truth" else []
     brain = ["gnet", flags["gnet_roi"], f"{flags['gnet_kappa']:g}"] if flags["use_gnet"] else []
     best = ["select", flags["select"]] if flags.get("select") else []
-    return "_".join([flags["method"], *ceiling, *without(flags.get("hold_out")), *brain, *best, *_variant_of(flags)])
+    adapter = ["adapter"] if flags.get("use_adapter") else []
+    return "_".join([flags["method"], *adapter, *ceiling, *without(flags.get("hold_out")), *brain, *best,
+                     *_variant_of(flags)])
 
 
 def _variant_of(flags):

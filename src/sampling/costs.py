@@ -93,14 +93,14 @@ def count(call, on_meta=False):
 def parts_of(pipe, condition, latents, guidance, decoded_at_once=None, wanted=PARTS):
     """The Costs of a plain step, a guided one and the last decoding of B pictures: {part: Costs} of those wanted.
 
-    condition: (B, T, D); latents: (B, C, h, w); guidance: terms, grad, x0, decoder, as the pipeline takes them; without
-    terms, no guided part. Self-attention guidance is not counted.
+    condition: (B, T, D); latents: (B, C, h, w); guidance: terms, grad, x0, decoder, looks, as the pipeline takes them;
+    without terms, no guided part. Self-attention guidance is not counted.
     """
     t = pipe.scheduler.config.num_train_timesteps // 2
     context = torch.cat([condition, condition]).to(pipe.unet.dtype)
 
     def plain():
-        pipe.predict_noise(latents, t, context)
+        pipe.predict_noise(latents, t, context, guidance.get("looks"))
 
     def guided():
         pipe.guidance_gradient(latents, t, context, 1.0, **guidance, decoded_at_once=decoded_at_once)

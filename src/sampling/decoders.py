@@ -50,15 +50,17 @@ def decoded_at_once(name, latent_shape):
     return max(1, PIXELS_AT_ONCE.get(name, PIXELS_OF_CHEAPER) // (latent_shape[1] * latent_shape[2]))
 
 
-def gradient_cosine(pipe, condition, start, cfg_scale, terms, grad, x0, decoder):
+def gradient_cosine(pipe, condition, start, cfg_scale, terms, grad, x0, decoder, looks=None):
     """Cosine, a float, between the first step's guidance gradient through `decoder` and through the VAE's.
 
-    condition: (B, T, D); start: what pipe.start returned for these rows, a step at least. Mean over the rows.
+    condition: (B, T, D); start: what pipe.start returned for these rows, a step at least; the others as of a call of
+    the pipeline. Mean over the rows.
     """
     latents, timesteps = start
     with torch.no_grad():
         context = pipe.context_of(condition)
-        cheap, full = (pipe.guidance_gradient(latents, timesteps[0], context, cfg_scale, terms, grad, x0, decode)[2]
+        cheap, full = (pipe.guidance_gradient(latents, timesteps[0], context, cfg_scale, terms, grad, x0, decode,
+                                              looks=looks)[2]
                        for decode in (decoder, pipe.decode))
     return F.cosine_similarity(cheap.flatten(1), full.flatten(1)).mean().item()
 

@@ -59,17 +59,18 @@ class Sampler:
     """A pipeline and all it draws from: what turns jobs into pictures."""
 
     pipe: Any  # sampling.pipeline.GuidedPipeline
-    scores: dict  # {feat: (N, ...)}: c, and z unless paths start from noise
+    scores: dict  # {feat: (N, ...)}: c, z unless paths start from noise, and the g_k of an adapter
     image_ids: np.ndarray  # (N,)
     guides: list  # each has term(rows), the guidance term of a batch
     decoder: Any  # latents -> image in [0, 1] that the terms see; None without guides
     settings: Settings
     device: torch.device
+    adapter: Any = None  # models.FeatureAdapter, to whose tokens the pipeline's UNet attends
 
     def inputs_of(self, jobs):
         """The condition (B, T, D) of B jobs, where their paths start and what guides them: arguments of the pipeline.
 
-        The latter two are dicts: the arguments of its `start`, and terms, grad, x0 and decoder.
+        The latter two are dicts: the arguments of its `start`, and terms, grad, x0, decoder and looks.
         """
         rows, samples = (list(column) for column in zip(*jobs, strict=True))
         at = {feat: torch.from_numpy(self.scores[feat][rows]).to(self.device)
@@ -79,7 +80,15 @@ class Sampler:
                      strength=wanted.strength, resolution=wanted.resolution,
                      num_inference_steps=wanted.num_inference_steps)
         return at["c"], start, dict(terms=[guide.term(rows) for guide in self.guides], grad=wanted.guidance_grad,
-                                    x0=wanted.guidance_x0, decoder=self.decoder)
+                                    x0=wanted.guidance_x0, decoder=self.decoder, looks=self.looks_of(rows))
+
+    @torch.no_grad()
+    def looks_of(self, rows):
+        """The adapter's tokens (B, T', D) of the decoded g_k of B rows; None without an adapter."""
+        if self.adapter is None:
+            return None
+        return self.adapter({k: torch.from_numpy(self.scores[f"g_{k}"][rows]).to(self.device)
+                             for k in self.adapter.layers})
 
     def check(self, job):
         """Raise UserError unless the scores and settings are such as the networks take."""

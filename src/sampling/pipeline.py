@@ -110,6 +110,7 @@ class GuidedPipeline(DiffusionPipeline):
         decoder=None,
         decoded_at_once=None,
         log=None,
+        looks=None,
     ):
         """Draw one image per row of `condition`.
 
@@ -127,7 +128,8 @@ class GuidedPipeline(DiffusionPipeline):
         sampler follows). decoder: of what the losses see, (b, C, h, w) latents -> image in [0, 1]; None is the VAE's.
         decoded_at_once: rows of the batch that go through a decoder
         together, which is where memory goes; None is all. log: a list that gets what a guided step found
-        (guidance_pull).
+        (guidance_pull). looks: (B, T', D) tokens that an adapter makes of decoded g (models.FeatureAdapter), to which
+        the conditional half attends, too.
 
         Returns (B, 3, H, W) float32 in [0, 1]. Raises UserError when c, z or the resolution does not fit the model.
         """
@@ -156,9 +158,9 @@ class GuidedPipeline(DiffusionPipeline):
                 if step < n_guided:
                     eps_empty, eps_cond, gradient = self.guidance_gradient(
                         latents, t, context, cfg_scale, terms, grad, x0, decoder,
-                        [next(around) for _ in range(guidance_draws)], decoded_at_once, log)
+                        [next(around) for _ in range(guidance_draws)], decoded_at_once, log, looks)
                 else:
-                    eps_empty, eps_cond = self.predict_noise(latents, t, context)
+                    eps_empty, eps_cond = self.predict_noise(latents, t, context, looks)
                 eps = eps_empty + cfg_scale * (eps_cond - eps_empty)
                 if sag_scale:
                     blurred = self.blurred_noise(latents, eps_empty, t, context[:len(latents)], tokens[-1])
@@ -230,9 +232,9 @@ class GuidedPipeline(DiffusionPipeline):
 
     # --- one step -------------------------------------------------------------------------------------------------
 
-    def predict_noise(self, latents, t, context):
+    def predict_noise(self, latents, t, context, looks=None):
         """The unconditional and the conditional noise, (B, C, h, w) each, from one pass over the doubled batch."""
-        return self._unet(torch.cat([latents, latents]), t, context).chunk(2)
+        return self._unet(torch.cat([latents, latents]), t, context, looks).chunk(2)
 
     def predict_x0(self, latents, eps, t):
         """The clean latents that noise `eps` means, (B, C, h, w)."""
@@ -240,7 +242,7 @@ class GuidedPipeline(DiffusionPipeline):
         return (latents - (1 - abar).sqrt() * eps) / abar.sqrt()
 
     def guidance_gradient(self, latents, t, context, cfg_scale, terms, grad="xt", x0="cond", decoder=None, noises=(),
-                          decoded_at_once=None, log=None):
+                          decoded_at_once=None, log=None, looks=None):
         """The unconditional and conditional noise, and the gradient of the terms wrt latents; (B, C, h, w) each.
 
         Arguments as of a call; noises: standard normal, (B, C, h, w) each (pull_on); log as of guidance_pull. Every row
@@ -252,12 +254,12 @@ class GuidedPipeline(DiffusionPipeline):
             latents = latents.detach().requires_grad_()
             if grad == "xt" and x0 == "cond":
                 empty, cond = context.chunk(2)
-                eps_cond = self._unet(latents, t, cond)
+                eps_cond = self._unet(latents, t, cond, looks)
                 with torch.no_grad():
                     eps_empty = self._unet(latents, t, empty)
             else:
                 with torch.set_grad_enabled(grad == "xt"):
-                    eps_empty, eps_cond = self.predict_noise(latents, t, context)
+                    eps_empty, eps_cond = self.predict_noise(latents, t, context, looks)
             seen = eps_cond if x0 == "cond" else eps_empty + cfg_scale * (eps_cond - eps_empty)
             clean = self.predict_x0(latents, seen, t)
             spread = SPREAD * (1 - self.scheduler.alphas_cumprod[t]).sqrt()
@@ -312,9 +314,12 @@ class GuidedPipeline(DiffusionPipeline):
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         return in_unit_range(self.vae.decode(scaled).sample.to(latents.dtype))
 
-    def _unet(self, latents, t, context):
+    def _unet(self, latents, t, context, looks=None):
+        """The noise in latents (n, C, h, w) by context (n, T, D); looks (B, T', D): of the last B of the n rows."""
         t = torch.full((1,), t, device=latents.device)  # filled there: a copy from here would wait for the GPU
-        return self.run_unet(latents.to(self.unet.dtype), t, encoder_hidden_states=context).sample.to(latents.dtype)
+        adapted = {} if looks is None else {"cross_attention_kwargs": {"ip_hidden_states": looks.to(self.unet.dtype)}}
+        noise = self.run_unet(latents.to(self.unet.dtype), t, encoder_hidden_states=context, **adapted).sample
+        return noise.to(latents.dtype)
 
     # --- self-attention of the UNet's middle ----------------------------------------------------------------------
 

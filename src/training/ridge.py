@@ -64,24 +64,39 @@ def decompose(responses):
 def solve(decomposed, targets, alphas=RIDGE_ALPHAS):
     """Solve a ridge regression for every column of targets (N, K), each with its own penalty.
 
-    The penalty is the one of `alphas` with the smallest leave-one-out error, which has a closed form: with G = rows
-    rows^T + alpha and dual coefficients c = G^-1 y, a row's error when it is left out is c_i / (G^-1)_ii (Rifkin &
-    Lippert 2007, MIT-CSAIL-TR-2007-025). The intercept is not penalised. Returns weight (K, V), bias (K,), and the
-    penalties (K,), float64.
+    The penalty is the one of `alphas` with the smallest leave-one-out error. The intercept is not penalised. Returns
+    weight (K, V), bias (K,), and the penalties (K,), float64.
     """
-    rows, mean, vectors, values = decomposed
-    offset = targets.double().mean(0)
-    turned = vectors.T @ (targets.double() - offset)  # (N, K)
-    best, duals = torch.full_like(offset, float("inf")), torch.zeros(len(rows), len(offset)).to(turned)
-    chosen = torch.zeros_like(offset)
+    rows, mean, *_ = decomposed
+    duals, _, chosen = best_of(decomposed, targets, alphas)
+    weight = duals.T @ rows
+    return weight, targets.double().mean(0) - weight @ mean, chosen
+
+
+def left_out(decomposed, targets, alphas=RIDGE_ALPHAS):
+    """Predict each row of targets (N, K) by the ridge (`solve`) of all the others, (N, K) float64."""
+    return targets.double() - best_of(decomposed, targets, alphas)[1]
+
+
+def best_of(decomposed, targets, alphas):
+    """Return, of each column's best penalty, the dual coefficients (N, K), leave-one-out errors (N, K) and it (K,).
+
+    The errors have a closed form: with G = rows rows^T + alpha and dual coefficients c = G^-1 y, a row's error when it
+    is left out is c_i / (G^-1)_ii (Rifkin & Lippert 2007, MIT-CSAIL-TR-2007-025).
+    """
+    rows, _, vectors, values = decomposed
+    targets = targets.double()
+    turned = vectors.T @ (targets - targets.mean(0))  # (N, K)
+    least = torch.full_like(targets[0], float("inf"))
+    duals, errors, chosen = torch.zeros_like(targets), torch.zeros_like(targets), torch.zeros_like(least)
     for alpha in alphas:
         inverse = 1 / (values + alpha)
         dual = vectors @ (inverse[:, None] * turned)
         # a constant is an eigenvector of the centred kernel, of value 0: without it the intercept is free
         diagonal = vectors.square() @ inverse - 1 / (alpha * len(rows))
-        error = (dual / diagonal[:, None]).square().mean(0)  # (K,)
-        better = error < best
-        best, chosen = torch.where(better, error, best), torch.where(better, alpha, chosen)
-        duals = torch.where(better, dual, duals)
-    weight = duals.T @ rows
-    return weight, offset - weight @ mean, chosen
+        error = dual / diagonal[:, None]
+        squared = error.square().mean(0)  # (K,)
+        better = squared < least
+        least, chosen = torch.where(better, squared, least), torch.where(better, alpha, chosen)
+        duals, errors = torch.where(better, dual, duals), torch.where(better, error, errors)
+    return duals, errors, chosen

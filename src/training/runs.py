@@ -57,7 +57,7 @@ class Run:
     def introduce(self):
         """Say what is trained on what."""
         n_train, n_val = self.sizes
-        unit = "images" if self.feat == "gnet" else "trials"
+        unit = "images" if self.feat in ("gnet", "adapter") else "trials"
         targets = ", ".join(f"{self.feat if name == 'target' else name} {shape}" for name, shape in self.shapes.items())
         self.say(f"{n_train} training and {n_val} validation {unit} of {', '.join(self.n_voxels)}; targets {targets}; "
                  f"{self.team}")

@@ -117,9 +117,16 @@ class Plan:
         return cls._of(args, "pretrain" if args.multi_subject else "scratch", settings_of(vars(args), "gnet"))
 
     @classmethod
+    def adapter_from_args(cls, args):
+        """Read the flags of train_adapter.py; raises UserError for a value out of range."""
+        check_flags(vars(args))
+        paths, config = Paths.from_args(args), settings_of(vars(args), "adapter")
+        return cls._of(args, "scratch", config | {"sd_model": paths.as_recorded(paths.model(args.sd_model))})
+
+    @classmethod
     def _of(cls, args, stage, config, hidden_dim=None, multisubject_ckpt=None):
         # --num_sessions counts those of --subj; pretraining uses every session of the other subjects
-        num_sessions = None if args.multi_subject else args.num_sessions
+        num_sessions = None if getattr(args, "multi_subject", False) else args.num_sessions
         return cls(Paths.from_args(args), stage, args.subj, num_sessions, args.val_fraction, hidden_dim, args.tag,
                    multisubject_ckpt, Loop.from_args(args), config, getattr(args, "hold_out", None),
                    tuple(getattr(args, "pretrain_subjects", ())))
