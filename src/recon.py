@@ -20,6 +20,9 @@ once; it has the same meaning for any model, resolution and number of steps. raw
 gradient of a loss, as NeuralDiffuser does; with norm guidance_scale (0.3) is the share of the noise level by which a
 step moves its predicted image against that gradient, at most 0.6.
 
+--use_adapter lets the UNet attend to the decoded g_k, by an adapter trained for it (train_adapter.py), guided or not;
+folder <method>_adapter.
+
 --use_gnet lets the measured response guide as well: a brain encoding model (train_gnet.py) predicts the response to the
 picture being formed, and the picture is moved towards the subject's own response to that image, or towards any response
 (--target_fmri_npy). These pictures get the folder <method>_gnet_<roi>_<kappa>. --select copies the best picture of each
@@ -28,6 +31,7 @@ image to <method>_select_<by>; index.csv there says which it is, and the misfits
     python src/recon.py --subj 1
     python src/recon.py --subj 1 --limit 10 --num_samples 4 --guidance_rule norm --guidance_scale 0.2 --method norm
     python src/recon.py --subj 1 --feats none --control shuffle
+    python src/recon.py --subj 1 --use_adapter
     python src/recon.py --subj 1 --use_gnet --gnet_roi V1 --gnet_kappa 1
     python src/recon.py --subj 1 --use_gnet --feats none --guidance_rule norm    # the brain alone
     python src/recon.py --subj 1 --num_samples 4 --select g     # the one of four that agrees best with the decoded g_k

@@ -8,6 +8,7 @@ import score_c
 import score_g
 import score_gnet
 import score_z
+import train_adapter
 import train_c
 import train_g
 import train_gnet
@@ -48,6 +49,9 @@ CASES = [  # script, what is broken, how, flags, words of the line: flag or file
     (train_z, "--decoder_channels 30", whole, ["--decoder_channels", 30, 32, 32], ("--decoder_channels", "of 32")),
     (train_gnet, "--l1 inf", whole, ["--l1", "inf"], ("--l1 inf", "wanted")),
     (train_gnet, "--trunk_width 0", whole, ["--trunk_width", 0], ("--trunk_width 0", "at least 1")),
+    (train_adapter, "--batch_size 0", whole, ["--batch_size", 0], ("--batch_size 0", "at least 1")),
+    (train_adapter, "--sd_model nowhere", whole, ["--sd_model", "nowhere"], ("--sd_model nowhere", "give")),
+    (train_adapter, "--feats c", whole, ["--feats", "c"], ("--feats", "'c'", "g_2")),
     (score_c, "--batch_size 0", whole, ["--batch_size", 0], ("--batch_size 0", "at least 1")),
     (score_c, "--prior_steps 0", whole, ["--prior_steps", 0], ("--prior_steps 0", "at least 1")),
     (score_c, "--prior_steps 1000", whole, ["--prior_steps", 1000], ("--prior_steps 1000", "at most")),
@@ -133,7 +137,8 @@ CASES = [  # script, what is broken, how, flags, words of the line: flag or file
     *((script, "--root nowhere", whole, ["--root", "/nowhere"], ("--root /nowhere", "no such folder", "give"))
       for script in FLAGS),
     *((script, "--data_path a file", whole, ["--data_path", f"ROOT/{C}"], ("c_all.hdf5", "not found"))
-      for script in (train_c, train_g, train_z, train_gnet, score_c, score_g, score_z, score_gnet, convert_gnet)),
+      for script in (train_c, train_g, train_z, train_gnet, train_adapter, score_c, score_g, score_z, score_gnet,
+                     convert_gnet)),
 ]
 
 

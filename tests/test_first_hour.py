@@ -213,7 +213,8 @@ def test_eight_choices_are_all_listed():
 
 
 @pytest.mark.parametrize("changed", [
-    {}, {"run": "ground_truth"}, {"control": "mean", "repeats": "single"}, {"voxels": "V1,V2", "test_split": "val"},
+    {}, {"run": "ground_truth"}, {"run": "ground_truth", "use_adapter": True},
+    {"control": "mean", "repeats": "single"}, {"voxels": "V1,V2", "test_split": "val"},
     {"use_gnet": True, "gnet_roi": "higher_vis", "gnet_kappa": 0.5, "test_split": "val"}])
 def test_pictures_lead_back_to_the_flags_that_drew_them(tmp_path, changed):
     paths = Paths(tmp_path, tmp_path)

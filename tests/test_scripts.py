@@ -140,8 +140,9 @@ def test_features_in_every_script_that_lists_them(call):
 
 
 def test_stages(call):
-    made = call("train", FEATS="c", STAGES="pretrain ridge gnet").calls
-    assert names(made) == ["train_c.py", "train_c.py", "train_gnet.py"]
+    made = call("train", FEATS="c", STAGES="pretrain ridge gnet adapter", TRAIN_ADAPTER_FLAGS="--max_lr 1").calls
+    assert names(made) == ["train_c.py", "train_c.py", "train_gnet.py", "train_adapter.py"]
+    assert after(made[3], "--max_lr") == ["1"] and "--max_lr" not in made[2]
     assert "--multi_subject" in made[0] and after(made[1], "--model") == ["ridge"]
     made = call("train", FEATS="c", STAGES="synthetic finetune").calls
     assert "--synthetic" in made[0] and after(made[0], "--multisubject_ckpt") == ["auto"]

@@ -16,6 +16,7 @@ import recon
 import score_c
 import score_g
 import score_z
+import train_adapter
 import train_c
 import train_g
 import train_gnet
@@ -36,6 +37,7 @@ from disk.scores import load_scores, save_scores
     (("ridge", "subj01", "c", 1024, 1), "ridge_subj01_1sess_ext1_c"),
     (("scratch", "subj01", "gnet", None), "gnet_subj01"),
     (("pretrain", "subj01", "gnet", None, 40, "v2"), "gnet_multisubject_v2"),
+    (("scratch", "subj02", "adapter", None, 40, "v2"), "adapter_subj02_v2"),
 ])
 def test_run_names(arguments, name):
     assert run_name(*arguments) == name
@@ -188,11 +190,13 @@ def test_dry_run_prints_and_stops(capsys):
     (train_g, ["--model", "mindeye2", "--feat", "g_2", "g_4"],
      [f"train_logs/scratch_subj01_40sess_ext1_g_{k}_1024" for k in (2, 4)]),
     (train_gnet, ["--subj", "2"], ["train_logs/gnet_subj02"]),
+    (train_adapter, ["--subj", "2"], ["train_logs/adapter_subj02"]),
     (score_c, ["--control", "shuffle"], ["scores_all/subj01/pretrained_subj01_40sess_ext1_c_1024_mlp_shuffle"]),
     (score_z, ["--ground_truth"], ["scores_all/subj01/ground_truth_subj01_z"]),
     (score_g, ["--feat", "g_2", "--run", "ridge"], ["scores_all/subj01/ridge_subj01_40sess_ext1_g_2/Linear-2"]),
     (recon, [], ["outputs_all/subj01/cp_4096_v1/30/0.8"]),
     (recon, ["--feats", "none"], ["outputs_all/subj01/cp_4096_v1/0/0"]),
+    (recon, ["--use_adapter"], ["outputs_all/subj01/cp_4096_v1_adapter/30/0.8"]),
     (recon, ["--outdir", "here"], ["here"]),
 ])
 def test_a_dry_run_shows_the_folders_that_would_be_written(tmp_path, capsys, script, flags, folders):

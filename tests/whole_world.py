@@ -22,6 +22,7 @@ import score_c
 import score_g
 import score_gnet
 import score_z
+import train_adapter
 import train_c
 import train_g
 import train_gnet
@@ -43,6 +44,7 @@ FLAGS = {
     train_g: [*NETWORK, "--feat", "g_2", "--tag", "new"],
     train_z: [*NETWORK, *SMALL_Z, "--tag", "new"],
     train_gnet: [*LOOP, *SMALL_GNET, "--tag", "new"],
+    train_adapter: [*LOOP, "--feats", "g_2", "--sd_model", "SD", "--batch_size", 4, "--tag", "new"],
     score_c: [*SCORED, "--overwrite"],
     score_g: [*SCORED, "--feat", "g_2", "--overwrite"],
     score_z: [*SCORED, "--overwrite"],
