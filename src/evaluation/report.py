@@ -139,7 +139,7 @@ def lead_of(findings, drawn):
     if not drawn:
         return f"Reconstructions of {what}, compared with what was seen. How they were drawn is not recorded."
     signals = [SIGNALS["c"], *([SIGNALS["z"]] if drawn.get("z") == "scores" else []),
-               *([SIGNALS["g"]] if drawn.get("feats") else [])]
+               *([SIGNALS["g"]] if drawn.get("feats") or drawn.get("use_adapter") else [])]
     signals = " and ".join(filter(None, (", ".join(signals[:-1]), signals[-1])))
     if drawn.get("run") == "ground_truth":
         source = f"From the true {signals} of each"
