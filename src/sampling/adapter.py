@@ -33,12 +33,13 @@ class ImageBatches(torch.utils.data.Dataset):
 
     def __init__(self, image_ids, targets, batch_size, seed, rank=0, size=1):
         """image_ids (N,); targets: {name: Rows by image id}; rank, size: of the processes that share a batch."""
-        if batch_size < size:
-            raise utils.UserError(f"--batch_size {batch_size}: fewer images than the {size} processes; raise it")
         for rows in targets.values():
             rows.require(image_ids)
         self.image_ids, self.targets, self.seed, self.rank, self.size = image_ids, targets, seed, rank, size
         self.n_batches = -(-len(image_ids) // batch_size)
+        if not len(image_ids) or len(image_ids) // self.n_batches < size:  # of an epoch's smallest batch
+            raise utils.UserError(f"--batch_size {batch_size}, {len(image_ids)} images: fewer in a batch than the "
+                                  f"{size} processes, or none; raise it, or --val_fraction, or use fewer processes")
         self._epoch = torch.tensor(0).share_memory_()  # seen by persistent DataLoader workers too
 
     def set_epoch(self, epoch):

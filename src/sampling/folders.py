@@ -24,7 +24,7 @@ FILE_NAME = re.compile(r"(\d{5,})(?:_s(\d+))?\.png")
 NAMES = {"subj": options.subject, "run": options.run, "head": options.head, "hold_out": options.hold_out,
          "voxels": options.regions, "without": options.regions, "sd_model": str} | dict.fromkeys(
     ("method", "tag", "control", "test_split", "repeats", "gnet_run", "gnet_roi"), options.tag)
-OTHER_HASHES = ("image_ids", "gnet", "target", "measurements")  # of score_hashes, beside the features
+OTHER_HASHES = ("image_ids", "adapter", "gnet", "target", "measurements")  # of score_hashes, beside the features
 NUMBERS = ("hidden_dim", "num_sessions", "gnet_kappa")
 KINDS = (".png", ".jpg", ".jpeg")  # of pictures that recon.py did not draw
 END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk, the same in every PNG
