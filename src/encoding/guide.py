@@ -9,6 +9,7 @@ import torch
 
 import utils
 from disk.files import load_npy
+from encoding.encoder import AT_ONCE
 from encoding.errors import ResponseErrors
 from nsd.regions import roi_masks
 from nsd.repeats import AveragedRows
@@ -160,7 +161,7 @@ class BrainGuide:
         for trials in split_trials(paths, self.encoder.subj, *self.encoder.held_out):
             seen = AveragedRows(betas, trials)
             chosen = utils.evenly(len(seen.image_ids), PREFLIGHT_IMAGES)
-            predicted = self.encoder.predict(stimuli.batches(seen.image_ids[chosen], 50), voxels=self.voxels)
+            predicted = self.encoder.predict(stimuli.batches(seen.image_ids[chosen], AT_ONCE), voxels=self.voxels)
             predicted = torch.from_numpy(predicted).to(self.device)
             yield predicted, torch.from_numpy(seen[chosen]).to(self.device)[:, self.voxels]
 
