@@ -69,14 +69,14 @@ shuffled=$sets/cp_4096_v1_adapter_shuffle/$guided true=$sets/cp_4096_v1_adapter_
 
 stage mini_nsd "drawing 7,300 scenes and simulating eight brains that see them, about 20 seconds" \
     run "$PYTHON" "$ROOT/make_mini_nsd.py" --root "$ROOT"
-stage features "computing the scenes' true features: c (meaning), z (layout) and g (looks, six layers), about 50 seconds" \
+stage features "computing the scenes' true features: c (meaning), z (layout) and g (looks, six layers), about 40 seconds" \
     features
 
 stage pretrain "training a decoder of each on seven brains, and a ridge to average them with, about 70 seconds" pretrain
 stage finetune "fine-tuning them on subject 1, about 20 seconds" train "c z g" finetune
 stage score "decoding 100 test images that no training saw; responses to other images; true features, about 10 seconds" score
 stage draw "drawing from c (the right things anywhere), + z (in the right place), + g (the right looks), + the response \
-itself; the two controls, about 140 seconds" draw
+itself; the two controls, about 150 seconds" draw
 
 stage evaluate "comparing all with what was seen, about 50 seconds" bash "$scripts/evaluate.sh" \
     --images "$full" --compare "c=$c" "c+z=$cz" "c+z+g+brain=$brain" "shuffled=$shuffled" "true=$true"
