@@ -15,14 +15,16 @@ from disk.checkpoints import load_checkpoint
 from disk.scores import save_scores
 from features.components import write_components
 from models import AdapterAttention, FeatureAdapter
-from nsd.components import open_components
+from nsd.components import CoefficientRows, open_components
+from nsd.rows import open_feature
 from nsd.trials import load_trials, shared_images, split_trials
-from sampling.adapter import Decodings, load_adapter
+from sampling.adapter import AdapterObjective, Decodings, ImageBatches, load_adapter
 from sampling.pipeline import load_pipeline
 from test_recon import folder_of, pictures, score_folder, words
 from tiny_nsd import N_IMAGES, SHARED, write_tiny_nsd
 from tiny_sd import LATENT, TOKENS, WIDTH, hasten
 from training.ridge import decompose, left_out
+from training.team import Team
 from training.tracking import load_rows
 
 SHAPES = {"c": (TOKENS, WIDTH), "z": (4, LATENT, LATENT), "g_2": (5, 12), "g_4": (5, 12)}
@@ -197,6 +199,36 @@ def test_resumed_is_uninterrupted(trained, tiny_models, monkeypatch):
     whole, parts = (load_checkpoint(trained.run(name) / "last.pth")["model"] for name in
                     ("adapter_subj01", "adapter_subj01_again"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_processes_share_a_batch_and_draw_what_one_draws(world, monkeypatch):
+    components = {feat: open_components(world, feat) for feat in ("c", "g_2")}
+    responses = np.concatenate([known.coefficients for known in components.values()], 1)
+    decodings = Decodings(components, responses, np.arange(N_IMAGES), torch.device("cpu"))
+    objective = AdapterObjective(decodings, torch.linspace(0.99, 0.01, 10), torch.zeros(1, TOKENS, WIDTH),
+                                 (4, LATENT, LATENT))
+    targets = {"z": open_feature(world, "z"), **{feat: CoefficientRows(known) for feat, known in components.items()}}
+
+    def errors_of(rank, size):
+        found = []
+        monkeypatch.setattr(Team, "join", lambda team, rows, n: found.append(rows) or rows)
+        item = ImageBatches(np.arange(10), targets, 5, 1, rank, size)[0]
+        objective(Reads(), {"image_ids": item["image_ids"], **item["targets"]}, 0.0, torch.Generator().manual_seed(3),
+                  Team("cpu", rank, size))
+        return found[0]
+
+    whole = errors_of(0, 1)
+    assert len(whole) == 5
+    for rank in range(2):
+        torch.testing.assert_close(errors_of(rank, 2), whole[rank::2])
+
+
+class Reads(torch.nn.Module):
+    """Noise that depends on all that a UNet and its adapter get."""
+
+    def forward(self, noisy, t, text, features):
+        read = t + text.mean((1, 2)) + sum(rows.mean((1, 2)) for rows in features.values())
+        return noisy * read.view(-1, 1, 1, 1)
 
 
 # --- drawing ------------------------------------------------------------------------------------------------------
