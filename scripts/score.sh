@@ -26,7 +26,7 @@
 source "$(dirname "$0")/common.sh"
 
 decoding=""
-for stage in "${STAGES[@]}"; do [[ $stage == gnet ]] || decoding=$stage; done
+for stage in "${STAGES[@]}"; do [[ $stage == gnet || $stage == adapter ]] || decoding=$stage; done
 if [[ " ${STAGES[*]} " == *" gnet "* ]]; then
     (preset SCORE_GNET && run "$PYTHON" "$REPO/src/score_gnet.py" --subj "$SUBJ" "${LOGGED[@]}" "$@")
 fi

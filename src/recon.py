@@ -280,6 +280,14 @@ def adapted_layers(paths, args):
     return [f"g_{k}" for k in found["layers"]]
 
 
+def check_adapter(adapter, scores, run):
+    """Raise UserError unless the scores of its layers are of the shape that an adapter was trained on."""
+    for k in adapter.layers:
+        if scores[f"g_{k}"].shape[1:] != adapter.shape:
+            raise utils.UserError(f"scores of g_{k}: rows of shape {scores[f'g_{k}'].shape[1:]}, the adapter {run} "
+                                  f"takes {adapter.shape}; use the CLIP that it was trained with, or train it again")
+
+
 def error_files(paths, args, feats):
     """{g_k: file} of the scores' errors on validation images, which make measurements of them.
 
@@ -311,7 +319,10 @@ def load_sampler(args, paths, scores, image_ids, team):
     if args.use_gnet:  # first: it checks what the user gave
         brain.append(brain_guide(args, paths, image_ids, team, args.guidance_rule == "posterior"))
     pipe = load_pipeline(args.sd_model, team.device, team.precision, args.offload, args.compile)
-    adapter = load_adapter(adapter_file(paths, args), pipe.unet, team.device) if args.use_adapter else None
+    adapter = None
+    if args.use_adapter:
+        adapter = load_adapter(adapter_file(paths, args), pipe.unet, team.device)
+        check_adapter(adapter, scores, args.adapter_run)
     pipe.set_progress_bar_config(desc="steps", leave=False, disable=not team.is_main)
     guided = args.feats or args.use_gnet
     if guided and args.guidance_decoder not in ("full", "half"):

@@ -268,6 +268,9 @@ def test_what_it_refuses(scored, tiny_models, capsys):
     assert "STAGES=adapter SUBJ=1 bash scripts/train.sh" in capsys.readouterr().err
     assert draw(scored, tiny_models, "--hold_out", "1/3") == 2
     assert "--hold_out 1/3 with --use_adapter" in capsys.readouterr().err
+    save_scores(score_folder(scored, "g_4"), SHARED[:3], {"nsdgeneral": np.zeros((3, 4, 12))}, {})
+    assert draw(scored, tiny_models, "--guidance_scale", 0) == 2
+    assert "scores of g_4: rows of shape (4, 12), the adapter adapter_subj01 takes (5, 12)" in capsys.readouterr().err
     assert not list(scored.glob("outputs_all/**/*.png"))
 
 

@@ -226,6 +226,16 @@ def test_pictures_lead_back_to_the_flags_that_drew_them(tmp_path, changed):
     assert hints.pictures_like(paths, drawn) == f"there are: {images_name(drawn)}/0.3/0.2"
 
 
+def test_pictures_of_an_adapter_are_named_by_its_flag(tmp_path):
+    paths = Paths(tmp_path, tmp_path)
+    drawn = {**SIZES, "method": "mine", "use_gnet": False, "gnet_roi": "all", "gnet_kappa": 1.0, "guidance_scale": 0.3,
+             "guidance_strength": 0.2, "use_adapter": True}
+    folder = paths.images_of(drawn)
+    folder.mkdir(parents=True)
+    (folder / "index.csv").touch()
+    assert hints.pictures_like(paths, {**drawn, "use_adapter": False}).endswith("(--use_adapter)")
+
+
 def test_paths_are_looked_for_from_here_then_from_the_root(tmp_path, monkeypatch):
     (tmp_path / "root/both").mkdir(parents=True)
     (tmp_path / "here/both").mkdir(parents=True)

@@ -154,6 +154,8 @@ def test_stages(call):
         (words,) = call("score", FEATS="c", STAGES=stages).calls
         assert "--run" not in words  # the default
     assert names(call("score", STAGES="gnet").calls) == ["score_gnet.py"]
+    assert names(call("score", FEATS="c", STAGES="ridge adapter").calls) == ["score_c.py"]
+    assert call("score", STAGES="adapter").calls == []  # it decodes nothing
 
 
 @pytest.mark.parametrize("name", RUNNING)
