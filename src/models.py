@@ -798,6 +798,12 @@ class AdapterAttention(nn.Module):
         return torch.cat([found[:-len(asking)], found[-len(asking):] + self.to_out(seen)])
 
 
+def cross_attentions(unet):
+    """{name of its processor in unet.attn_processors: channels} of each attention to the text."""
+    return {name: unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
+            for name in unet.attn_processors if name.endswith("attn2.processor")}
+
+
 class FeatureAdapter(nn.Module):
     """Makes decoded CLIP layers into tokens that a Stable Diffusion UNet attends to beside the text.
 
@@ -805,8 +811,8 @@ class FeatureAdapter(nn.Module):
     """
 
     def __init__(self, layers, tokens, width, text_width, attentions, hidden=256):
-        """layers: [k, ...] of g_k, L of them; tokens: T; width: D; text_width: of the UNet's text; attentions: {name of
-        a cross-attention's processor in unet.attn_processors: its channels}; hidden: of the networks in between."""
+        """layers: [k, ...] of g_k, L of them; tokens: T; width: D; text_width: of the UNet's text; attentions: as
+        cross_attentions lists them; hidden: of the networks in between."""
         super().__init__()
         self.layers, self.shape, self.text_width, self.hidden = list(layers), (tokens, width), text_width, hidden
         self.channels = dict(attentions)
@@ -822,10 +828,8 @@ class FeatureAdapter(nn.Module):
     @classmethod
     def of(cls, unet, layers):
         """An adapter of a UNet, which draws as before until it is trained; layers: {k: nsd.components.Components}."""
-        channels = {name: unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
-                    for name in unet.attn_processors if name.endswith("attn2.processor")}
         first = next(iter(layers.values()))
-        adapter = cls(layers, *first.shape, unet.config.cross_attention_dim, channels)
+        adapter = cls(layers, *first.shape, unet.config.cross_attention_dim, cross_attentions(unet))
         for i, known in enumerate(layers.values()):
             adapter.mean[i] = torch.from_numpy(known.mean).view(known.shape)
             adapter.scale[i] = float(known.variances.sum() / len(known.mean)) ** 0.5
@@ -839,7 +843,7 @@ class FeatureAdapter(nn.Module):
     def attach(self, unet):
         """Let the cross-attentions of `unet` take the tokens (AdapterAttention); ValueError where it has others."""
         processors = dict(unet.attn_processors)
-        if {name for name in processors if name.endswith("attn2.processor")} != set(self.channels):
+        if cross_attentions(unet) != self.channels:
             raise ValueError("the UNet has other cross-attentions than the adapter")
         for name, attention in zip(self.channels, self.attentions, strict=True):
             attention.plain = processors[name]

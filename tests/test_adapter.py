@@ -1,6 +1,5 @@
 """The adapter: attention to decoded g, decodings as a subject's responses give them, its training, drawing with it."""
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -13,8 +12,7 @@ import train_adapter
 import utils
 from disk.checkpoints import load_checkpoint
 from disk.scores import save_scores
-from features.components import write_components
-from models import AdapterAttention, FeatureAdapter
+from models import AdapterAttention, FeatureAdapter, cross_attentions
 from nsd.components import CoefficientRows, open_components
 from nsd.rows import open_feature
 from nsd.trials import load_trials, shared_images, split_trials
@@ -22,6 +20,7 @@ from sampling.adapter import AdapterObjective, Decodings, ImageBatches, load_ada
 from sampling.pipeline import load_pipeline
 from test_recon import folder_of, pictures, score_folder, words
 from tiny_nsd import N_IMAGES, SHARED, write_tiny_nsd
+from tiny_runs import write_features
 from tiny_sd import LATENT, TOKENS, WIDTH, hasten
 from training.ridge import decompose, left_out
 from training.team import Team
@@ -34,12 +33,7 @@ SHAPES = {"c": (TOKENS, WIDTH), "z": (4, LATENT, LATENT), "g_2": (5, 12), "g_4":
 def world(tmp_path_factory):
     """The tiny data set with features that fit the tiny Stable Diffusion; returns Paths."""
     paths, _ = write_tiny_nsd(tmp_path_factory.mktemp("adapter"))
-    rng = np.random.default_rng(1)
-    for feat, shape in SHAPES.items():
-        with h5py.File(paths.feature(feat), "w") as file:
-            file["data"] = rng.standard_normal((N_IMAGES, np.prod(shape))).astype(np.float16)
-            file["data"].attrs["shape"] = shape
-        write_components(paths, feat)
+    write_features(paths, SHAPES)
     return paths
 
 
@@ -63,9 +57,7 @@ def unet(tiny_models):
 
 def adapter_of(unet, started=True):
     torch.manual_seed(0)
-    channels = {name: unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
-                for name in unet.attn_processors if name.endswith("attn2.processor")}
-    adapter = FeatureAdapter([2, 4], 5, 12, WIDTH, channels)
+    adapter = FeatureAdapter([2, 4], 5, 12, WIDTH, cross_attentions(unet))
     if started:
         for attention in adapter.attentions:
             torch.nn.init.normal_(attention.to_out.weight)

@@ -20,7 +20,7 @@ from nsd.simulated import TRIALS, stimuli_to_simulate
 from nsd.trials import load_trials, split_trials
 from tiny_brain import RUN, V, write_brain
 from tiny_nsd import N_IMAGES, SHARED, read_hdf5
-from tiny_runs import copy_world, train, write_features
+from tiny_runs import SHAPES, copy_world, train, write_features
 from training.runs import open_component_run
 from training.settings import Plan
 
@@ -38,7 +38,7 @@ def simulate(paths, *flags):
 def world(tmp_path_factory):
     """The tiny brain, features of its images, and simulated trials of six stimuli."""
     paths = write_brain(tmp_path_factory.mktemp("world"))
-    write_features(paths)
+    write_features(paths, SHAPES, spread=5)
     assert simulate(paths, "--synthetic", 6) == 0
     return paths
 

@@ -38,16 +38,16 @@ PRETRAINED, FINETUNED = "multisubject_subj01_ext1_c_8_mlp", "pretrained_subj01_3
 def write_world(root):
     """The tiny data set, features of its images and their components; returns Paths."""
     paths, _ = write_tiny_nsd(root)
-    write_features(paths)
+    write_features(paths, SHAPES, spread=5)
     return paths
 
 
-def write_features(paths):
-    """Random features of the images, and their components."""
+def write_features(paths, shapes, spread=1):
+    """Random features of the images, {name: shape of a row}, and their components."""
     rng = np.random.default_rng(1)
-    for feat, shape in SHAPES.items():
+    for feat, shape in shapes.items():
         with h5py.File(paths.feature(feat), "w") as file:
-            file["data"] = 5 * rng.standard_normal((N_IMAGES, np.prod(shape))).astype(np.float16)
+            file["data"] = spread * rng.standard_normal((N_IMAGES, np.prod(shape))).astype(np.float16)
             file["data"].attrs["shape"] = shape
         write_components(paths, feat)
 

@@ -10,8 +10,6 @@ import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
-import numpy as np
 import pytest
 
 import convert_gnet
@@ -28,9 +26,8 @@ import train_g
 import train_gnet
 import train_z
 import utils
-from features.components import write_components
 from tiny_brain import write_brain
-from tiny_nsd import N_IMAGES
+from tiny_runs import write_features
 from tiny_sd import LATENT, TOKENS, WIDTH
 
 SHAPES = {"c": (TOKENS, WIDTH), "g_2": (5, 12), "g_12": (5, 12), "z": (4, LATENT, LATENT)}
@@ -76,12 +73,7 @@ BEGUN = {
 def build(root, models):
     """Take a small world through the whole pipeline."""
     paths = write_brain(root)
-    rng = np.random.default_rng(1)
-    for feat, shape in SHAPES.items():
-        with h5py.File(paths.feature(feat), "w") as file:
-            file["data"] = rng.standard_normal((N_IMAGES, np.prod(shape))).astype(np.float16)
-            file["data"].attrs["shape"] = shape
-        write_components(paths, feat)
+    write_features(paths, SHAPES)
     for script in (train_c, train_g, train_z):
         assert run(script, root, models, "--tag", "", "--multi_subject") == 0
         assert run(script, root, models, "--tag", "", "--multisubject_ckpt", "auto") == 0

@@ -186,7 +186,7 @@ def differences(paths, wanted, found):
             words.append(f"--use_gnet --gnet_roi {found['gnet_roi']} --gnet_kappa {found['gnet_kappa']:g}")
     elif wanted.get("use_gnet") and "use_gnet" in found:
         words.append("without --use_gnet")
-    if found.get("use_adapter", False) != wanted.get("use_adapter", False) and "use_adapter" in found:
+    if "use_adapter" in found and found["use_adapter"] != wanted.get("use_adapter", False):
         words.append("--use_adapter" if found["use_adapter"] else "without --use_adapter")
     for flag in ("hidden_dim", "method", "select", "tag", "hold_out", "test_split", "repeats", "control", *LESIONS):
         if flag in found and found[flag] != wanted.get(flag):

@@ -110,7 +110,7 @@ class AdapterObjective:
         loss_plain: what the loss would be without the adapter, on validation images alone.
         """
         n = len(batch["image_ids"])
-        z = batch.pop("z").view(-1, *self.z_shape)
+        z = batch["z"].view(-1, *self.z_shape)
 
         def drawn(draw, *size):  # for the joint batch, so that nothing depends on how many processes share it
             return team.take(draw(*size, generator=generator, device=generator.device)).to(z.device)
