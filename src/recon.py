@@ -51,10 +51,11 @@ import utils
 from disk.names import LESIONS, Paths, run_name, scores_name
 from nsd import sources
 
-PUBLISHED = {"guidance_strength": 0.2, "guidance_draws": 0, "num_inference_steps": 50, "guidance_decoder": "full"}
+PUBLISHED = {"guidance_strength": 0.2, "guidance_draws": 0, "num_inference_steps": 50, "guidance_decoder": "full",
+             "gnet_from": 0.0}
 DEFAULTS = {  # of flags that depend on --guidance_rule
     "posterior": {"guidance_scale": 30.0, "guidance_strength": 0.8, "guidance_draws": 3, "num_inference_steps": 14,
-                  "guidance_decoder": sources.TAESD},
+                  "guidance_decoder": sources.TAESD, "gnet_from": 0.5},
     "raw": {"guidance_scale": 300000.0, **PUBLISHED},
     "norm": {"guidance_scale": 0.3, **PUBLISHED},
 }
@@ -65,7 +66,7 @@ FREE_OPTIONS = ("root", "data_path", "batch_size", "limit", "ids", "num_samples"
 PATH_OPTIONS = ("sd_model", "clip_model", "guidance_decoder", "z", "target_fmri_npy")
 SHOWN = 8  # images whose pictures W&B shows
 ADAPTER_OPTIONS = ("use_adapter", "adapter_run")
-GNET_OPTIONS = ("use_gnet", "gnet_roi", "gnet_kappa", "gnet_alpha", "gnet_run", "target_fmri_npy")
+GNET_OPTIONS = ("use_gnet", "gnet_roi", "gnet_kappa", "gnet_alpha", "gnet_from", "gnet_run", "target_fmri_npy")
 
 
 def get_parser():
@@ -129,6 +130,9 @@ def get_parser():
     brain.add_argument("--gnet_alpha", type=float, default=1.0, metavar="FRACTION",
                        help="raw and norm: share of the loss that is 1 - r across voxels, the rest being the "
                             "squared error")
+    brain.add_argument("--gnet_from", type=float, metavar="FRACTION",
+                       help="of the guided steps, which are left to g: from there on the brain pulls, too (by the "
+                            "rule: 0.5, 0 with raw and norm)")
     brain.add_argument("--target_fmri_npy", metavar="FILE",
                        help="target responses (n, voxels), beside an image_ids.npy (default: the subject's own, "
                             "averaged over repeats, under the same --control)")
@@ -421,7 +425,7 @@ def brain_guide(args, paths, image_ids, team, posterior):
         targets = responses_to(paths, args.subj, image_ids, args.num_sessions, args.control, args.seed,
                                args.repeats).betas
     return BrainGuide(encoder, paths, targets, args.gnet_roi, args.gnet_kappa, args.gnet_alpha,
-                      posterior, team.print)
+                      args.gnet_from, posterior, team.print)
 
 
 # --- flags ----------------------------------------------------------------------------------------------------------
@@ -515,8 +519,11 @@ def resolve_gnet(args, paths):
     """Check the flags of guidance by the brain, against each other too."""
     if not 0 <= args.gnet_kappa < float("inf"):
         raise utils.UserError(f"--gnet_kappa {args.gnet_kappa:g}: wanted a number from 0")
-    if not 0 <= args.gnet_alpha <= 1:
-        raise utils.UserError(f"--gnet_alpha {args.gnet_alpha:g}: wanted a fraction from 0 to 1")
+    for name in ("gnet_alpha", "gnet_from"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise utils.UserError(f"--{name} {getattr(args, name):g}: wanted a fraction from 0 to 1")
+    if not args.feats:
+        args.gnet_from = 0.0  # there is nobody to wait for
     if not args.guidance_scale * args.guidance_strength:
         raise utils.UserError(f"--use_gnet with --guidance_scale {args.guidance_scale:g} --guidance_strength "
                               f"{args.guidance_strength:g}: nothing would be guided; for the brain without CLIP give "
@@ -560,7 +567,7 @@ def config_of(args, paths, files):
 
     decisive = {name: paths.as_recorded(value) if name in PATH_OPTIONS and value else value
                 for name, value in vars(args).items() if name not in FREE_OPTIONS}
-    usual = {"hold_out": None, "guidance_repeats": 1, **dict.fromkeys(LESIONS)}  # as before there were these flags
+    usual = {"hold_out": None, "guidance_repeats": 1, "gnet_from": 0, **dict.fromkeys(LESIONS)}  # as before these flags
     if args.guidance_rule != "posterior":  # whose steps are longer since there are draws
         usual["guidance_draws"] = 0
     decisive = {name: value for name, value in decisive.items() if name not in usual or value != usual[name]}

@@ -25,7 +25,7 @@ from evaluation.metrics import identified
 from models import GNet
 from nsd.repeats import load_test_set, responses_to
 from nsd.rows import open_stimuli
-from sampling.guidance import gradient_on, guidance_pull, views_of
+from sampling.guidance import gradient_on, guidance_pull, speaking, views_of
 from tiny_brain import RUN, V, write_brain, write_run
 from tiny_nsd import SHARED
 from tiny_sd import hasten
@@ -222,6 +222,14 @@ def test_the_brain_looks_at_the_prediction_and_the_others_around_it():
         assert torch.equal(latents, clean + noise) and (terms, share) == ([clip], 0.5)
 
 
+@pytest.mark.parametrize("waits, n_guided, first", [(0, 5, 0), (0.5, 5, 3), (0.5, 8, 4), (0.5, 1, 0), (1, 8, 7)])
+def test_the_brain_waits_for_the_later_steps_unless_it_is_alone(waits, n_guided, first):
+    clip, brain = Slope(None), Slope(None, kappa=0.1, waits=waits)
+    for step in range(n_guided):
+        assert speaking([clip, brain], step, n_guided) == ([clip, brain] if step >= first else [clip])
+        assert speaking([brain], step, n_guided) == [brain]
+
+
 def test_good_voxels_are_those_of_the_region_that_validation_trusts(encoder):
     masks = {"V1": np.arange(V) < 30, "V4": np.arange(V) >= 30, "nsd_general": np.ones(V, bool)}
     bad = encoder._replace(val_r=np.where(np.arange(V) % 6 == 0, 0.05, 0.5))
@@ -252,6 +260,9 @@ def test_every_guided_step_is_logged(world, models, tmp_path):
     assert len({step["r_V1"] for row in range(4) for step in steps_of(tmp_path / "a", row)}) == 8
     assert draw(world, models, tmp_path / "a", "--use_gnet", "--gnet_roi", "V2", "--overwrite", "--limit", 1) == 0
     assert "r_V2" in steps_of(tmp_path / "a")[0] and not (tmp_path / "a/00003.jsonl").exists()
+    late = ["--use_gnet", "--gnet_roi", "V1", "--gnet_from", 0.5]
+    assert draw(world, models, tmp_path / "a", *late, "--overwrite", "--limit", 1) == 0
+    assert [step.keys() for step in steps_of(tmp_path / "a")] == [{"step", "loss_clip", "norm_clip"}, steps[1].keys()]
 
 
 def test_the_brain_alone_raises_its_own_agreement(world, models, tmp_path):
@@ -318,6 +329,7 @@ def test_responses_to_images_follow_their_control(world):
     (["--gnet_run", "gnet_nobody"], "gnet_nobody/best.pth: --gnet_run: the brain encoding model gnet_nobody not found"),
     (["--gnet_kappa", "-1"], "--gnet_kappa -1"),
     (["--gnet_kappa", "nan"], "--gnet_kappa nan"),
+    (["--gnet_from", "1.5"], "--gnet_from 1.5"),
     (["--gnet_alpha", "2"], "--gnet_alpha 2"),
     (["--guidance_scale", "0"], "--use_gnet with --guidance_scale 0"),
     (["--feats", "none", "--gnet_kappa", "0"], "--gnet_kappa 0 with --feats none"),

@@ -69,15 +69,17 @@ class BrainLoss:
     has no loss from then on: beyond it guidance would fit the target's noise.
 
     .kappa   how hard it pulls, relative to the other terms (sampling.guidance.guidance_pull)
+    .waits   fraction of the guided steps that it leaves to the others (sampling.guidance.speaking)
     .facts   of the last call: {"r_<region>": (b,), "stopped": (b,) bool}
     """
 
     relative = True  # its unit is its own
 
-    def __init__(self, encoder, voxels, places, weights, targets, kappa, alpha=1.0, enough=float("inf")):
+    def __init__(self, encoder, voxels, places, weights, targets, kappa, alpha=1.0, enough=float("inf"),
+                 waits=0.0):
         """voxels (n,): the regions', side by side as places {region: slice} say; weights (n,); targets (B, n)."""
         self.encoder, self.voxels, self.places, self.weights = encoder, voxels, places, weights
-        self.targets, self.kappa, self.alpha, self.enough = targets, kappa, alpha, enough
+        self.targets, self.kappa, self.alpha, self.enough, self.waits = targets, kappa, alpha, enough, waits
         self.stopped = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
         self.facts = {}
 
@@ -103,15 +105,16 @@ class BrainMeasurement:
     Over the voxels of all regions together, with the errors that predictions of true images have (encoding.errors).
 
     .kappa   times which it counts
+    .waits   as of BrainLoss
     .facts   of the last call: {"r_<region>": (b,)}, weighted as of BrainLoss
     """
 
     relative = False  # its unit is that of other measurements
 
-    def __init__(self, encoder, voxels, places, weights, targets, errors, kappa):
+    def __init__(self, encoder, voxels, places, weights, targets, errors, kappa, waits=0.0):
         """As BrainLoss; errors: ResponseErrors of the n voxels."""
         self.encoder, self.voxels, self.places, self.weights = encoder, voxels, places, weights
-        self.targets, self.errors, self.kappa = targets, errors, kappa
+        self.targets, self.errors, self.kappa, self.waits = targets, errors, kappa, waits
         self.facts = {}
 
     def __call__(self, image, rows=slice(None)):
@@ -132,14 +135,14 @@ class BrainGuide:
     with responses, on validation images: there guidance stops.
     """
 
-    def __init__(self, encoder, paths, targets, roi, kappa, alpha=1.0, posterior=False, say=print):
+    def __init__(self, encoder, paths, targets, roi, kappa, alpha=1.0, waits=0.0, posterior=False, say=print):
         """targets: (N, V) responses; posterior: terms are measurements, and alpha does not matter.
 
         Raises UserError for regions that cannot guide and for a wrong voxel order.
         """
         regions = good_voxels(encoder, roi_masks(paths, encoder.subj), roi)
         voxels, ends = np.concatenate(list(regions.values())), np.cumsum([len(index) for index in regions.values()])
-        self.encoder, self.targets, self.kappa, self.alpha = encoder, targets, kappa, alpha
+        self.encoder, self.targets, self.kappa, self.alpha, self.waits = encoder, targets, kappa, alpha, waits
         self.device = next(encoder.model.parameters()).device
         self.voxels = torch.from_numpy(voxels).to(self.device)
         self.places = {name: slice(int(end) - len(index), int(end))
@@ -170,9 +173,9 @@ class BrainGuide:
         targets = torch.from_numpy(self.targets[rows]).to(self.device)[:, self.voxels]
         if self.errors is not None:
             return BrainMeasurement(self.encoder, self.voxels, self.places, self.weights, targets, self.errors,
-                                    self.kappa)
+                                    self.kappa, self.waits)
         return BrainLoss(self.encoder, self.voxels, self.places, self.weights, targets, self.kappa, self.alpha,
-                         self.enough)
+                         self.enough, self.waits)
 
 
 def check_voxel_order(encoder, predicted, measured):

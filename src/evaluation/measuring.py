@@ -96,7 +96,7 @@ class Scale:
     def pixels(self, pictures, sample):
         """PixCorr, SSIM and sharpness of every image, {metric: (N,)}."""
         def measure(i):  # one by one: a batch is no faster, and the system zeroes its memory each time
-            pair = self.seen.batch([i]), pictures.batch([i], sample)
+            pair = [metrics.resize(x, metrics.PIXEL_SIDE) for x in (self.seen.batch([i]), pictures.batch([i], sample))]
             return metrics.pixcorr(*pair), metrics.ssim(*pair), metrics.sharpness(*pair)
 
         def make(file):

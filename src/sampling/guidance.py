@@ -58,6 +58,14 @@ class ClipGuide:
                                                     for layer, array in self.targets.items()})
 
 
+def speaking(terms, step, n_guided):
+    """Those of the terms that have their say in a guided step, counted from 0.
+
+    One that `waits` has it after that fraction of the steps, in the last at the latest. Alone, it waits for nobody.
+    """
+    return [term for term in terms if step >= min(getattr(term, "waits", 0) * n_guided, n_guided - 1)] or terms
+
+
 def guidance_pull(image, terms, rows=slice(None)):
     """Combine the terms: the gradient of their losses wrt images (b, 3, H, W), `rows` of a batch; and what was found.
 

@@ -27,7 +27,7 @@ from nsd import sources
 from options import GRADS, X0S
 from sampling.compiling import CompiledUNet
 from sampling.decoders import in_unit_range
-from sampling.guidance import RULES, SPREAD, guidance_pull, views_of
+from sampling.guidance import RULES, SPREAD, guidance_pull, speaking, views_of
 from sampling.solvers import SOLVERS, timesteps_of
 
 CPU_BATCH = 4096  # latent pixels that a CPU draws at once: 16 latents of 16 x 16, one of 64 x 64
@@ -157,7 +157,7 @@ class GuidedPipeline(DiffusionPipeline):
                     latents = path.back(step, latents, next(fresh))
                 if step < n_guided:
                     eps_empty, eps_cond, gradient = self.guidance_gradient(
-                        latents, t, context, cfg_scale, terms, grad, x0, decoder,
+                        latents, t, context, cfg_scale, speaking(terms, step, n_guided), grad, x0, decoder,
                         [next(around) for _ in range(guidance_draws)], decoded_at_once, log, looks)
                 else:
                     eps_empty, eps_cond = self.predict_noise(latents, t, context, looks)
