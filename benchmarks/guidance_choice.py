@@ -8,15 +8,18 @@
     python benchmarks/guidance_choice.py --what repeats ...     # of guided steps, and other ways to spend the same
     python benchmarks/guidance_choice.py --what cfg ...         # classifier-free guidance beside that of g
     python benchmarks/guidance_choice.py --decoders demo/models/taesd ...
+    python benchmarks/guidance_choice.py --what results --test_split new_test --num_samples 3 ...    # what was chosen
 
 Validation images are training images that no training step saw, so nothing is chosen on test images. Every setting
 draws --num_samples pictures of each from the same noise and c, z, g (kept in outputs_all/subj0X/choice/, reused when
 run again). Prints and writes a markdown table (--table): each measure's mean, and in brackets the difference from the
-first row where its 95 % interval leaves out 0: bootstrap over images, pairs kept together.
+first row where its 95 % interval leaves out 0: bootstrap over images, pairs kept together. Of results: every difference
+from the row above, with its interval.
 """
 
 import csv
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
@@ -60,15 +63,22 @@ REPEATS = [UNGUIDED, *({**POSTERIOR, "guidance_repeats": n} for n in (1, 2, 3)),
              for n, steps in ((1, 24), (2, 12), (2, 10), (2, 8)))]
 ADAPTER = [UNGUIDED, POSTERIOR, {"use_adapter": True, **UNGUIDED},
            *({"use_adapter": True, **POSTERIOR, "guidance_scale": scale} for scale in (3, 10, 20, 30, 45))]
+ADDED = {"c + z": UNGUIDED, "+ guidance by g": POSTERIOR, "+ its adapter": {"use_adapter": True, **POSTERIOR},
+         "+ the brain": {"use_adapter": True, "use_gnet": True, **POSTERIOR}}
+RESULTS = [{"num_inference_steps": steps, "strength": start, **setting} for steps, start in ((12, 0.5), (14, 0.75))
+           for setting in ADDED.values()]
 CFG = [{**guidance, "cfg_scale": w} for w in (5, 7.5, 3, 2, 1.5, 1) for guidance in (UNGUIDED, POSTERIOR)]
-SETS = {"rules": RULES, "repeats": REPEATS, "cfg": CFG, "adapter": ADAPTER} | {
+SETS = {"rules": RULES, "repeats": REPEATS, "cfg": CFG, "adapter": ADAPTER, "results": RESULTS} | {
     name: [{**guidance, "solver": solver, "num_inference_steps": steps} for solver, steps in STEPS]
     for name, guidance in (("steps", POSTERIOR), ("unguided_steps", UNGUIDED))} | {
     f"strengths_{steps}": [{**setting, "num_inference_steps": steps} for setting in at_strengths(14, 20, 30, 45, 100)]
     for steps in (12, 25, 50)}
 KNOBS = {"use_adapter": "adapter", "cfg_scale": "CFG", "solver": "solver", "num_inference_steps": "steps",
          "guidance_repeats": "repeats", "guidance_draws": "draws"}
-NUMBERS = {"pixcorr": "PixCorr", "ssim": "SSIM", "sharpness": "sharpness"}  # all others are rates
+NUMBERS = {"pixcorr": "PixCorr", "ssim": "SSIM", "sharpness": "sharpness",
+           "brain_correlation_nsd_general": "r under GNet"}  # all others are rates
+MEANS = {"size_pattern_light": "what no caption says: size, pattern, light",
+         "setting_kind_colour_place": "what captions can say: setting, kind, colour, place"}
 MEASURES = {**{name: name for name in ATTRIBUTES}, "clip_two_way": "CLIP two-way", **NUMBERS}
 
 
@@ -81,6 +91,7 @@ def get_parser():
                         help="whose scores, as in recon.py")
     for name in ("sd_model", "clip_model", "guidance_decoder"):
         parser.add_argument(f"--{name}", required=True, metavar="NAME|DIR", help="as in recon.py")
+    parser.add_argument("--test_split", choices=["val", "new_test"], default="val", help="whose images, as in recon.py")
     parser.add_argument("--num_samples", type=options.whole, default=4, metavar="SAMPLES")
     parser.add_argument("--num_inference_steps", type=options.whole, default=14, metavar="STEPS")
     parser.add_argument("--cfg_scale", type=float, default=5.0, metavar="X")
@@ -102,6 +113,7 @@ def main(argv=None):
                                "batch_size")
              if getattr(args, name) != ""]
     same = [word for name in given for word in (f"--{name}", str(getattr(args, name)))]
+    choice = "choice" if args.test_split == "val" else f"choice_{args.test_split}"
     truths = truths_in(paths)
     settings, tables = SETS[args.what], []
     if args.decoders:
@@ -109,22 +121,26 @@ def main(argv=None):
     for setting in settings:
         name = ",".join(f"{key.removeprefix('guidance_')}={str(value).replace('/', '_')}"
                         for key, value in setting.items())
-        folder = paths.root / "outputs_all" / args.subj / "choice" / args.run.replace(":", "_") / name
+        folder = paths.root / "outputs_all" / args.subj / choice / args.run.replace(":", "_") / name
         changed = [word for key, value in setting.items() for word in (f"--{key}", str(value)) if word != "True"]
-        recon.main([*same, *changed, "--test_split", "val", "--outdir", str(folder)])
+        recon.main([*same, *changed, "--test_split", args.test_split, "--outdir", str(folder)])
         metrics = folder / "metrics_per_image.csv"
         if not metrics.exists() or metrics.stat().st_mtime < (folder / "index.csv").stat().st_mtime:
             evaluate.main(["--root", args.root, "--images", str(folder), "--eval_clip", args.clip_model,
                            "--no-controls"])
         tables.append(read_table(folder, truths))
-    n = len(tables[0]["image_id"])
+    n, which = len(tables[0]["image_id"]), {"val": "validation", "new_test": "test"}[args.test_split]
     fixed = {"num_inference_steps": f"{args.num_inference_steps} steps, ", "cfg_scale": f"CFG {args.cfg_scale:g}, "}
     fixed = "".join(text for name, text in fixed.items() if not all(name in setting for setting in settings))
-    text = "\n".join([
-        f"Written by `guidance_choice.py --run {args.run}`: {n} validation images of {args.subj},",
-        f"{args.num_samples} pictures of each, {fixed}z from {args.strength:g}. In brackets:",
-        "the difference from the first row, where its 95 % interval leaves out 0.", "",
-        as_markdown(settings, tables, args.guidance_decoder)])
+    lines = [f"Written by `guidance_choice.py --what {args.what} --run {args.run}`: {n} {which} images of {args.subj},"]
+    if args.what == "results":
+        lines += [f"{args.num_samples} pictures of each, CFG {args.cfg_scale:g}. Each column adds to the one before:",
+                  "its difference from that, and the 95 % interval.", *as_gains(settings, tables)]
+    else:
+        lines += [f"{args.num_samples} pictures of each, {fixed}z from {args.strength:g}. In brackets:",
+                  "the difference from the first row, where its 95 % interval leaves out 0.", "",
+                  as_markdown(settings, tables, args.guidance_decoder)]
+    text = "\n".join(lines)
     if args.figure:
         scales = [setting["guidance_scale"] for setting in settings]
         end = next((i for i, scale in enumerate(scales) if scale in scales[:i]), None)  # of the scan, which comes first
@@ -158,6 +174,30 @@ def as_markdown(settings, tables, decoder):
     columns = [name for name in order if any(name in cells for cells in rows)]
     lines = [columns, ["---"] * len(columns), *([cells.get(name, "") for name in columns] for cells in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def as_gains(settings, tables):
+    """Lines of a table for every path: a row per measure, a column for all that ADDED adds; as as_markdown."""
+    lines = []
+    for first in range(0, len(settings), len(ADDED)):
+        path, block = settings[first], [with_means(table) for table in tables[first:first + len(ADDED)]]
+        shown = {name: title for name, title in {**MEASURES, **MEANS}.items() if all(name in table for table in block)}
+        lines += ["", f"| {path['num_inference_steps']} steps, z from {path['strength']:g} | {' | '.join(ADDED)} |",
+                  "| --- " * (1 + len(ADDED)) + "|"]
+        for name, title in shown.items():
+            factor, digits = (1, 3) if name in NUMBERS else (100, 1)
+            cells = [f"{factor * gain_of(name, block[0], block[0])[0]:.{digits}f}"]
+            for before, table in pairwise(block):
+                _, gain, low, high = (factor * number for number in gain_of(name, table, before))
+                cells.append(f"{gain:+.{digits}f} ({low:.{digits}f} .. {high:.{digits}f})")
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
+
+
+def with_means(table):
+    """A table as of read_table, with the means of several attributes (MEANS) where it has attributes."""
+    return {**table, **{name: np.mean([table[part] for part in name.split("_")], axis=0) for name in MEANS
+                        if name.split("_")[0] in table}}
 
 
 def gain_of(name, table, plain):

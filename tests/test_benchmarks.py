@@ -215,6 +215,12 @@ def test_the_gain_of_guidance_is_paired_and_its_figure_is_drawn(tmp_path):
     assert (low, high) == pytest.approx(tuple(wanted), abs=0.005)
     guided["second"][3] = plain["second"][3] = np.nan
     assert np.isfinite(guidance_choice.gain_of("second", guided, plain)).all()
+    added = {name: values + 0.01 for name, values in guided.items()}
+    lines = guidance_choice.as_gains(guidance_choice.RESULTS, 2 * [plain, guided, guided, added])
+    row = next(line for line in lines if line.startswith("| PixCorr"))
+    assert row.split(" | ")[1:] == [f"{plain['pixcorr'].mean():.3f}", f"{gain:+.3f} ({low:.3f} .. {high:.3f})",
+                                    "+0.000 (0.000 .. 0.000)", "+0.010 (0.010 .. 0.010) |"]
+    assert sum(line.startswith("| what no caption says") for line in lines) == 2  # of each path
     guidance_choice.plot({0: plain, 1: guided, 10: guided}, tmp_path / "figure.png")
     assert min(Image.open(tmp_path / "figure.png").size) > 400
 
