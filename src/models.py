@@ -846,7 +846,8 @@ class FeatureAdapter(nn.Module):
         if cross_attentions(unet) != self.channels:
             raise ValueError("the UNet has other cross-attentions than the adapter")
         for name, attention in zip(self.channels, self.attentions, strict=True):
-            attention.plain = processors[name]
+            plain = processors[name]
+            attention.plain = plain.plain if isinstance(plain, AdapterAttention) else plain  # of an earlier adapter
             processors[name] = attention
         unet.set_attn_processor(processors)
 

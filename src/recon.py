@@ -390,7 +390,7 @@ def selection_of(args, paths):
                      "select_errors": measurements_hash(args, paths, args.select_feats)}
     else:
         files = guide_files(paths, args)
-        decisive |= {name: getattr(args, name) for name in GNET_OPTIONS if name != "use_gnet"}
+        decisive |= {name: getattr(args, name) for name in GNET_OPTIONS if name not in ("use_gnet", "gnet_from")}
     return decisive | {"select_hashes": {name: file_hash(file) for name, file in files.items()}}
 
 

@@ -1,8 +1,8 @@
 """Share trained decoders: write those of a subject to a folder, fit for the Hugging Face hub; bring such a folder here.
 
-export   the runs that the score scripts decode with, by the same flags, as safetensors and JSON; with the components
-         of their features, their errors and R2 on validation images, hashes of all that they were made from, the
-         metrics of pictures that were drawn from their scores, and a model card. None of NSD's data is inside.
+export   the runs that the score scripts decode with, by the same flags, and the adapter, as safetensors and JSON; with
+         the components of their features, their errors and R2 on validation images, hashes of all that they were made
+         from, the metrics of pictures drawn from their scores, and a model card. None of NSD's data is inside.
 import   from a folder or a hub id, checked file by file: runs for train_logs/, whose scores are the same to the bit.
          The features' components must be here, those that the runs were trained on.
 
@@ -37,6 +37,8 @@ def get_parser():
                         help="export the runs of these: c, z, g_2, ... (all that there are)")
     parser.add_argument("--stack", action=argparse.BooleanOptionalAction, default=True,
                         help="export the ridge runs, too, that score scripts average with")
+    parser.add_argument("--adapter_run", type=options.tag, metavar="RUN",
+                        help="export this adapter, too (adapter_<subj>, where it is there and its features are, too)")
     parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False,
                         help="replace the export, or runs of the same names")
     return parser
@@ -58,7 +60,8 @@ def main(argv=None):
     from sharing.exports import export_runs
     from training.trained import Request
 
-    export_runs(Request.from_args(args, overwrite=True), args.feats, paths.find(args.folder), args.overwrite)
+    export_runs(Request.from_args(args, overwrite=True), args.feats, paths.find(args.folder), args.overwrite,
+                args.adapter_run)
 
 
 def require_words(args):

@@ -32,6 +32,7 @@ from disk.checkpoints import load_checkpoint, save_checkpoint
 from disk.files import archive_hash, file_hash, load_json
 from disk.scores import load_scores
 from features.components import write_components
+from models import FeatureAdapter, cross_attentions
 from nsd.repeats import load_test_set
 from sampling.drawing import Settings
 from sharing.decoder import BrainDecoder
@@ -45,6 +46,7 @@ V, HIDDEN = 30, 9  # voxels; numbers that features and responses are made of
 FEATS = ("c", "z", "g_2")
 SCORES = {"c": (score_c, []), "z": (score_z, []), "g_2": (score_g, ["--feat", "g_2"])}
 FLAGS = ["--hidden_dim", 8, "--num_sessions", 3, "--device", "cpu"]
+ADAPTER = "adapter_subj01"
 RUN_C, RIDGE_C = "scratch_subj01_3sess_ext1_c_8_mlp", "ridge_subj01_3sess_ext1_c"
 
 
@@ -293,6 +295,57 @@ def test_pictures_are_those_of_recon(trained, exported, tested, models, monkeypa
     assert not np.array_equal(unguided, found)
     with pytest.raises(utils.UserError):
         decoder.draw(tested.betas, pipe, **{**draw, "clip_model": "nowhere/"})
+
+
+@pytest.fixture
+def adapted(trained, models, tmp_path):
+    """Paths of a root that has an adapter of g_2, too, with weights drawn at random."""
+    shutil.copytree(trained.root, tmp_path / "adapted")
+    paths, unet = paths_of(tmp_path / "adapted"), load_once(str(models / "sd"), torch.device("cpu")).unet
+    torch.manual_seed(0)
+    adapter = FeatureAdapter([2], *SHAPES["g_2"], unet.config.cross_attention_dim, cross_attentions(unet))
+    for attention in adapter.attentions:
+        torch.nn.init.normal_(attention.to_out.weight)
+    save_checkpoint(paths.run(ADAPTER) / "best.pth", {
+        "model": {f"adapter.{name}": tensor for name, tensor in adapter.state_dict().items()}, "n_voxels": {},
+        "model_args": adapter.model_args, "config": {"run": ADAPTER, "feat": "adapter", "sd_model": "models/sd"}})
+    return paths
+
+
+def test_an_adapter_is_shared_and_draws_what_recon_draws(adapted, elsewhere, tested, models, tmp_path, monkeypatch,
+                                                         capsys):
+    monkeypatch.setattr("sampling.pipeline.load_pipeline", load_once)
+    settings = {"num_inference_steps": 3, "guidance_decoder": "full", "seed": 7}
+    flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    assert run(recon, adapted, "--run", "scratch", *FLAGS, "--sd_model", models / "sd", "--clip_model", models / "clip",
+               "--feats", "g_2", "--use_adapter", *flags) == 0
+    wanted = np.stack([np.array(Image.open(file)) for file in sorted(adapted.outputs_all.rglob("*.png"))])
+    assert export(adapted, tmp_path / "e") == 0
+    assert ADAPTER in (tmp_path / "e/README.md").read_text()
+
+    decoder, pipe = BrainDecoder.from_pretrained(tmp_path / "e"), load_once(str(models / "sd"), torch.device("cpu"))
+    draw = {"image_ids": tested.image_ids, "clip_model": str(models / "clip"), **settings}
+    for use_adapter, same in ((True, True), (False, False), (True, True)):  # attached twice, it counts once
+        assert np.array_equal(decoder.draw(tested.betas, pipe, **draw, use_adapter=use_adapter), wanted) == same
+
+    for what in ("imported", "is there already, kept"):
+        capsys.readouterr()
+        assert run(share, elsewhere, "import", tmp_path / "e") == 0
+        assert f"{elsewhere.run(ADAPTER)}: {what}" in capsys.readouterr().out
+    assert archive_hash(elsewhere.run(ADAPTER) / "best.pth") == archive_hash(adapted.run(ADAPTER) / "best.pth")
+
+
+def test_which_adapter_is_shared(adapted, exported, tested, models, tmp_path, capsys):
+    assert export(adapted, tmp_path / "c", "--feats", "c") == 0  # the adapter takes g_2
+    assert load_json(tmp_path / "c/config.json")["adapter"] is None and ADAPTER not in os.listdir(tmp_path / "c/runs")
+    for flags, words in ((["--feats", "c", "--adapter_run", ADAPTER], ["g_2", "--feats"]),
+                         (["--adapter_run", "adapter_subj09"], ["adapter_subj09", "STAGES=adapter"]),
+                         (["--adapter_run", RUN_C], [RUN_C, "train_adapter.py"])):
+        assert export(adapted, tmp_path / "d", *flags) == 2
+        refused(capsys, *words)
+    with pytest.raises(utils.UserError, match="no adapter"):
+        pipe = load_once(str(models / "sd"), torch.device("cpu"))
+        BrainDecoder.from_pretrained(exported).draw(tested.betas, pipe, clip_model=None, use_adapter=True)
 
 
 def test_settings_are_the_flags_of_recon():

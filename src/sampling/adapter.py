@@ -174,15 +174,27 @@ def decodings_of(plan, components, device):
 
 
 def load_adapter(file, unet, device):
-    """An adapter, frozen and in eval mode, to whose tokens `unet` attends; UserError where it is not of such a UNet."""
+    """The adapter of a checkpoint, to whose tokens `unet` attends; UserError where it is not of such a UNet."""
     state = load_checkpoint(file)
+    adapter = restore_adapter(state, file)
+    attach(adapter, unet, device, file, state["config"].get("sd_model"))
+    return adapter
+
+
+def restore_adapter(state, file):
+    """The adapter of a run's checkpoint `state`, frozen and in eval mode; UserError unless its weights fit."""
     weights = {key.removeprefix("adapter."): value for key, value in state["model"].items()}
-    adapter = restore({**state, "model": weights}, file)
+    return restore({**state, "model": weights}, file).requires_grad_(False).eval()
+
+
+def attach(adapter, unet, device, name, sd_model):
+    """Let `unet` attend to the tokens of an adapter, which goes to `device`; UserError where it is not of such a UNet.
+
+    name, sd_model: what the message says of the adapter, and of the model that it was trained with.
+    """
     try:
         adapter.attach(unet)
     except ValueError as error:
-        raise utils.UserError(f"{file}: {error}; give the --sd_model that it was trained with "
-                              f"({state['config'].get('sd_model')})") from None
-    adapter.requires_grad_(False).eval().to(device)
+        raise utils.UserError(f"{name}: {error}; give the --sd_model that it was trained with ({sd_model})") from None
+    adapter.to(device)
     adapter.attentions.to(unet.dtype)
-    return adapter

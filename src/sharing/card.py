@@ -47,7 +47,16 @@ def inside(config):
     runs = ", ".join(f"`{name}`" for name in config["runs"])
     return (f"Predict features of the picture that a person sees from their fMRI: {', '.join(config['features'])} (c: "
             "CLIP's text embedding of its captions; z: the latent of Stable Diffusion's autoencoder; g_k: layers of "
-            f"CLIP's vision model). Inside are {what}: {runs}; safetensors and JSON only.")
+            f"CLIP's vision model). Inside are {what}: {runs}; safetensors and JSON only.{adapter_text(config)}")
+
+
+def adapter_text(config):
+    """Say what the adapter is, where there is one."""
+    if not config["adapter"]:
+        return ""
+    model = config["adapter"]["state"]["config"].get("sd_model")
+    return (f" Beside them an adapter, `{config['adapter']['run']}`, by which Stable Diffusion (`{model}`) attends to "
+            "the decoded g_k: `decoder.draw(..., use_adapter=True)`.")
 
 
 def protocol_text(protocol, subj):

@@ -7,6 +7,7 @@ import utils
 from disk.hub import require_model
 from models import restore
 from nsd import sources
+from sampling.adapter import attach, restore_adapter
 from sharing.folder import STATISTICS, open_export
 from training.latent_statistics import restandardise
 from training.stacking import FeatureOf
@@ -19,15 +20,16 @@ class BrainDecoder:
 
     .subj, .n_voxels   whose responses, and V
     .feats             features that are decoded
+    .adapter           models.FeatureAdapter, which draws with them, or None
     .config            what the export's config.json says: R2, protocol, hashes (docs/sharing.md)
     """
 
-    def __init__(self, config, models, bases, beside, device):
+    def __init__(self, config, models, bases, beside, device, adapter=None):
         """models: {feature: network with a `predict`}; bases: {feature: nsd.components.Basis or None}; beside:
-        {feature: {name: array}}, its errors and statistics."""
+        {feature: {name: array}}, its errors and statistics; adapter: models.FeatureAdapter or None."""
         self.config, self.subj, self.n_voxels = config, config["subj"], config["n_voxels"]
         self.models, self.bases, self.beside, self.device = models, bases, beside, device
-        self.feats = list(models)
+        self.feats, self.adapter = list(models), adapter
 
     @classmethod
     def from_pretrained(cls, name, device="cpu"):
@@ -50,7 +52,8 @@ class BrainDecoder:
                 models[feat].weight = entry["weight"]
             if feat == "z" and not set(STATISTICS) <= beside[feat].keys():
                 raise utils.UserError(f"{export.folder}: has no statistics of z; export it again")
-        return cls(config, models, bases, beside, device)
+        adapter = export.adapter and restore_adapter(export.state(export.adapter["run"]), export.adapter["file"])
+        return cls(config, models, bases, beside, device, adapter)
 
     @torch.no_grad()
     def decode(self, responses, feats=None, batch_size=100):
@@ -75,13 +78,14 @@ class BrainDecoder:
                 found[feat] = restandardise(found[feat], *(self.beside[feat][name] for name in STATISTICS))
         return found
 
-    def draw(self, responses, pipeline, image_ids=None, clip_model=sources.CLIP_MODEL, **settings):
+    def draw(self, responses, pipeline, image_ids=None, clip_model=sources.CLIP_MODEL, use_adapter=False, **settings):
         """Draw a picture for each response (N, V): (N, H, W, 3) uint8.
 
         pipeline: of sampling.pipeline.load_pipeline. c is the condition, z (if it is decoded) where a path starts, and
         all decoded g_k guide as measurements with the errors that they had on validation images, as recon.py does by
         default. image_ids: N whole numbers that the noise is drawn from; None counts from 0. clip_model: the CLIP that
-        g_k comes from; None: nothing guides. settings: of sampling.drawing.Settings, such as num_inference_steps.
+        g_k comes from; None: nothing guides. use_adapter: Stable Diffusion attends to g_k, too. settings: of
+        sampling.drawing.Settings, such as num_inference_steps.
         Raises UserError for what does not fit the pipeline, and for pictures that are not finite.
         """
         from sampling.decoders import load_guidance_decoder
@@ -94,16 +98,19 @@ class BrainDecoder:
         settings = Settings(**{"precision": PRECISIONS.get(pipeline.unet.dtype, "fp32"), **settings})
         guided = clip_model is not None and settings.guidance_scale * settings.guidance_strength > 0
         layers = [feat for feat in self.feats if feat.startswith("g_") and guided]
-        decoded = self.decode(responses, [feat for feat in self.feats if feat in ("c", "z", *layers)])
+        looks = self._attached(pipeline, device) if use_adapter else []
+        decoded = self.decode(responses, [feat for feat in self.feats if feat in ("c", "z", *layers, *looks)])
         guides, decoder = [], None
         if layers:
-            guides = [self._measurements({feat: decoded.pop(feat) for feat in layers}, clip_model, device)]
+            guides = [self._measurements({feat: decoded[feat] for feat in layers}, clip_model, device)]
             if settings.guidance_decoder not in ("full", "half"):
                 require_model(settings.guidance_decoder, "guidance_decoder",
                               sources.how_to_fetch(settings.guidance_decoder) or "full or half")
             decoder = load_guidance_decoder(settings.guidance_decoder, pipeline)
         image_ids = np.arange(len(decoded["c"])) if image_ids is None else np.asarray(image_ids)
-        sampler = Sampler(pipeline, decoded, image_ids, guides, decoder, settings, device)
+        scores = {feat: rows for feat, rows in decoded.items() if feat in ("c", "z", *looks)}
+        sampler = Sampler(pipeline, scores, image_ids, guides, decoder, settings, device,
+                          self.adapter if use_adapter else None)
         jobs = [(row, 0) for row in range(len(decoded["c"]))]
         sampler.check(jobs[0])
         pictures = torch.cat([images.cpu() for _, images, _ in batches(jobs, sampler)])
@@ -111,6 +118,15 @@ class BrainDecoder:
             raise utils.UserError(f"guidance_scale {settings.guidance_scale:g}: the sampler diverged (NaN), wanted "
                                   "finite pictures; lower the scale or load the pipeline in float32")
         return as_pixels(pictures)
+
+    def _attached(self, pipeline, device):
+        """Let the pipeline's UNet attend to the adapter's tokens; returns the features that these are made of."""
+        if self.adapter is None:
+            raise utils.UserError(f"BrainDecoder of {self.subj}: has no adapter; draw without (use_adapter=False), or "
+                                  "export it with one")
+        entry = self.config["adapter"]
+        attach(self.adapter, pipeline.unet, device, entry["run"], entry["state"]["config"].get("sd_model"))
+        return [f"g_{k}" for k in self.adapter.layers]
 
     def _measurements(self, scores, clip_model, device):
         """Decoded layers {g_k: (N, T, D)} as what guides: sampling.measurements.ClipMeasurements."""

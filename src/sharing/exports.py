@@ -9,7 +9,7 @@ import options
 import utils
 from disk.checkpoints import load_checkpoint
 from disk.files import archive_hash, file_hash, load_json
-from disk.names import runs_of
+from disk.names import run_name, runs_of
 from nsd.components import source_of
 from nsd.trials import split_trials
 from sharing.card import write_card
@@ -20,10 +20,11 @@ from training.stacking import FeatureOf, components_beside, r2_of_rows
 from training.trained import open_trained
 
 
-def export_runs(request, feats, folder, overwrite=False):
+def export_runs(request, feats, folder, overwrite=False, adapter_run=None):
     """Write the runs that a request means to a folder, with what decoding needs beside them; prints what it holds.
 
-    request: a scoring.Request, of the subject's own responses; feats: features, or None for all that there are runs of.
+    request: a scoring.Request, of the subject's own responses; feats: features, or None for all that there are runs of;
+    adapter_run: None for the subject's own, where it is there and of these features.
     Raises UserError for a run that is missing, unfinished or was trained on others than are there now.
     """
     check_place(folder, overwrite)
@@ -48,13 +49,17 @@ def export_runs(request, feats, folder, overwrite=False):
         for name in filter(None, (trained.run, features[feat]["ridge"])):
             if name not in runs:
                 runs[name], files[f"runs/{name}.safetensors"] = read_run(request.paths, name)
+    adapter, files_of_adapter = read_adapter(request, adapter_run, features)
+    if adapter:
+        files[adapter["file"]] = files_of_adapter
     config = {"subj": request.subj, "n_voxels": trained.test.betas.shape[1],
               "flags": {name: request.flags[name] for name in ("run", "hidden_dim", "num_sessions", "tag", "hold_out")},
-              "protocol": protocol_of(trained), "features": features, "runs": runs,
+              "protocol": protocol_of(trained), "features": features, "runs": runs, "adapter": adapter,
               "evaluations": evaluations_of(request, features), "commit": utils.git_commit()}
     write_export(folder, config, files, write_card(config), overwrite)
     n_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"{folder}: {', '.join(features)} of {request.subj} ({', '.join(runs)}), {utils.in_bytes(n_bytes)}; "
+    names = [*runs, *([adapter["run"]] if adapter else [])]
+    print(f"{folder}: {', '.join(features)} of {request.subj} ({', '.join(names)}), {utils.in_bytes(n_bytes)}; "
           "read its README.md before you share it")
 
 
@@ -93,12 +98,13 @@ def describe(source, feat):
             }, tensors
 
 
-def read_run(paths, name):
+def read_run(paths, name, checkpoint="last.pth"):
     """Return what config.json says of a run and its tensors, {name: tensor}; UserError for an unfinished one."""
-    file, tensors = paths.run(name) / "last.pth", {}
-    state = load_checkpoint(file)
-    if "optimizer" in state:
-        raise utils.UserError(f"{file}: is unfinished, epoch {state['epoch']} was its last; go on with its training "
+    file, tensors = paths.run(name) / checkpoint, {}
+    last, state = file.with_name("last.pth"), load_checkpoint(file)
+    latest = load_checkpoint(last) if last.exists() else state
+    if "optimizer" in latest:
+        raise utils.UserError(f"{last}: is unfinished, epoch {latest['epoch']} was its last; go on with its training "
                               "(--resume), then export it")
     state = take_apart({key: value for key, value in state.items() if key != "format"}, tensors)
     if json.loads(json.dumps(state)) != state:
@@ -107,6 +113,34 @@ def read_run(paths, name):
     commit = load_json(beside).get("git_commit") if beside.exists() else None
     return {"file": f"runs/{name}.safetensors", "checkpoint_hash": archive_hash(file), "commit": commit,
             "state": state}, tensors
+
+
+def read_adapter(request, run, feats):
+    """Return what config.json says of the adapter and its tensors; (None, {}) where there is none of these features.
+
+    run: None for the subject's own, which may be missing. UserError for one that was named and cannot be exported.
+    """
+    name = run or run_name("scratch", request.subj, "adapter", None)
+    file = request.paths.run(name) / "best.pth"
+    if run is None and (request.hold_out or not file.exists()):
+        return None, {}
+    if request.hold_out:
+        raise utils.UserError(f"--adapter_run {name} with --hold_out {request.hold_out}: the adapter was trained on "
+                              "the images that were held out; leave one of them out")
+    utils.require(file, f"--adapter_run: the adapter {name}",
+                  "train it (STAGES=adapter bash scripts/train.sh), or leave the flag out")
+    found = load_checkpoint(file)["model_args"]
+    if found["kind"] != "adapter":
+        raise utils.UserError(f"--adapter_run {name}: holds no adapter but a {found['kind']}, wanted a run of "
+                              "train_adapter.py (adapter_...)")
+    missing = [f"g_{k}" for k in found["layers"] if f"g_{k}" not in feats]
+    if missing and run is None:
+        return None, {}
+    if missing:
+        raise utils.UserError(f"--adapter_run {name}: takes {', '.join(missing)}, which is not exported; export it, "
+                              "too (--feats), or leave the adapter out")
+    entry, tensors = read_run(request.paths, name, "best.pth")
+    return {"run": name, **entry}, tensors
 
 
 def protocol_of(trained):

@@ -2,7 +2,7 @@
 
     config.json                  what is inside, and the SHA-256 of the files below
     README.md                    the model card, for people: it may be edited
-    runs/<run>.safetensors       tensors of a run's checkpoint
+    runs/<run>.safetensors       tensors of a run's checkpoint, and of the adapter's
     features/<feat>.safetensors  mean (F,), basis (K, F) and variances (K,) of its components; errors (K + 1,) of the
                                  predicted coefficients on validation images; of z also the statistics that it is
                                  brought to (training.latent_statistics), each (4, h, w)
@@ -53,9 +53,14 @@ class Export:
             raise UserError(f"{self.folder / file}: not a readable safetensors file ({error}); fetch the export "
                             "again") from None
 
+    @property
+    def adapter(self):
+        """What config.json says of the adapter, None where there is none."""
+        return self.config.get("adapter")
+
     def state(self, run):
-        """Return what the checkpoint of a run held."""
-        entry = self.config["runs"][run]
+        """Return what the checkpoint of a run held, or that of the adapter."""
+        entry = self.config["runs"].get(run) or self.adapter
         file, tensors = self.folder / entry["file"], self.tensors(entry["file"])
         state = put_together(entry["state"], tensors)
         if tensors:
@@ -266,7 +271,12 @@ def check_config(config):
     require(isinstance(flags["hidden_dim"], int), "a width")
     require(isinstance(flags["num_sessions"], int), "a number of sessions")
     require(config["runs"] and config["features"], "a run and a feature")
-    for run, entry in config["runs"].items():
+    adapter = config.get("adapter")
+    if adapter is not None:
+        known = adapter["state"]["model_args"]
+        require(known["kind"] == "adapter" and adapter["run"] not in config["runs"], "an adapter")
+        require(all(f"g_{int(k)}" in config["features"] for k in known["layers"]), "the features of the adapter")
+    for run, entry in (config["runs"] | ({adapter["run"]: adapter} if adapter is not None else {})).items():
         require(re.fullmatch(r"\w[\w.=-]*", run), f"names of runs, found {run!r}")
         require(entry["file"] in files, f"a file of the run {run}")
         require(entry["commit"] is None or isinstance(entry["commit"], str), f"a commit of {run}")

@@ -9,6 +9,7 @@ from disk.hints import how_to_score
 from models import restore
 from nsd.components import open_components
 from nsd.rows import open_betas, sample_hash
+from sampling.adapter import restore_adapter
 from sharing.folder import open_export, take_apart
 
 
@@ -20,31 +21,41 @@ def import_runs(paths, name, overwrite=False):
     UserError for what does not fit, or is there and another (without overwrite).
     """
     export = open_export(name)
-    states = {run: export.state(run) for run in export.config["runs"]}
+    entries = dict(export.config["runs"])
+    states = {run: export.state(run) for run in entries}
     for run, state in states.items():
-        restore(state, export.folder / export.config["runs"][run]["file"])  # all weights are there, and fit
+        restore(state, export.folder / entries[run]["file"])  # all weights are there, and fit
+    if export.adapter:
+        run = export.adapter["run"]
+        entries[run], states[run] = export.adapter, export.state(run)
+        restore_adapter(states[run], export.folder / export.adapter["file"])
     check_root(paths, export)
     files, kept = {}, []
     for run, state in states.items():
-        file = paths.run(run) / "last.pth"
+        file = paths.run(run) / checkpoint_of(state)
         if file.exists() and not overwrite:
             if not same(load_checkpoint(file), state):
                 raise utils.UserError(f"{paths.run(run)}: is another run of the same name; --overwrite replaces it, or "
                                       "move it away")
             kept.append(run)
             continue
-        commit = export.config["runs"][run]["commit"]
+        commit = entries[run]["commit"]
         files[file] = write_checkpoint(state, file)
         files[file.parent / "config.json"] = write_json(state["config"] | ({"git_commit": commit} if commit else {}))
     save_together(files)
     for run in states.keys() - kept:  # of another run, which was overwritten
-        for name in ("best.pth", "metrics.jsonl"):
+        for name in {"last.pth", "best.pth", "metrics.jsonl"} - {checkpoint_of(states[run])}:
             (paths.run(run) / name).unlink(missing_ok=True)
     for run in states:
         print(f"{paths.run(run)}: {'is there already, kept' if run in kept else 'imported'}")
     flags = {"head": None, "test_split": "new_test", "repeats": "mean", "control": None, **export.config["flags"],
              "subj": export.config["subj"]}
     print(f"next: {how_to_score(paths, flags, next(iter(export.config['features'])))}")
+
+
+def checkpoint_of(state):
+    """The name of the checkpoint that is used of a run: its best epoch of an adapter, its last of a decoder."""
+    return "best.pth" if state["model_args"]["kind"] == "adapter" else "last.pth"
 
 
 def check_root(paths, export):
