@@ -61,6 +61,7 @@ MEASURES = {"pixcorr": "PixCorr", "ssim": "SSIM", "clip_two_way": "CLIP two-way"
 ATTRIBUTES = {"captioned": ("setting", "kind", "colour", "place"), "uncaptioned": ("size", "pattern", "light")}
 BEST_OF = (2, 3, 4)
 SHUFFLED, GUIDED_BEST = "other images' responses", f"kappa {DEFAULT:g}, best of"  # titles of rows
+EVERY_STEP = f"kappa {DEFAULT:g} in every guided step"
 JUDGE_SIDE = 64  # pixels
 
 
@@ -79,6 +80,7 @@ def get_parser():
     parser.add_argument("--guidance_rule", choices=options.RULES, default="posterior")
     parser.add_argument("--guidance_scale", type=float, default=30.0, metavar="X")
     parser.add_argument("--guidance_strength", type=float, default=0.8, metavar="FRACTION")
+    parser.add_argument("--use_adapter", action="store_true", help="as in recon.py, in every setting")
     parser.add_argument("--test_split", choices=["val", "new_test"], default="val", help="which images")
     parser.add_argument("--judge_epochs", type=options.whole, default=40, metavar="N")
     parser.add_argument("--only_judge", action="store_true", help="train the judge and stop")
@@ -191,6 +193,7 @@ def main(argv=None):
         for kappa in KAPPAS:
             num_samples = max(BEST_OF) if (roi, kappa) == ("all", DEFAULT) else 1
             settings[roi, kappa] = draw(f"{roi}_{kappa:g}", gnet_roi=roi, gnet_kappa=kappa, num_samples=num_samples)
+    settings[EVERY_STEP] = draw("every_step", gnet_roi="all", gnet_kappa=DEFAULT, gnet_from=0)
     settings[SHUFFLED] = draw("shuffled", gnet_roi="all", target_fmri_npy=shuffled_target(paths, args))
     settings["untrained GNet"] = draw("untrained", gnet_roi="all", gnet_run=untrained(paths, guide))
     settings[f"best of {max(BEST_OF)} by g"] = draw("best_by_g", num_samples=max(BEST_OF), extra=["--select", "g"])
@@ -217,6 +220,7 @@ def draw_setting(args, paths, guide, name, root=None, extra=(), **gnet):
              "strength", "guidance_rule", "guidance_scale", "guidance_strength", "guidance_decoder", "test_split"]
     given += ["tag"] * bool(args.tag)
     words = [word for flag in given for word in (f"--{flag}", str(getattr(args, flag)))]
+    words += ["--use_adapter"] * args.use_adapter
     num_samples = gnet.pop("num_samples", 1)
     if gnet:
         gnet = {"gnet_run": guide.run, **gnet}
@@ -394,7 +398,8 @@ def report(tables, settings, same, sharp, seconds, guide, judge, paths, args):
         f"Written by `gnet_guidance.py`: {n} {kind} images of {args.subj}, one picture each, "
         f"{args.num_inference_steps} steps, z from {args.strength:g},",
         f"`--guidance_rule {args.guidance_rule} --guidance_scale {args.guidance_scale:g} --guidance_strength "
-        f"{args.guidance_strength:g}`. r: weighted correlation across a region's voxels with the",
+        f"{args.guidance_strength:g}{' --use_adapter' if args.use_adapter else ''}`. r: weighted correlation across a "
+        "region's voxels with the",
         "measured response; `all`: the mean of V1, V2, V3, V4 and higher. In brackets: 95 % interval over images, "
         "differences paired, against kappa 0.",
         f"Median validation r of voxels, GNet / judge: {quality}.", "",
@@ -424,10 +429,12 @@ def report(tables, settings, same, sharp, seconds, guide, judge, paths, args):
         relative = [100 * value / base[name].mean() for value in difference(table, base, name)]
         lines.append(f"| {title} at the default (`all`, kappa {DEFAULT:g}), % of CLIP alone's | {relative[0]:+.2f} "
                      f"({relative[1]:+.2f} .. {relative[2]:+.2f}) |")
+    compared = ["guide all", "judge all", *(name for name in measures if name != "clip_two_way")]
+    said = "; ".join(["r of GNet", "judge", *(measures[name] for name in compared[2:])])
+    lines.append(f"| {EVERY_STEP} minus in the later ones: {said} | "
+                 + "; ".join(shown(tables[EVERY_STEP], name, default) for name in compared) + " |")
     lines.append(f"| seconds for 16 pictures, CLIP alone; with GNet; ratio (this small Stable Diffusion, CPU) | "
                  f"{seconds['clip']:.1f}; {seconds['all']:.1f}; {ratio:.2f} |")
-    compared = [name for name in ("guide all", "judge all", "pixcorr", "uncaptioned") if name in base]
-    said = "; ".join(["r of GNet", "judge", *(measures[name] for name in compared[2:])])
     for k in (*BEST_OF, f"{max(BEST_OF)} by g"):
         lines.append(f"| kappa {DEFAULT:g} minus best of {k}: {said} | "
                      + "; ".join(shown(default, name, tables[f"best of {k}"]) for name in compared) + " |")
