@@ -25,9 +25,19 @@ from torch.utils.flop_counter import FlopCounterMode
 import options
 import recon
 import sampler_costs
+import train_adapter
 import utils
-from bench_recon import random_sd14
-from models import BrainModel, Decoder, LatentModel, RidgeDecoder, freeze_trunk
+from bench_recon import LAYERS, random_sd14
+from models import (
+    AdaptedUNet,
+    BrainModel,
+    Decoder,
+    FeatureAdapter,
+    LatentModel,
+    RidgeDecoder,
+    cross_attentions,
+    freeze_trunk,
+)
 from nsd import sources
 from training.objectives import draw_prior
 from training.ridge import RIDGE_ALPHAS, decompose, solve
@@ -56,6 +66,7 @@ def main(argv=None):
         for model in DEFAULTS:
             table.add(f"train {model}: all", sum(table.add(name, flops) for name, flops in training(model)))
         table.add("train ridge: subject 1, c, z and six g", sum(ridge_flops(n) for n in (1, 1, 6)))
+        table.add(*adapting())
     for name, flops in drawing():
         table.add(name, flops)
 
@@ -151,6 +162,16 @@ def training(model):
                     for subj, n in trials.items())
         name = f"train {model}, {stage} {run}: {sum(trials.values()):,.0f} trials, {epochs} epochs"
         yield name, epochs * flops
+
+
+def adapting():
+    """Forward and backward passes of all epochs of an adapter, the frozen UNet's among them."""
+    unet = random_sd14(torch.device("meta"), torch.float32)[0].unet
+    net = AdaptedUNet(unet, FeatureAdapter(LAYERS, *FEATURES["g_2"], FEATURES["c"][1], cross_attentions(unet)))
+    n, epochs = (N_IMAGES - N_TEST) * (1 - options.VAL_FRACTION), train_adapter.get_parser().parse_args([]).num_epochs
+    inputs = (torch.empty(1, *FEATURES["z"]), torch.zeros(1), torch.empty(1, *FEATURES["c"]),
+              {k: torch.empty(1, *FEATURES["g_2"]) for k in LAYERS})
+    return f"train adapter: {n:,.0f} images, {epochs} epochs", epochs * n * flops_of(lambda: [net(*inputs)], True)
 
 
 def outputs(net, subj, run):
