@@ -32,8 +32,8 @@ stage() {
 train() { env FEATS="$1" STAGES="$2" bash "$scripts/train.sh"; }
 recon() { bash "$scripts/recon.sh" "$@"; }
 features() {
-    local JOBS=2 # z takes as long as the other two
-    for feat in z g c; do beside env FEATS=$feat bash "$scripts/features.sh"; done
+    beside env FEATS=z bash "$scripts/features.sh" # takes as long as the other two
+    beside env FEATS="g c" bash "$scripts/features.sh"
     finish
 }
 pretrain() {
