@@ -513,28 +513,33 @@ def told_by_clip(folder, scenes, images):
 
 
 @torch.no_grad()
-def write_card(args, n=400):
-    """Measure the exported models on held-out scenes and write the numbers into the models' README.md."""
-    scenes, images = draw_scenes(args, n, HELD_OUT_SEED)
+def write_card(args, n=400, n_judged=4000):
+    """Measure the exported models on held-out scenes and write the numbers into the models' README.md.
+
+    n_judged: scenes on which the judge is measured, half of which have a second object; of the first n the rest is.
+    """
+    scenes, images = draw_scenes(args, n_judged, HELD_OUT_SEED)
     rng = np.random.default_rng(HELD_OUT_SEED)
     pipe = StableDiffusionPipeline.from_pretrained(args.outdir / "sd", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(desc="text to image", leave=False)
+    truths, weights = [scene.attributes for scene in scenes], args.outdir / "judge.safetensors"
     truth = to_tensor(images)
-    decoded = pipe.vae.decode(pipe.vae.encode(truth * 2 - 1).latent_dist.mean).sample.add(1).div(2).clamp(0, 1)
+    latents = [pipe.vae.encode(part * 2 - 1).latent_dist.mean for part in truth.split(50)]
+    decoded = torch.cat([pipe.vae.decode(part).sample.add(1).div(2).clamp(0, 1) for part in latents])
     psnr = -10 * torch.log10(((decoded - truth) ** 2).mean((1, 2, 3))).mean().item()
+    rows = [judge.judge_images(pictures, truths, weights) for pictures in (truth, decoded)]
+    scenes, images, truth, truths = scenes[:n], images[:n], truth[:n], truths[:n]
     prompts = [caption(scene, rng) for scene in scenes]
     samples = np.concatenate([
         pipe(prompts[i:i + 50], height=SIZE, width=SIZE, num_inference_steps=25, guidance_scale=5,
              generator=torch.Generator().manual_seed(i), output_type="np").images for i in range(0, n, 50)])
-    truths, weights = [scene.attributes for scene in scenes], args.outdir / "judge.safetensors"
-    rows = [judge.judge_images(pictures, truths, weights)
-            for pictures in (truth, decoded, torch.from_numpy(samples).permute(0, 3, 1, 2).float())]
-    rows += [judge.chance(truths), told_by_clip(args.outdir / "clip", scenes, images)]
+    rows += [judge.judge_images(torch.from_numpy(samples).permute(0, 3, 1, 2).float(), truths, weights),
+             judge.chance(truths), told_by_clip(args.outdir / "clip", scenes, images)]
     size = sum(f.stat().st_size for f in args.outdir.rglob("*") if f.is_file()) / 1e6
     lines = [
         "# The demo's tiny models", "",
         "Made by `python demo/train_tiny_models.py` (scenes that are not in mini-NSD; see its docstring), measured by",
-        f"`python demo/train_tiny_models.py --stage card` on {n} held-out scenes.", "",
+        f"`python demo/train_tiny_models.py --stage card` on {n} held-out scenes, the judge on {n_judged:,}.", "",
         f"- VAE reconstruction PSNR: {psnr:.1f} dB (wanted: 27)",
         f"- size of this folder: {size:.1f} MB (fp16)", "",
         "| found by the judge | renders | after the VAE | samples of captions | another scene | told by the CLIP |",
