@@ -17,6 +17,7 @@ import utils
 from nsd import sources
 from sampling import folders
 from sampling.decoders import decoded_at_once, gradient_cosine
+from sampling.guidance import speaking
 
 COMPARED = 4  # pictures on which a cheaper decoder's gradient is compared with the full one's
 WRITERS = 4  # threads that write pictures while the next ones are drawn
@@ -165,11 +166,15 @@ class Sampler:
         name, cosines = self.settings.guidance_decoder, []
         if not self.guides or name == "full":
             return
+        from sampling.pipeline import guided_steps
+
         try:
             for job in jobs:
                 condition, start, guidance = self.inputs_of([job])
                 latents, timesteps = self.pipe.start(**start)
                 if len(timesteps):
+                    n_guided = guided_steps(self.settings.guidance_strength, len(timesteps))
+                    guidance["terms"] = speaking(guidance["terms"], 0, n_guided)
                     cosines.append(gradient_cosine(self.pipe, condition, (latents, timesteps), self.settings.cfg_scale,
                                                    **guidance))
         except torch.OutOfMemoryError:
