@@ -41,7 +41,7 @@ from encoding.encoder import Encoder, load_encoder
 from encoding.guide import ALL, good_voxels, weighted_correlation
 from evaluation.metrics import pixcorr, resize, ssim
 from evaluation.picture_sets import SIDE
-from guidance_choice import read_table, truths_in
+from guidance_choice import read_table, truths_in, with_means
 from models import GNet, gnet_input
 from nsd.regions import roi_masks
 from nsd.repeats import load_test_set, noise_ceiling, responses_to
@@ -58,7 +58,6 @@ KAPPAS = (0.03, 0.1, 0.3, 1.0)
 DEFAULT = 0.1  # kappa
 MEASURES = {"pixcorr": "PixCorr", "ssim": "SSIM", "clip_two_way": "CLIP two-way", "captioned": "captioned attributes",
             "uncaptioned": "uncaptioned attributes"}
-ATTRIBUTES = {"captioned": ("setting", "kind", "colour", "place"), "uncaptioned": ("size", "pattern", "light")}
 BEST_OF = (2, 3, 4)
 SHUFFLED, GUIDED_BEST = "other images' responses", f"kappa {DEFAULT:g}, best of"  # titles of rows
 EVERY_STEP = f"kappa {DEFAULT:g} in every guided step"
@@ -313,9 +312,7 @@ def measure_set(args, paths, guide, judge, folder, sample=0):
     else:  # the protocol takes the mean of samples; here it is one of them
         outdir = one_sample(folder, sample, ids)
     evaluate.main(["--root", args.root, "--images", str(outdir), "--eval_clip", args.clip_model, "--no-controls"])
-    table = read_table(outdir, truths_in(paths))
-    table |= {name: np.mean([table[part] for part in parts], axis=0) for name, parts in ATTRIBUTES.items()
-              if parts[0] in table}
+    table = with_means(read_table(outdir, truths_in(paths)))
     found |= {name: np.array(table[name], float) for name in MEASURES if name in table}
     np.savez(file, **found)
     return found

@@ -77,8 +77,7 @@ KNOBS = {"use_adapter": "adapter", "cfg_scale": "CFG", "solver": "solver", "num_
          "guidance_repeats": "repeats", "guidance_draws": "draws"}
 NUMBERS = {"pixcorr": "PixCorr", "ssim": "SSIM", "sharpness": "sharpness",
            "brain_correlation_nsd_general": "r under GNet"}  # all others are rates
-MEANS = {"size_pattern_light": "what no caption says: size, pattern, light",
-         "setting_kind_colour_place": "what captions can say: setting, kind, colour, place"}
+CAPTIONED = {"captioned": ("setting", "kind", "colour", "place"), "uncaptioned": ("size", "pattern", "light")}
 MEASURES = {**{name: name for name in ATTRIBUTES}, "clip_two_way": "CLIP two-way", **NUMBERS}
 
 
@@ -181,7 +180,9 @@ def as_gains(settings, tables):
     lines = []
     for first in range(0, len(settings), len(ADDED)):
         path, block = settings[first], [with_means(table) for table in tables[first:first + len(ADDED)]]
-        shown = {name: title for name, title in {**MEASURES, **MEANS}.items() if all(name in table for table in block)}
+        titles = {**MEASURES, "uncaptioned": f"what no caption says: {', '.join(CAPTIONED['uncaptioned'])}",
+                  "captioned": f"what captions can say: {', '.join(CAPTIONED['captioned'])}"}
+        shown = {name: title for name, title in titles.items() if all(name in table for table in block)}
         lines += ["", f"| {path['num_inference_steps']} steps, z from {path['strength']:g} | {' | '.join(ADDED)} |",
                   "| --- " * (1 + len(ADDED)) + "|"]
         for name, title in shown.items():
@@ -195,9 +196,9 @@ def as_gains(settings, tables):
 
 
 def with_means(table):
-    """A table as of read_table, with the means of several attributes (MEANS) where it has attributes."""
-    return {**table, **{name: np.mean([table[part] for part in name.split("_")], axis=0) for name in MEANS
-                        if name.split("_")[0] in table}}
+    """A table as of read_table, with the means of attributes that captions can say, and never say (CAPTIONED)."""
+    return table | {name: np.mean([table[part] for part in parts], axis=0) for name, parts in CAPTIONED.items()
+                    if parts[0] in table}
 
 
 def gain_of(name, table, plain):

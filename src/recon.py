@@ -275,21 +275,9 @@ def adapter_file(paths, args):
 
 def adapted_layers(paths, args):
     """The g_k that the adapter takes, as names of features."""
-    from disk.checkpoints import load_checkpoint
+    from sampling.adapter import layers_of  # loads what trains, which others do without
 
-    found = load_checkpoint(adapter_file(paths, args))["model_args"]
-    if found["kind"] != "adapter":
-        raise utils.UserError(f"--adapter_run {args.adapter_run}: holds no adapter but a {found['kind']}, wanted a run "
-                              "of train_adapter.py (adapter_...)")
-    return [f"g_{k}" for k in found["layers"]]
-
-
-def check_adapter(adapter, scores, run):
-    """Raise UserError unless the scores of its layers are of the shape that an adapter was trained on."""
-    for k in adapter.layers:
-        if scores[f"g_{k}"].shape[1:] != adapter.shape:
-            raise utils.UserError(f"scores of g_{k}: rows of shape {scores[f'g_{k}'].shape[1:]}, the adapter {run} "
-                                  f"takes {adapter.shape}; use the CLIP that it was trained with, or train it again")
+    return layers_of(adapter_file(paths, args), args.adapter_run)
 
 
 def error_files(paths, args, feats):
@@ -314,7 +302,7 @@ def load_sampler(args, paths, scores, image_ids, team):
     find_model(args.sd_model, paths, "--sd_model", sources.how_to_fetch(args.sd_model), "model_index.json")
     if args.feats:
         find_clip(args, paths)
-    from sampling.adapter import load_adapter
+    from sampling.adapter import check_scores, load_adapter
     from sampling.decoders import load_guidance_decoder
     from sampling.drawing import Sampler, Settings
     from sampling.pipeline import load_pipeline  # takes seconds
@@ -326,7 +314,7 @@ def load_sampler(args, paths, scores, image_ids, team):
     adapter = None
     if args.use_adapter:
         adapter = load_adapter(adapter_file(paths, args), pipe.unet, team.device)
-        check_adapter(adapter, scores, args.adapter_run)
+        check_scores(adapter, scores, args.adapter_run)
     pipe.set_progress_bar_config(desc="steps", leave=False, disable=not team.is_main)
     guided = args.feats or args.use_gnet
     if guided and args.guidance_decoder not in ("full", "half"):

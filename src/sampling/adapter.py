@@ -173,6 +173,23 @@ def decodings_of(plan, components, device):
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 
+def layers_of(file, run):
+    """The g_k that the adapter in a checkpoint takes, as names of features; UserError, naming the run, for none."""
+    found = load_checkpoint(file)["model_args"]
+    if found["kind"] != "adapter":
+        raise utils.UserError(f"--adapter_run {run}: holds no adapter but a {found['kind']}, wanted a run of "
+                              "train_adapter.py (adapter_...)")
+    return [f"g_{k}" for k in found["layers"]]
+
+
+def check_scores(adapter, scores, run):
+    """Raise UserError unless the scores {g_k: (N, ...)} of its layers are of the shape that an adapter takes."""
+    for k in adapter.layers:
+        if scores[f"g_{k}"].shape[1:] != adapter.shape:
+            raise utils.UserError(f"scores of g_{k}: rows of shape {scores[f'g_{k}'].shape[1:]}, the adapter {run} "
+                                  f"takes {adapter.shape}; use the CLIP that it was trained with, or train it again")
+
+
 def load_adapter(file, unet, device):
     """The adapter of a checkpoint, to whose tokens `unet` attends; UserError where it is not of such a UNet."""
     state = load_checkpoint(file)

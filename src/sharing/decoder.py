@@ -7,7 +7,7 @@ import utils
 from disk.hub import require_model
 from models import restore
 from nsd import sources
-from sampling.adapter import attach, restore_adapter
+from sampling.adapter import attach, check_scores, restore_adapter
 from sharing.folder import STATISTICS, open_export
 from training.latent_statistics import restandardise
 from training.stacking import FeatureOf
@@ -100,6 +100,8 @@ class BrainDecoder:
         layers = [feat for feat in self.feats if feat.startswith("g_") and guided]
         looks = self._attached(pipeline, device) if use_adapter else []
         decoded = self.decode(responses, [feat for feat in self.feats if feat in ("c", "z", *layers, *looks)])
+        if use_adapter:
+            check_scores(self.adapter, decoded, self.config["adapter"]["run"])
         guides, decoder = [], None
         if layers:
             guides = [self._measurements({feat: decoded[feat] for feat in layers}, clip_model, device)]

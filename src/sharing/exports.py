@@ -12,6 +12,7 @@ from disk.files import archive_hash, file_hash, load_json
 from disk.names import run_name, runs_of
 from nsd.components import source_of
 from nsd.trials import split_trials
+from sampling.adapter import layers_of
 from sharing.card import write_card
 from sharing.folder import STATISTICS, check_place, take_apart, write_export
 from training.latent_statistics import restandardise, training_statistics
@@ -102,7 +103,7 @@ def read_run(paths, name, checkpoint="last.pth"):
     """Return what config.json says of a run and its tensors, {name: tensor}; UserError for an unfinished one."""
     file, tensors = paths.run(name) / checkpoint, {}
     last, state = file.with_name("last.pth"), load_checkpoint(file)
-    latest = load_checkpoint(last) if last.exists() else state
+    latest = load_checkpoint(last) if last != file and last.exists() else state
     if "optimizer" in latest:
         raise utils.UserError(f"{last}: is unfinished, epoch {latest['epoch']} was its last; go on with its training "
                               "(--resume), then export it")
@@ -129,11 +130,7 @@ def read_adapter(request, run, feats):
                               "the images that were held out; leave one of them out")
     utils.require(file, f"--adapter_run: the adapter {name}",
                   "train it (STAGES=adapter bash scripts/train.sh), or leave the flag out")
-    found = load_checkpoint(file)["model_args"]
-    if found["kind"] != "adapter":
-        raise utils.UserError(f"--adapter_run {name}: holds no adapter but a {found['kind']}, wanted a run of "
-                              "train_adapter.py (adapter_...)")
-    missing = [f"g_{k}" for k in found["layers"] if f"g_{k}" not in feats]
+    missing = [feat for feat in layers_of(file, name) if feat not in feats]
     if missing and run is None:
         return None, {}
     if missing:

@@ -58,9 +58,14 @@ class Export:
         """What config.json says of the adapter, None where there is none."""
         return self.config.get("adapter")
 
+    @property
+    def entries(self):
+        """What config.json says of every run, the adapter among them."""
+        return entries_of(self.config)
+
     def state(self, run):
         """Return what the checkpoint of a run held, or that of the adapter."""
-        entry = self.config["runs"].get(run) or self.adapter
+        entry = self.entries[run]
         file, tensors = self.folder / entry["file"], self.tensors(entry["file"])
         state = put_together(entry["state"], tensors)
         if tensors:
@@ -252,6 +257,12 @@ def safe(folder, name):
     return name
 
 
+def entries_of(config):
+    """What config.json says of every run, {run: entry}, the adapter among them."""
+    adapter = config.get("adapter")
+    return config["runs"] | ({adapter["run"]: adapter} if adapter is not None else {})
+
+
 def check_config(config):
     """Raise an error of Python's unless config.json has what readers use."""
     def require(found, wanted):
@@ -276,7 +287,7 @@ def check_config(config):
         known = adapter["state"]["model_args"]
         require(known["kind"] == "adapter" and adapter["run"] not in config["runs"], "an adapter")
         require(all(f"g_{int(k)}" in config["features"] for k in known["layers"]), "the features of the adapter")
-    for run, entry in (config["runs"] | ({adapter["run"]: adapter} if adapter is not None else {})).items():
+    for run, entry in entries_of(config).items():
         require(re.fullmatch(r"\w[\w.=-]*", run), f"names of runs, found {run!r}")
         require(entry["file"] in files, f"a file of the run {run}")
         require(entry["commit"] is None or isinstance(entry["commit"], str), f"a commit of {run}")

@@ -21,14 +21,10 @@ def import_runs(paths, name, overwrite=False):
     UserError for what does not fit, or is there and another (without overwrite).
     """
     export = open_export(name)
-    entries = dict(export.config["runs"])
+    entries = export.entries
     states = {run: export.state(run) for run in entries}
-    for run, state in states.items():
-        restore(state, export.folder / entries[run]["file"])  # all weights are there, and fit
-    if export.adapter:
-        run = export.adapter["run"]
-        entries[run], states[run] = export.adapter, export.state(run)
-        restore_adapter(states[run], export.folder / export.adapter["file"])
+    for run, state in states.items():  # all weights are there, and fit
+        (restore_adapter if is_adapter(state) else restore)(state, export.folder / entries[run]["file"])
     check_root(paths, export)
     files, kept = {}, []
     for run, state in states.items():
@@ -53,9 +49,14 @@ def import_runs(paths, name, overwrite=False):
     print(f"next: {how_to_score(paths, flags, next(iter(export.config['features'])))}")
 
 
+def is_adapter(state):
+    """Say whether a run's state is that of an adapter."""
+    return state["model_args"]["kind"] == "adapter"
+
+
 def checkpoint_of(state):
     """The name of the checkpoint that is used of a run: its best epoch of an adapter, its last of a decoder."""
-    return "best.pth" if state["model_args"]["kind"] == "adapter" else "last.pth"
+    return "best.pth" if is_adapter(state) else "last.pth"
 
 
 def check_root(paths, export):
