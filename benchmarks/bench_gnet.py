@@ -4,7 +4,7 @@
     python benchmarks/bench_gnet.py --sd_model random --images 1 --rounds 1          # SD 1.4's sizes
 
 Memory: peak of a training step (forward, backward, update) of --voxels voxels and --train_batch images, beyond what the
-weights, gradients and moments take, with voxels in chunks (models.VoxelReadout.CHUNK); of fewer images also without.
+weights, gradients and moments take (models.VoxelReadout.KEPT); of fewer images also with all pooled features kept.
 Time: the same pictures drawn under CLIP guidance alone and with GNet beside it, taking turns; all --voxels guide. Also
 the part of a single guided step.
 """
@@ -63,11 +63,11 @@ def print_memory(args, device):
     print(f"GNet of {args.voxels} voxels: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
           "peak memory of a training step beyond weights, gradients and moments:")
     step(2)  # makes the moments
-    chunk = VoxelReadout.CHUNK
-    for VoxelReadout.CHUNK, images in ((chunk, args.train_batch), (args.voxels, args.train_batch // 5)):
-        print(f"  {images:4} images, voxels in chunks of {VoxelReadout.CHUNK:6}: "
+    kept = VoxelReadout.KEPT
+    for VoxelReadout.KEPT, images in ((kept, args.train_batch), (sys.maxsize, args.train_batch // 5)):
+        print(f"  {images:4} images, pooled features {'all kept' if VoxelReadout.KEPT > kept else 'computed again'}: "
               f"{peak_of(lambda n=images: step(n), device) / 1e9:6.2f} GB", flush=True)
-    VoxelReadout.CHUNK = chunk
+    VoxelReadout.KEPT = kept
 
 
 def peak_of(call, device):

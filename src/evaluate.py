@@ -27,6 +27,7 @@ current folder, then from --root. Protocol, controls and how to read a report: d
 
 import argparse
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import options
 import utils
@@ -175,7 +176,10 @@ def evaluate(args, paths):
     made = seen if args.seen else PictureSet.of_folder(MADE, images)
     store = FeatureStore(paths.root / "outputs_all/.features", args.batch_size)
     scale = Scale(seen, networks, store, brain, args.seed)
-    measured = {made.label: scale.measure(made)}
+    with ThreadPoolExecutor(1) as beside:  # a VAE is loaded while networks look
+        undecoded = beside.submit(controls.without_decoder, seen, run, no_run, paths, args.retrieval_feat, store,
+                                  device) if args.controls and not args.seen else None
+        measured = {made.label: scale.measure(made)}
     found, explained = measured[made.label].results, {}
     if not args.seen:
         entries, reasons = retrieval(run, no_run, paths, args.retrieval_feat, args.seed)
@@ -186,9 +190,9 @@ def evaluate(args, paths):
 
     # what they are compared with: other folders, null controls, ceilings
     drawn, plain, absent = {}, {}, {}
-    if args.controls and not args.seen:
+    if undecoded:
         drawn, absent = controls.drawn(images, [other.folder for other in compared.values()])
-        plain, reasons = controls.without_decoder(seen, run, no_run, paths, args.retrieval_feat, store, device)
+        plain, reasons = undecoded.result()
         absent |= reasons
         if not any((other.config or {}).get("run") == "ridge" for other in compared.values()):
             absent["baseline: ridge"] = "score and draw it with --run ridge --method ridge, and --compare it"

@@ -491,8 +491,9 @@ class VoxelReadout(nn.Module):
     1307 parameters a voxel: fields of 25 x 25 and 13 x 13 (softmax over places), 512 weights, a bias.
     """
 
-    CHUNK = 1024  # voxels at a time: bounds the memory, (B, features, CHUNK) floats
-    CACHED = 256  # without a gradient: few enough to stay in a CPU's cache, which is faster
+    CHUNK = 512  # voxels at a time: (B, features, CHUNK) floats, which a CPU's cache nearly holds
+    CACHED = 256  # the same without a gradient
+    KEPT = 1 << 24  # pooled features, floats, that a gradient may keep; of more it computes them again
 
     def __init__(self, n_voxels, features=(256, 256), places=(625, 169)):
         super().__init__()
@@ -508,8 +509,9 @@ class VoxelReadout(nn.Module):
             chunks = [slice(start, start + size) for start in range(0, len(self.bias), size)]
         else:
             chunks = voxels.split(size)
+        n = len(self.bias if voxels is None else voxels)
         read = self._read
-        if len(chunks) > 1 and torch.is_grad_enabled():  # or the pooled features of every chunk would be kept
+        if torch.is_grad_enabled() and len(maps[0]) * self.weight.shape[1] * n > self.KEPT:
             read = partial(checkpoint, self._read, use_reentrant=False)
         return torch.cat([read(chunk, *maps) for chunk in chunks], dim=1)
 

@@ -139,7 +139,7 @@ def get_parser():
     options.add_precision(parser, "fp16 on a GPU")
     group.add_argument("--batch_size", type=whole_or_auto, default="auto", metavar="PICTURES|auto",
                        help="per batch on a GPU; auto: as many as fit, counted before anything is drawn (on a CPU "
-                            "always as many as make up 4096 latent pixels)")
+                            "always as many as make up 5120 latent pixels)")
     group.add_argument("--offload", action=argparse.BooleanOptionalAction, default=False,
                        help="keep networks in main memory between batches, and the text encoder after its one pass; a "
                             "guided step needs UNet and VAE together")

@@ -41,8 +41,8 @@ CASES = [  # script, what is broken, how, flags, words of the line: flag or file
     (evaluate, "disk full", full_disk("metrics.json"), [], ("metrics.json", "No space left", "make room")),
     (evaluate, "disk full at the report", full_disk("index.html"), [], ("index.html", "No space left", "make room")),
     (evaluate, "disk full at the sheet", full_disk("contact_sheet.png"), [], ("contact_sheet", "No space left")),
-    (evaluate, "disk full at the features", both(without("outputs_all/.features"), full_disk("pixels*.npy")),
-     [], ("pixels", "No space left", "make room")),
+    (evaluate, "disk full at the features", both(without("outputs_all/.features"), full_disk("*.npy")),
+     [], (".features", "No space left", "make room")),
     (convert_gnet, "disk full", both(without(BETAS), of_published(lambda p: None), full_disk("best.pth")),
      [], ("best.pth", "could not be written", "make room")),
 ]

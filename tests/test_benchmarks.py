@@ -149,7 +149,7 @@ def test_pictures_are_compared_at_one_sharpness():
 def test_bench_gnet_prints_its_ratios(capsys):
     bench_gnet.main([*SHORT, "--voxels", "30", "--train_batch", "5"])
     printed = capsys.readouterr().out
-    assert "voxels in chunks of   1024:" in printed and "a guided step: with GNet / CLIP alone = " in printed
+    assert "pooled features computed again:" in printed and "a guided step: with GNet / CLIP alone = " in printed
 
 
 @pytest.mark.parametrize("task", bench_allocator.TASKS)

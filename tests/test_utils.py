@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 
@@ -127,6 +128,33 @@ def test_scripts_keep_freed_memory():
                            env=os.environ | {"PYTHONPATH": str(utils.REPOSITORY / "src")})
     before, kept = map(int, shown.stdout.split())
     assert before < 4 and kept > 28
+
+
+def test_scripts_end_without_looking_for_cycles():
+    program = """if True:
+        import atexit
+        import gc
+        import utils
+
+        atexit.register(lambda: print(gc.get_freeze_count()))  # runs after what is registered later
+        utils.run_cli(lambda argv: print(gc.get_threshold()[0], gc.isenabled(), gc.get_freeze_count()))
+        """
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
+                           env=os.environ | {"PYTHONPATH": str(utils.REPOSITORY / "src")})
+    seldom, enabled, meanwhile, in_the_end = shown.stdout.split()
+    assert int(seldom) > 5000 and enabled == "True" and meanwhile == "0" and int(in_the_end) > 1000
+
+
+def test_seeds():
+    def drawn():
+        return random.random(), np.random.rand(), torch.rand(3).tolist()
+
+    utils.seed_everything(2**63 - 1)
+    ours = drawn()
+    random.seed(2**63 - 1)
+    np.random.seed(2**32 - 1)
+    torch.manual_seed(2**63 - 1)
+    assert ours == drawn()
 
 
 def test_flags(capsys):

@@ -72,5 +72,5 @@ def load_encoder(paths, subj, run, seed, device):
     model = restore(state, file)
     config = state["config"]  # the published network's says nothing of a split: ours is as good as any then
     held_out = (config.get("num_sessions"), config.get("val_fraction", options.VAL_FRACTION), config.get("seed", seed))
-    return Encoder(run, subj, model.requires_grad_(False).eval().to(device), state["val_r"][subj].numpy(), held_out,
-                   file)
+    model = model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+    return Encoder(run, subj, model, state["val_r"][subj].numpy(), held_out, file)

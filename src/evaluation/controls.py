@@ -175,9 +175,10 @@ def vae_round_trip(label, seen, sd_model, paths, store, device):
     from diffusers import AutoencoderKL
 
     try:
-        vae = AutoencoderKL.from_pretrained(paths.model(sd_model), subfolder="vae").to(device).eval()
+        vae = AutoencoderKL.from_pretrained(paths.model(sd_model), subfolder="vae").eval()
     except (OSError, ValueError) as error:
         raise utils.UserError(f"{sd_model}: its VAE could not be loaded ({str(error).splitlines()[0]})") from None
+    vae.to(device, memory_format=torch.channels_last)
     side = vae.config.sample_size
 
     @torch.inference_mode()

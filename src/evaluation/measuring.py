@@ -5,9 +5,11 @@ A metric's entry, as metrics.json holds it: {"value", "ci_low", "ci_high", "n"},
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 import utils
 from disk.files import file_hash
@@ -86,11 +88,16 @@ class Scale:
 
     def measure(self, pictures):
         """All metrics of a PictureSet of the same images, Measured."""
-        per_image = [self.pixels(pictures, k) | self.brain_correlation(pictures, k) for k in range(pictures.n_samples)]
+        samples = range(pictures.n_samples)
+        with ThreadPoolExecutor(1) as beside:  # pixels, while networks look: on a GPU, or while they read
+            pixels = [beside.submit(self.pixels, pictures, k) for k in samples]
+            brain = [self.brain_correlation(pictures, k) for k in samples]
+            preds = {name: [self.store.features(name, network, pictures, k) for k in samples]
+                     for name, network in self.networks.items()}
+        per_image = [pixels[k].result() | brain[k] for k in samples]
         per_image, tables = {name: np.mean([found[name] for found in per_image], axis=0) for name in per_image[0]}, {}
-        for name, network in self.networks.items():
-            preds = [self.store.features(name, network, pictures, k) for k in range(pictures.n_samples)]
-            compare_features(name, self.reals[name], preds, self.kinds, per_image, tables)
+        for name in self.networks:
+            compare_features(name, self.reals[name], preds[name], self.kinds, per_image, tables)
         return Measured(per_image, tables, self.seed)
 
     def pixels(self, pictures, sample):
@@ -100,7 +107,7 @@ class Scale:
             return metrics.pixcorr(*pair), metrics.ssim(*pair), metrics.sharpness(*pair)
 
         def make(file):
-            with ThreadPoolExecutor(os.cpu_count()) as threads:  # scikit-image's SSIM keeps one core busy
+            with one_core_each(), ThreadPoolExecutor(os.cpu_count()) as threads:
                 found = list(threads.map(measure, range(len(self.seen.image_ids))))
             with open(file, "wb") as stream:
                 np.save(stream, np.concatenate(found, axis=1))
@@ -139,6 +146,17 @@ class Scale:
                 value = float(a(np.arange(n)) - b(np.arange(n)))
                 found[name] = {"value": value, "ci_low": low, "ci_high": high, "n": n}
         return found
+
+
+@contextmanager
+def one_core_each():
+    """In threads that are started meanwhile PyTorch computes on one core, as scikit-image's SSIM does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Brain(NamedTuple):

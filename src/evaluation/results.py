@@ -51,7 +51,7 @@ def write_results(outdir, findings, config, sheet, folders):
         **({outdir / "parts.json": write_json(findings.parts)} if findings.parts else {}),
         outdir / "metrics.csv": write_csv(table_of(findings.measured)),
         outdir / "metrics_per_image.csv": write_csv(rows),
-        outdir / "contact_sheet.png": lambda path: sheet.save(path, format="PNG")})
+        outdir / "contact_sheet.png": lambda path: sheet.save(path, format="PNG", compress_level=3)})
 
 
 def table_of(measured):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import h5py
 import numpy as np
+import scipy.linalg
 import torch
 
 import utils
@@ -100,9 +101,11 @@ def read_block(rows, ids, device):
 
 def decompose(blocks, k, seed):
     """Take the exact way: eigenvectors of the covariance (F, F). Returns as follow does."""
-    covariance = sum((block.T @ block).double() for block in blocks) / len(blocks)
-    values, vectors = torch.linalg.eigh(covariance)  # ascending
-    return values.flip(0)[:k], vectors.flip(1).T[:k].contiguous(), float(covariance.trace())
+    covariance = sum((block.T @ block).double() for block in blocks).cpu().numpy() / len(blocks)
+    width = len(covariance)
+    values, vectors = scipy.linalg.eigh(covariance, subset_by_index=[width - k, width - 1])  # ascending
+    values, vectors = (torch.from_numpy(np.ascontiguousarray(x)) for x in (values[::-1], vectors[:, ::-1].T))
+    return values, vectors, float(covariance.trace())
 
 
 def follow(blocks, k, seed):
