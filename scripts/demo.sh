@@ -76,9 +76,9 @@ stage pretrain "training a decoder of each on seven brains, and a ridge to avera
 stage finetune "fine-tuning them on subject 1, about 20 seconds" train "c z g" finetune
 stage score "decoding 100 test images that no training saw; responses to other images; true features, about 10 seconds" score
 stage draw "drawing from c (the right things anywhere), + z (in the right place), + g (the right looks), + the response \
-itself; the two controls, about 140 seconds" draw
+itself; the two controls, about 2 minutes" draw
 
-stage evaluate "comparing all with what was seen, about 50 seconds" bash "$scripts/evaluate.sh" \
+stage evaluate "comparing all with what was seen, about 45 seconds" bash "$scripts/evaluate.sh" \
     --images "$full" --compare "c=$c" "c+z=$cz" "c+z+g+brain=$brain" "shuffled=$shuffled" "true=$true"
 run "$PYTHON" "$ROOT/summarise.py" --root "$ROOT" --evaluated "$full" --seconds "$ROOT/seconds" --sets "c=$c" "c+z=$cz" \
     "c+z+g=$full" "c+z+g+brain=$brain" "shuffled=$shuffled" "true=$true"
