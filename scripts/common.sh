@@ -27,7 +27,8 @@ near_miss() {
     [[ ! ${!1:-} =~ ^($3)([\ ,].*)?$ ]] || refuse "$1: no such knob; wanted $2"
 }
 for name in FEAT FEATURES; do near_miss $name FEATS "[czg]|g_?[0-9]+"; done
-near_miss STAGE STAGES "pretrain|synthetic|finetune|scratch|ridge|gnet|adapter"
+ALL_STAGES="pretrain synthetic finetune scratch ridge gnet adapter"
+near_miss STAGE STAGES "${ALL_STAGES// /|}"
 for name in SUB SUBJECT SUBJECTS; do near_miss $name SUBJ "(subj)?(0?[1-9]|[1-9][0-9])"; done
 near_miss JOB JOBS "[0-9]+"
 
@@ -58,9 +59,7 @@ wants() { [[ " ${FEATS[*]} " == *" $1 "* ]]; }
 read -ra STAGES <<<"${STAGES:-} "
 [[ ${#STAGES[@]} -gt 0 ]] || STAGES=(pretrain finetune)
 for word in "${STAGES[@]}"; do
-    case $word in pretrain | synthetic | finetune | scratch | ridge | gnet | adapter) ;; *)
-        refuse "STAGES: $word is not a stage; wanted pretrain, synthetic, finetune, scratch, ridge, gnet or adapter" ;;
-    esac
+    [[ " $ALL_STAGES " == *" $word "* ]] || refuse "STAGES: $word is not a stage; wanted ${ALL_STAGES// /, }"
 done
 
 [[ -n ${PYTHON:-} ]] || { [[ -x $REPO/.venv/bin/python ]] && PYTHON=$REPO/.venv/bin/python || PYTHON=python3; }

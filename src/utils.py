@@ -192,9 +192,10 @@ def seed_everything(seed):
 
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed writes down the stack for each kind of absent GPU
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # the same, but for the stack, which the other writes down for every kind of GPU that is not there
+        torch.default_generator.manual_seed(seed)
 
 
 def derive_seed(*parts):

@@ -10,7 +10,31 @@ from nsd.repeats import AveragedRows
 from nsd.rows import read_betas
 
 
-class EpochBatches(torch.utils.data.Dataset):
+class Epochs(torch.utils.data.Dataset):
+    """Epochs of equally many batches, and which of them it is. Item i is a whole batch, made by `batch(i)`."""
+
+    def __init__(self, n_batches):
+        self.n_batches = n_batches
+        self._epoch = torch.tensor(0).share_memory_()  # seen by persistent DataLoader workers too
+
+    def set_epoch(self, epoch):
+        """Choose the epoch; call it before iterating."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def epoch(self):
+        return self._epoch.item()
+
+    def __len__(self):
+        return self.n_batches
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.n_batches:
+            raise IndexError(index)
+        return self.batch(index)
+
+
+class EpochBatches(Epochs):
     """An epoch's batches: every trial once, no image twice in a batch, equal shares of the subjects.
 
     Item i is a whole batch, so use it with DataLoader(batch_size=None, shuffle=False):
@@ -53,20 +77,12 @@ class EpochBatches(torch.utils.data.Dataset):
         self.repeats = {subj: _repeats(ids) for subj, ids in self.image_ids.items()} if average else {}
         # enough for the shares, and one for each trial of the image that is repeated most often
         repeats = np.unique(np.concatenate(list(self.image_ids.values())), return_counts=True)[1].max()
-        self.n_batches = max(-(-max(map(len, tables.values())) // share), int(repeats))
-        self._epoch = torch.tensor(0).share_memory_()  # seen by persistent DataLoader workers too
+        super().__init__(max(-(-max(map(len, tables.values())) // share), int(repeats)))
         self._planned, self._plan = None, None
-
-    def set_epoch(self, epoch):
-        """Choose the epoch; call it before iterating."""
-        self._epoch.fill_(epoch)
-
-    def __len__(self):
-        return self.n_batches
 
     def plan(self):
         """Return this epoch's batches: {subject: list of n_batches index arrays into its trials}."""
-        epoch = self._epoch.item()
+        epoch = self.epoch
         if self._planned != epoch:
             rng = np.random.default_rng(utils.derive_seed(self.seed, epoch))
             used = defaultdict(set)  # image id -> the batches it is in, whoever saw it
@@ -74,9 +90,7 @@ class EpochBatches(torch.utils.data.Dataset):
             self._planned = epoch
         return self._plan
 
-    def __getitem__(self, index):
-        if not 0 <= index < self.n_batches:
-            raise IndexError(index)
+    def batch(self, index):
         chosen = {subj: batches[index] for subj, batches in self.plan().items()}
         image_ids = np.concatenate([self.image_ids[subj][trials] for subj, trials in chosen.items()])
         parts = self._own_parts(chosen)
@@ -98,7 +112,7 @@ class EpochBatches(torch.utils.data.Dataset):
         """
         if not self.average:
             return {subj: (trials[:, None], np.ones(len(trials), np.int64)) for subj, trials in chosen.items()}
-        rng, drawn = np.random.default_rng(utils.derive_seed(self.seed, self._epoch.item(), index + 1)), {}
+        rng, drawn = np.random.default_rng(utils.derive_seed(self.seed, self.epoch, index + 1)), {}
         for subj, trials in chosen.items():
             members = self.repeats[subj][trials]
             places = rng.random(members.shape)

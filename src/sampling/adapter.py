@@ -13,7 +13,7 @@ import torch
 import utils
 from disk.checkpoints import load_checkpoint
 from models import restore
-from nsd.batches import read_targets
+from nsd.batches import Epochs, read_targets
 from nsd.components import CoefficientRows, open_components
 from nsd.repeats import AveragedRows
 from nsd.rows import open_betas, open_feature
@@ -28,7 +28,7 @@ EMPTY_SHARE = 0.1  # of the training's texts: classifier-free guidance needs the
 MIN_SNR = 5  # Hang et al. 2023, ICCV: weight of a noise level, min(SNR, 5) / SNR
 
 
-class ImageBatches(torch.utils.data.Dataset):
+class ImageBatches(Epochs):
     """An epoch's batches of images, each once, drawn from (seed, epoch); stands in for nsd.batches.EpochBatches."""
 
     def __init__(self, image_ids, targets, batch_size, seed, rank=0, size=1):
@@ -36,23 +36,13 @@ class ImageBatches(torch.utils.data.Dataset):
         for rows in targets.values():
             rows.require(image_ids)
         self.image_ids, self.targets, self.seed, self.rank, self.size = image_ids, targets, seed, rank, size
-        self.n_batches = -(-len(image_ids) // batch_size)
+        super().__init__(-(-len(image_ids) // batch_size))
         if not len(image_ids) or len(image_ids) // self.n_batches < size:  # of an epoch's smallest batch
             raise utils.UserError(f"--batch_size {batch_size}, {len(image_ids)} images: fewer in a batch than the "
                                   f"{size} processes, or none; raise it, or --val_fraction, or use fewer processes")
-        self._epoch = torch.tensor(0).share_memory_()  # seen by persistent DataLoader workers too
 
-    def set_epoch(self, epoch):
-        """Choose the epoch; call it before iterating."""
-        self._epoch.fill_(epoch)
-
-    def __len__(self):
-        return self.n_batches
-
-    def __getitem__(self, index):
-        if not 0 <= index < self.n_batches:
-            raise IndexError(index)
-        order = np.random.default_rng(utils.derive_seed(self.seed, self._epoch.item())).permutation(self.image_ids)
+    def batch(self, index):
+        order = np.random.default_rng(utils.derive_seed(self.seed, self.epoch)).permutation(self.image_ids)
         image_ids = np.array_split(order, self.n_batches)[index]
         targets = {name: torch.from_numpy(read_targets(rows, image_ids[self.rank::self.size]))
                    for name, rows in self.targets.items()}
