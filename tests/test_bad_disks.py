@@ -16,6 +16,7 @@ from damages import (
     text,
     without,
 )
+from tiny_brain import RUN as GNET
 from whole_world import BETAS, NEW, assert_refused, mistakes
 
 CASES = [  # script, what is broken, how, flags, words of the line: flag or file, found, wanted or what to do
@@ -41,8 +42,11 @@ CASES = [  # script, what is broken, how, flags, words of the line: flag or file
     (evaluate, "disk full", full_disk("metrics.json"), [], ("metrics.json", "No space left", "make room")),
     (evaluate, "disk full at the report", full_disk("index.html"), [], ("index.html", "No space left", "make room")),
     (evaluate, "disk full at the sheet", full_disk("contact_sheet.png"), [], ("contact_sheet", "No space left")),
-    (evaluate, "disk full at the features", both(without("outputs_all/.features"), full_disk("*.npy")),
-     [], (".features", "No space left", "make room")),
+    (evaluate, "disk full at the features",
+     both(without("outputs_all/.features"), without(f"train_logs/{GNET}"), full_disk("pixels*.npy")),
+     [], ("pixels", "No space left", "make room")),
+    (evaluate, "disk full at all features", both(without("outputs_all/.features"), full_disk("*.npy")),
+     [], ("voxels", "No space left", "make room")),
     (convert_gnet, "disk full", both(without(BETAS), of_published(lambda p: None), full_disk("best.pth")),
      [], ("best.pth", "could not be written", "make room")),
 ]

@@ -89,7 +89,7 @@ class Scale:
     def measure(self, pictures):
         """All metrics of a PictureSet of the same images, Measured."""
         samples = range(pictures.n_samples)
-        with ThreadPoolExecutor(1) as beside:  # pixels, while networks look: on a GPU, or while they read
+        with ThreadPoolExecutor(1) as beside:  # pixels are compared while networks look
             pixels = [beside.submit(self.pixels, pictures, k) for k in samples]
             brain = [self.brain_correlation(pictures, k) for k in samples]
             preds = {name: [self.store.features(name, network, pictures, k) for k in samples]
