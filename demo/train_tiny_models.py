@@ -7,10 +7,10 @@ loaded by the same from_pretrained calls. The training scenes come from a seed t
     python demo/train_tiny_models.py --stage unet --steps 40000
     python demo/train_tiny_models.py --stage card          # measure, and write demo/models/README.md
 
-Stages gnet and adapter train the brain encoding model and the adapter of g, by the pipeline itself and on mini-NSD, and
-stage taesd the small decoder of the VAE's latents, on its features: both must be there (demo.sh). Each other stage
-continues from its last checkpoint in --workdir and exports to --outdir when it is done. --init FOLDER starts from the
-weights of other such models wherever a tensor's name and shape agree.
+Stages gnet and adapter train the brain encoding model and the adapter of g and z, by the pipeline itself and on
+mini-NSD, and stage taesd the small decoder of the VAE's latents, on its features: both must be there (demo.sh). Each
+other stage continues from its last checkpoint in --workdir and exports to --outdir when it is done. --init FOLDER
+starts from the weights of other such models wherever a tensor's name and shape agree.
 """
 
 import argparse
@@ -469,7 +469,7 @@ def train_gnet(args):
 
 
 def train_adapter(args):
-    """The adapter of subject 1's decoded g, a folder of train_logs, too."""
+    """The adapter of subject 1's decoded g and z, a folder of train_logs, too."""
     subprocess.run(["bash", "-c", "source demo/settings.sh && STAGES=adapter bash scripts/train.sh --precision bf16"],
                    cwd=HERE.parent, check=True)
     run = "adapter_subj01"
@@ -553,7 +553,7 @@ def write_card(args, n=400, n_judged=4000):
         "`judge.safetensors`: the network of `demo/judge.py`.",
         "`gnet_subj01/`: GNet of subject 1 of the default world (one trunk for all eight subjects).",
         "`taesd/`: a small decoder of the VAE's latents, for guidance.",
-        "`adapter_subj01/`: what lets the UNet attend to g as decoded from subject 1 of the default world.",
+        "`adapter_subj01/`: what lets the UNet draw from g and z as decoded from subject 1 of the default world.",
     ]
     (args.outdir / "README.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

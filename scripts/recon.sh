@@ -9,7 +9,7 @@
 #   bash scripts/recon.sh --control shuffle                        the null control (score it first)
 #   bash scripts/recon.sh --voxels V1,V2                           from these regions alone (score it first)
 #   bash scripts/recon.sh --run ground_truth                       the ceiling: of true features (score.sh --ground_truth)
-#   bash scripts/recon.sh --use_adapter                            the UNet attends to g, too (train the adapter first)
+#   bash scripts/recon.sh --use_adapter                            the UNet draws from g and z (train the adapter first)
 #   bash scripts/recon.sh --use_gnet --gnet_roi V1                 the measured response guides too (train GNet first)
 #   LAUNCH="accelerate launch --config_file scripts/accelerate/ddp.yaml" bash scripts/recon.sh   GPUs share the images
 #

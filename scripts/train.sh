@@ -8,7 +8,7 @@
 #   STAGES="pretrain finetune ridge" bash scripts/train.sh           also the ridge that score.sh averages them with
 #   bash scripts/train.sh --model mindeye2 --tag mindeye2            the published networks instead
 #   STAGES=gnet bash scripts/train.sh                                SUBJ's encoding model, image -> voxels
-#   STAGES=adapter bash scripts/train.sh                             what lets Stable Diffusion draw from decoded g
+#   STAGES=adapter bash scripts/train.sh                             what lets Stable Diffusion draw from g and z
 #   STAGES="synthetic finetune" bash scripts/train.sh --num_sessions 1    on what it simulated first: docs/flags.md
 #   WANDB_LOG=1 WANDB_MODE=offline bash scripts/train.sh --tag a     log to W&B on this disk; variants side by side
 #   LAUNCH="accelerate launch --config_file scripts/accelerate/ddp.yaml" bash scripts/train.sh   several GPUs

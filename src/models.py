@@ -8,6 +8,7 @@ returns its scores by file name: nsdgeneral (the feature) and, for c and g, retr
 
 import math
 import pickle
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -806,18 +807,86 @@ def cross_attentions(unet):
             for name in unet.attn_processors if name.endswith("attn2.processor")}
 
 
-class FeatureAdapter(nn.Module):
-    """Makes decoded CLIP layers into tokens that a Stable Diffusion UNet attends to beside the text.
+def skips_of(unet):
+    """[(halvings of the latents' size, channels)] of all that a UNet's way down hands over; the middle's last."""
+    skips, halvings = [(0, unet.conv_in.out_channels)], 0
+    for block in unet.down_blocks:
+        width = block.resnets[-1].out_channels
+        skips += [(halvings, width)] * len(block.resnets)
+        if block.downsamplers:
+            halvings += 1
+            skips.append((halvings, width))
+    return [*skips, (halvings, width)]
 
-    Every token of every layer becomes one: T tokens of width D in, L * T of the text's width out.
+
+class LayoutNetwork(nn.Module):
+    """Makes a decoded latent into what is added to all that a UNet's way down hands over to its way up.
+
+    A small ControlNet (Zhang et al. 2023, ICCV): its ways out start at zero (nothing is added), but it is no copy of
+    the UNet. It sees decoded z beside the noisy latents and their time, to weigh one by the other.
     """
 
-    def __init__(self, layers, tokens, width, text_width, attentions, hidden=256):
+    def __init__(self, channels, skips, hidden=64):
+        """channels: of latents; skips: as skips_of lists them; hidden: channels in between."""
+        super().__init__()
+        self.skips = [tuple(skip) for skip in skips]
+        levels = range(1 + max(level for level, _ in self.skips))
+        self.time = nn.Sequential(nn.Linear(hidden, 4 * hidden), nn.SiLU())
+        self.start = nn.Conv2d(2 * channels, hidden, 3, padding=1)
+        self.scales = nn.ModuleList(nn.Linear(4 * hidden, 2 * hidden) for _ in levels)
+        self.convs = nn.ModuleList(nn.ModuleList(nn.Conv2d(hidden, hidden, 3, padding=1) for _ in range(2))
+                                   for _ in levels)
+        self.outs = nn.ModuleList(nn.Conv2d(hidden, width, 1) for _, width in self.skips)
+        for out in self.outs:
+            nn.init.zeros_(out.weight)
+            nn.init.zeros_(out.bias)
+
+    def forward(self, z, latents, t):
+        """Decoded z and latents at times t (B,) or (1,), both (B, C, h, w) -> [(B, channels, h', w')], one per skip."""
+        time = self.time(sinusoidal(t, self.start.out_channels))
+        seen, at = self.start(torch.cat([z, latents], 1)), []
+        for level, (scales, (first, second)) in enumerate(zip(self.scales, self.convs, strict=True)):
+            seen = F.avg_pool2d(seen, 2, ceil_mode=True) if level else seen
+            scale, shift = scales(time)[:, :, None, None].chunk(2, 1)
+            seen = seen + second(F.silu(first(F.silu(seen)) * (1 + scale) + shift))
+            at.append(seen)
+        return [out(at[level]) for out, (level, _) in zip(self.outs, self.skips, strict=True)]
+
+
+@dataclass
+class Looks:
+    """Decoded g and z of B pictures as an adapter gives them to a UNet."""
+
+    tokens: torch.Tensor  # (B, T, D), which cross-attentions attend to (AdapterAttention)
+    z: torch.Tensor  # (B, C, h, w)
+    layout: LayoutNetwork
+
+    def beside(self, latents, t, dtype):
+        """What a UNet of a dtype takes besides, a dict, for latents (n, C, h, w) at times t (1,) or (B,).
+
+        The pictures are the last B of the n rows; nothing is added to the others.
+        """
+        others = len(latents) - len(self.z)
+        *skips, middle = (F.pad(part, (0, 0) * 3 + (others, 0)).to(dtype)
+                          for part in self.layout(self.z, latents[others:].to(self.z.dtype), t))
+        return {"cross_attention_kwargs": {"ip_hidden_states": self.tokens.to(dtype)},
+                "down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
+
+
+class FeatureAdapter(nn.Module):
+    """Lets a Stable Diffusion UNet draw from decoded CLIP layers and a decoded latent, beside the text.
+
+    Every token of every layer becomes one that the UNet attends to: T tokens of width D in, L * T of the text's width
+    out. The latent goes through a LayoutNetwork.
+    """
+
+    def __init__(self, layers, tokens, width, text_width, attentions, z_channels, skips, hidden=256):
         """layers: [k, ...] of g_k, L of them; tokens: T; width: D; text_width: of the UNet's text; attentions: as
-        cross_attentions lists them; hidden: of the networks in between."""
+        cross_attentions lists them; z_channels, skips: of the LayoutNetwork; hidden: of the networks in between."""
         super().__init__()
         self.layers, self.shape, self.text_width, self.hidden = list(layers), (tokens, width), text_width, hidden
-        self.channels = dict(attentions)
+        self.channels, self.z_channels = dict(attentions), z_channels
+        self.layout = LayoutNetwork(z_channels, skips)
         self.register_buffer("mean", torch.zeros(len(layers), tokens, width))
         self.register_buffer("scale", torch.ones(len(layers), 1, 1))
         self.networks = nn.ModuleList(nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, text_width))
@@ -831,7 +900,8 @@ class FeatureAdapter(nn.Module):
     def of(cls, unet, layers):
         """An adapter of a UNet, which draws as before until it is trained; layers: {k: nsd.components.Components}."""
         first = next(iter(layers.values()))
-        adapter = cls(layers, *first.shape, unet.config.cross_attention_dim, cross_attentions(unet))
+        adapter = cls(layers, *first.shape, unet.config.cross_attention_dim, cross_attentions(unet),
+                      unet.config.in_channels, skips_of(unet))
         for i, known in enumerate(layers.values()):
             adapter.mean[i] = torch.from_numpy(known.mean).view(known.shape)
             adapter.scale[i] = float(known.variances.sum() / len(known.mean)) ** 0.5
@@ -840,13 +910,22 @@ class FeatureAdapter(nn.Module):
     @property
     def model_args(self):
         return {"kind": "adapter", "layers": self.layers, "tokens": self.shape[0], "width": self.shape[1],
-                "text_width": self.text_width, "attentions": self.channels, "hidden": self.hidden}
+                "text_width": self.text_width, "attentions": self.channels, "z_channels": self.z_channels,
+                "skips": [list(skip) for skip in self.layout.skips], "hidden": self.hidden}
+
+    @property
+    def feats(self):
+        """Names of the features that it takes."""
+        return ["z", *(f"g_{k}" for k in self.layers)]
 
     def attach(self, unet):
-        """Let the cross-attentions of `unet` take the tokens (AdapterAttention); ValueError where it has others."""
+        """Let the cross-attentions of `unet` take the tokens (AdapterAttention); ValueError where it has others, or
+        other skips."""
         processors = dict(unet.attn_processors)
         if cross_attentions(unet) != self.channels:
             raise ValueError("the UNet has other cross-attentions than the adapter")
+        if skips_of(unet) != self.layout.skips:
+            raise ValueError("the UNet has other skips than the adapter")
         for name, attention in zip(self.channels, self.attentions, strict=True):
             plain = processors[name]
             attention.plain = plain.plain if isinstance(plain, AdapterAttention) else plain  # of an earlier adapter
@@ -854,10 +933,10 @@ class FeatureAdapter(nn.Module):
         unet.set_attn_processor(processors)
 
     def forward(self, features):
-        """{layer k: (B, T, D)} -> tokens (B, L * T, text_width), for AdapterAttention."""
-        rows = [(features[k] - self.mean[i]) / self.scale[i] for i, k in enumerate(self.layers)]
+        """{"z": (B, C, h, w), g_k: (B, T, D), ...} -> Looks, with tokens (B, L * T, text_width)."""
+        rows = [(features[f"g_{k}"] - self.mean[i]) / self.scale[i] for i, k in enumerate(self.layers)]
         tokens = torch.stack([network(part) for network, part in zip(self.networks, rows, strict=True)], 1) + self.place
-        return self.norm(tokens.flatten(1, 2))
+        return Looks(self.norm(tokens.flatten(1, 2)), features["z"], self.layout)
 
 
 class AdaptedUNet(nn.Module):
@@ -873,9 +952,10 @@ class AdaptedUNet(nn.Module):
         return self.adapter.model_args
 
     def forward(self, latents, t, text, features):
-        """Noise (B, C, h, w) of latents at times t (B,), given text (B, T, D) and {layer k: (B, T', D')}, or None."""
-        adapted = {} if features is None else {"cross_attention_kwargs": {"ip_hidden_states": self.adapter(features)}}
-        return self.unet(latents, t, encoder_hidden_states=text, **adapted).sample
+        """Noise (B, C, h, w) of latents at times t (B,), given text (B, T, D) and decoded features of the adapter's,
+        or None."""
+        beside = {} if features is None else self.adapter(features).beside(latents, t, latents.dtype)
+        return self.unet(latents, t, encoder_hidden_states=text, **beside).sample
 
 
 MODELS = {"components": Decoder, "ridge": RidgeDecoder, "brain": BrainModel, "latent": LatentModel, "gnet": GNet,

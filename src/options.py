@@ -348,7 +348,7 @@ def add_guidance_folder(parser):
     parser.add_argument("--guidance_strength", type=float, metavar="FRACTION",
                         help="fraction of the steps, from the first, that are guided (0.8; raw and norm 0.2)")
     parser.add_argument("--use_adapter", action=argparse.BooleanOptionalAction, default=False,
-                        help="the UNet attends to the decoded g_k, too: train_adapter.py")
+                        help="the UNet draws from the decoded g_k and z, too: train_adapter.py")
     parser.add_argument("--select", choices=SELECTORS, help="of --num_samples pictures of an image keep the one that "
                         "agrees best with the decoded g_k, or, through GNet, with the measured response")
 

@@ -20,8 +20,8 @@ once; it has the same meaning for any model, resolution and number of steps. raw
 gradient of a loss, as NeuralDiffuser does; with norm guidance_scale (0.3) is the share of the noise level by which a
 step moves its predicted image against that gradient, at most 0.6.
 
---use_adapter lets the UNet attend to the decoded g_k, by an adapter trained for it (train_adapter.py), guided or not;
-folder <method>_adapter.
+--use_adapter lets the UNet draw from the decoded g_k and z as it does from c, by an adapter trained for it
+(train_adapter.py), guided or not; folder <method>_adapter.
 
 --use_gnet lets the measured response guide as well: a brain encoding model (train_gnet.py) predicts the response to the
 picture being formed, and the picture is moved towards the subject's own response to that image, or towards any response
@@ -176,10 +176,11 @@ def main(argv=None):
     team = Team.assemble(args.device, drawing_precision(args), timedelta(days=1))
     resolve_device(args, team)
 
-    layers = dict.fromkeys([*args.feats, *(adapted_layers(paths, args) if args.use_adapter else [])])
-    files = score_files(paths, args, ["c", *layers, *(["z"] if args.z == "scores" else [])])
+    adapted = adapted_feats(paths, args) if args.use_adapter else []
+    feats = dict.fromkeys(["c", *args.feats, *adapted, *(["z"] if args.z == "scores" else [])])
+    files = score_files(paths, args, feats)
     if args.z not in ("scores", "none"):
-        files["z"] = utils.require(args.z, "--z: latents", "give scores, none, or an .npy beside its image_ids.npy")
+        files["start"] = utils.require(args.z, "--z: latents", "give scores, none, or an .npy beside its image_ids.npy")
     scores, image_ids = read_scores(files)
     rows = pick_rows(image_ids, args.ids, args.limit, args.subj)
     jobs = [(row, sample) for row in rows for sample in range(args.num_samples)]
@@ -248,7 +249,8 @@ def score_files(paths, args, feats):
     from disk.hints import how_to_score, scores_like
 
     files = {feat: paths.scores(args.subj, scores_name(vars(args), feat), feat) / "nsdgeneral.npy" for feat in feats}
-    without = dict.fromkeys(feats, ", or leave it out of --feats") | {"c": "", "z": ", or start from noise (--z none)"}
+    without = dict.fromkeys(feats, ", or leave it out of --feats") | {
+        "c": "", "z": ", or draw without --use_adapter" if args.use_adapter else ", or start from noise (--z none)"}
     for feat, file in files.items():
         there = scores_like(paths, vars(args), feat) if not file.exists() else ""
         utils.require(file, f"scores of {feat}", (f"{there}: give the flags of one, or " if there else "")
@@ -273,11 +275,11 @@ def adapter_file(paths, args):
                          "(--adapter_run), or draw without")
 
 
-def adapted_layers(paths, args):
-    """The g_k that the adapter takes, as names of features."""
-    from sampling.adapter import layers_of  # loads what trains, which others do without
+def adapted_feats(paths, args):
+    """Names of the features that the adapter takes."""
+    from sampling.adapter import feats_of  # loads what trains, which others do without
 
-    return layers_of(adapter_file(paths, args), args.adapter_run)
+    return feats_of(adapter_file(paths, args), args.adapter_run)
 
 
 def error_files(paths, args, feats):
@@ -322,7 +324,9 @@ def load_sampler(args, paths, scores, image_ids, team):
         find_model(args.guidance_decoder, paths, "--guidance_decoder", f"full or half{how and ', or ' + how}")
     decoder = load_guidance_decoder(args.guidance_decoder, pipe) if guided else None
     clip = [clip_guide(args, paths, scores, team.device)] if args.feats else []
-    return Sampler(pipe, scores, image_ids, [*clip, *brain], decoder, Settings.of(vars(args)), team.device, adapter)
+    starts = {"none": None, "scores": scores.get("z")}.get(args.z, scores.get("start"))
+    return Sampler(pipe, scores, image_ids, [*clip, *brain], decoder, Settings.of(vars(args)), team.device, starts,
+                   adapter)
 
 
 def find_clip(args, paths):

@@ -1,9 +1,10 @@
-"""Train an adapter: Stable Diffusion drawing from decoded g as well as from c, beside the guidance by g.
+"""Train an adapter: Stable Diffusion drawing from decoded g and z as well as from c, beside the guidance by g.
 
-decoded g_k (B, T, D) -> tokens of the text's width -> keys and values in each cross-attention of the frozen UNet
-Stable Diffusion's own loss on the images' true latents z; the text is decoded c, for classifier-free guidance sometimes
-the empty one. c and g are what a decoder of --subj would make of the images: the subject's responses say how far off it
-is, so that any image can train it (sampling/adapter.py, docs/method.md).
+decoded g_k (B, T, D)    -> tokens of the text's width -> keys and values in each cross-attention of the frozen UNet
+decoded z   (B, C, h, w) -> a small ControlNet -> added to what the UNet's way down hands over to its way up
+Stable Diffusion's own loss on the images' true latents; the text is decoded c, for classifier-free guidance sometimes
+the empty one. c, g and z are what a decoder of --subj would make of the images: the subject's responses say how far off
+it is, so that any image can train it (sampling/adapter.py, docs/method.md).
 
     python src/train_adapter.py --subj 1                                   # train_logs/adapter_subj01/
     python src/train_adapter.py --subj 1 --feats g_10 g_12 --tag late      # of two layers alone
@@ -32,7 +33,7 @@ def get_parser():
     options.add_tracking(parser)
     options.add_loop(parser, batch_size=8, num_epochs=5, max_lr=1e-4)
     parser.add_argument("--feats", type=options.vision_layer, nargs="+", default=options.VISION_LAYERS, metavar="g_K",
-                        help="CLIP layers that condition")
+                        help="CLIP layers that condition, beside z")
     parser.add_argument("--sd_model", default=sources.SD_MODEL, metavar="NAME|DIR", help="any Stable Diffusion 1.x")
     return parser
 

@@ -1,7 +1,8 @@
-"""The adapter: Stable Diffusion conditioned on decoded g, beside the text (models.FeatureAdapter).
+"""The adapter: Stable Diffusion conditioned on decoded g and z, beside the text (models.FeatureAdapter).
 
 Guidance by a gradient moves a picture to where CLIP finds in it what was decoded, which also finds changes that nobody
 else sees. An adapter is trained to draw what images look like whose features were decoded so: the posterior, learnt.
+A path that starts from decoded z keeps what is wrong with it, its blur; an adapter knows how far z can be trusted.
 Its inputs in training are decodings as the subject's responses would give them (Decodings), of any images: none of
 them has to have been seen by the subject. Letters: N images, B batch, K components, F numbers in a row of a feature.
 """
@@ -24,8 +25,8 @@ from training.team import ALONE
 
 LEAST_R2 = 0.05  # a component of which less is decoded counts as not decoded: its mean
 MOST_VALIDATED = 500  # images
+ERRS_LESS = 0.25  # of the images that train
 EMPTY_SHARE = 0.1  # of the training's texts: classifier-free guidance needs the empty one
-MIN_SNR = 5  # Hang et al. 2023, ICCV: weight of a noise level, min(SNR, 5) / SNR
 
 
 class ImageBatches(Epochs):
@@ -60,33 +61,38 @@ class Decodings:
     def __init__(self, components, responses, image_ids, device):
         """components: {feature: Components}; responses (N, V): the mean ones to image_ids (N,)."""
         decomposed = decompose(torch.from_numpy(responses).to(device))
-        self.at, self.slopes, self.bases, self.means, self.shapes = {}, {}, {}, {}, {}
-        self.errors = {}  # {feature: (N, k)}
+        self.bases, self.means, self.shapes = {}, {}, {}
+        self.slopes, self.errors = {}, {}  # {feature: (K,)}, {feature: (N, K)}: 0 of components that are not decoded
         for feat, known in components.items():
             true = torch.from_numpy(known.coefficients[image_ids]).to(device).double()
             found = left_out(decomposed, true)
             spread = (true - true.mean(0)).square().mean(0)
-            r2 = 1 - (found - true).square().mean(0) / spread
-            at = (r2 >= LEAST_R2).nonzero().flatten()
-            slopes = ((true - true.mean(0)) * found).mean(0)[at] / spread[at]
-            errors = found[:, at] - slopes * true[:, at]
-            self.at[feat], self.slopes[feat], self.errors[feat] = at, slopes.float(), errors.float()
-            self.bases[feat] = torch.from_numpy(known.basis).to(device)[at]
+            is_decoded = 1 - (found - true).square().mean(0) / spread >= LEAST_R2
+            slopes = is_decoded * ((true - true.mean(0)) * found).mean(0) / spread
+            self.slopes[feat], self.errors[feat] = slopes.float(), (is_decoded * found - slopes * true).float()
+            self.bases[feat] = torch.from_numpy(known.basis).to(device)
             self.means[feat], self.shapes[feat] = torch.from_numpy(known.mean).to(device), known.shape
         self.n, self.device = len(image_ids), device
 
-    def draw(self, coefficients, errors_of):
+    def draw(self, coefficients, errors_of, shares):
         """{feature: decoded rows (B, *shape)} of true coefficients {feature: (B, K)}, with the errors of the training
-        images at errors_of (B,)."""
+        images at errors_of (B,); shares (B,): of the way from true features, 0, to such decodings, 1."""
         rows = {}
-        for feat, at in self.at.items():
-            decoded = self.slopes[feat] * coefficients[feat][:, at] + self.errors[feat][errors_of]
-            rows[feat] = (self.means[feat] + decoded @ self.bases[feat]).unflatten(1, self.shapes[feat])
+        for feat, basis in self.bases.items():
+            true = coefficients[feat]
+            off = (self.slopes[feat] - 1) * true + self.errors[feat][errors_of]
+            rows[feat] = (self.means[feat] + (true + shares[:, None] * off) @ basis).unflatten(1, self.shapes[feat])
         return rows
 
 
 class AdapterObjective:
-    """What an adapter minimises: Stable Diffusion's loss, given decoded c and g; noise levels weighed by min-SNR."""
+    """What an adapter minimises: Stable Diffusion's loss, given decoded c, g and z.
+
+    A squared error of the noise weighs 1/sqrt(SNR), half way from the plain loss to that of x0, where it would weigh
+    1/SNR: so all noise levels count alike, while the plain loss hardly knows those where least of the picture is seen,
+    and most is to be learnt. A quarter of the images that train have smaller errors than the subject's decoder makes,
+    down to none: so true features, too, draw what they say.
+    """
 
     judge = "loss"
 
@@ -95,31 +101,32 @@ class AdapterObjective:
         self.decodings, self.abar, self.empty, self.z_shape = decodings, alphas_cumprod, empty, z_shape
 
     def __call__(self, model, batch, progress, generator=None, team=ALONE):
-        """Return (loss, logs) of a joint batch: {"z": (B, F), feature: coefficients (B, K), ...}, this process's rows.
+        """Return (loss, logs) of a joint batch: {"latents": (B, C, h, w), feature: coefficients (B, K), ...}, this
+        process's rows.
 
         loss_plain: what the loss would be without the adapter, on validation images alone.
         """
         n = len(batch["image_ids"])
-        z = batch["z"].view(-1, *self.z_shape)
+        latents = batch["latents"].view(-1, *self.z_shape)
 
         def drawn(draw, *size):  # for the joint batch, so that nothing depends on how many processes share it
-            return team.take(draw(*size, generator=generator, device=generator.device)).to(z.device)
+            return team.take(draw(*size, generator=generator, device=generator.device)).to(latents.device)
 
         errors_of = (drawn(torch.rand, n) * self.decodings.n).long()
         t = (drawn(torch.rand, n) * len(self.abar)).long()
         noise, unsaid = drawn(torch.randn, n, *self.z_shape), drawn(torch.rand, n) < EMPTY_SHARE
-        rows = self.decodings.draw({feat: batch[feat] for feat in self.decodings.at}, errors_of)
+        shares = (drawn(torch.rand, n) / ERRS_LESS).clamp(max=1) if model.training else torch.ones_like(t)
+        rows = self.decodings.draw({feat: batch[feat] for feat in self.decodings.bases}, errors_of, shares)
         text = torch.where(unsaid.view(-1, 1, 1), self.empty, rows.pop("c"))
-        features = {int(feat.removeprefix("g_")): part for feat, part in rows.items()}
 
-        abar = self.abar.to(z.device)[t].view(-1, 1, 1, 1)
-        noisy, snr = abar.sqrt() * z + (1 - abar).sqrt() * noise, (abar / (1 - abar)).flatten()
+        abar = self.abar.to(latents.device)[t].view(-1, 1, 1, 1)
+        noisy, snr = abar.sqrt() * latents + (1 - abar).sqrt() * noise, (abar / (1 - abar)).flatten()
 
         def loss_of(predicted):
-            errors = (predicted.float() - noise).square().mean((1, 2, 3)) * (MIN_SNR / snr).clamp(max=1)
+            errors = (predicted.float() - noise).square().mean((1, 2, 3)) / snr.sqrt()
             return team.join(errors, n).mean()
 
-        loss, logs = loss_of(model(noisy, t, text, features)), {}
+        loss, logs = loss_of(model(noisy, t, text, rows)), {}
         if not model.training:
             logs["loss_plain"] = loss_of(model(noisy, t, text, None))
         return loss, logs
@@ -132,17 +139,17 @@ def open_adapter_run(plan, layers):
     holds it already, finished. Trained on all images with features but the tested ones; those validate that a run of
     c, z and g would validate on.
     """
-    feats = ["c", *layers]
+    feats = ["c", "z", *layers]
     config, team = claim(plan, "adapter", [plan.subj], components=feats, features=("z",), feats=list(layers))
     if config is None:
         return None
-    components, z = {feat: open_components(plan.paths, feat) for feat in feats}, open_feature(plan.paths, "z")
+    components, latents = {feat: open_components(plan.paths, feat) for feat in feats}, open_feature(plan.paths, "z")
     there = components["c"].there()
-    images = pd.DataFrame({"image_id": there[~np.isin(there, shared_images(plan.paths, len(z)))]})
+    images = pd.DataFrame({"image_id": there[~np.isin(there, shared_images(plan.paths, len(latents)))]})
     seed = plan.loop.seed
     train, val = (part["image_id"].to_numpy() for part in split_by_image(images, plan.val_fraction, seed))
     val = val[utils.evenly(len(val), MOST_VALIDATED)]
-    targets = {feat: CoefficientRows(known) for feat, known in components.items()} | {"z": z}
+    targets = {feat: CoefficientRows(known) for feat, known in components.items()} | {"latents": latents}
     utils.seed_everything(utils.derive_seed(seed, 0))
     loaders = [ImageBatches(ids, targets, plan.loop.batch_size, seed, team.rank, team.size) for ids in (train, val)]
     tables = {"train": {plan.subj: train}, "val": {plan.subj: val}}
@@ -163,25 +170,25 @@ def decodings_of(plan, components, device):
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 
-def layers_of(file, run):
-    """The g_k that the adapter in a checkpoint takes, as names of features; UserError, naming the run, for none."""
+def feats_of(file, run):
+    """Names of the features that the adapter in a checkpoint takes; UserError, naming the run, for none."""
     found = load_checkpoint(file)["model_args"]
     if found["kind"] != "adapter":
         raise utils.UserError(f"--adapter_run {run}: holds no adapter but a {found['kind']}, wanted a run of "
                               "train_adapter.py (adapter_...)")
-    return [f"g_{k}" for k in found["layers"]]
+    return ["z", *(f"g_{k}" for k in found["layers"])]
 
 
 def check_scores(adapter, scores, run):
-    """Raise UserError unless the scores {g_k: (N, ...)} of its layers are of the shape that an adapter takes."""
-    for k in adapter.layers:
-        if scores[f"g_{k}"].shape[1:] != adapter.shape:
-            raise utils.UserError(f"scores of g_{k}: rows of shape {scores[f'g_{k}'].shape[1:]}, the adapter {run} "
-                                  f"takes {adapter.shape}; use the CLIP that it was trained with, or train it again")
+    """Raise UserError unless the scores {feature: (N, ...)} are of the shapes that an adapter takes."""
+    for feat in adapter.feats[1:]:
+        if scores[feat].shape[1:] != adapter.shape:
+            raise utils.UserError(f"scores of {feat}: rows of shape {scores[feat].shape[1:]}, the adapter {run} takes "
+                                  f"{adapter.shape}; use the CLIP that it was trained with, or train it again")
 
 
 def load_adapter(file, unet, device):
-    """The adapter of a checkpoint, to whose tokens `unet` attends; UserError where it is not of such a UNet."""
+    """The adapter of a checkpoint, attached to `unet`; UserError where it is not of such a UNet."""
     state = load_checkpoint(file)
     adapter = restore_adapter(state, file)
     attach(adapter, unet, device, file, state["config"].get("sd_model"))

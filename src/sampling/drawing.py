@@ -60,13 +60,14 @@ class Sampler:
     """A pipeline and all it draws from: what turns jobs into pictures."""
 
     pipe: Any  # sampling.pipeline.GuidedPipeline
-    scores: dict  # {feat: (N, ...)}: c, z unless paths start from noise, and the g_k of an adapter
+    scores: dict  # {feat: (N, ...)}: c, and those that an adapter takes
     image_ids: np.ndarray  # (N,)
     guides: list  # each has term(rows), the guidance term of a batch
     decoder: Any  # latents -> image in [0, 1] that the terms see; None without guides
     settings: Settings
     device: torch.device
-    adapter: Any = None  # models.FeatureAdapter, to whose tokens the pipeline's UNet attends
+    starts: np.ndarray | None = None  # (N, C, h, w) latents to start paths from; None: from noise
+    adapter: Any = None  # models.FeatureAdapter, which is attached to the pipeline's UNet
 
     def inputs_of(self, jobs):
         """The condition (B, T, D) of B jobs, where their paths start and what guides them: arguments of the pipeline.
@@ -74,28 +75,31 @@ class Sampler:
         The latter two are dicts: the arguments of its `start`, and terms, grad, x0, decoder and looks.
         """
         rows, samples = (list(column) for column in zip(*jobs, strict=True))
-        at = {feat: torch.from_numpy(self.scores[feat][rows]).to(self.device)
-              for feat in ("c", "z") if feat in self.scores}  # (B, ...) each
+        condition = torch.from_numpy(self.scores["c"][rows]).to(self.device)
+        z = None if self.starts is None else torch.from_numpy(self.starts[rows]).to(self.device)
         wanted = self.settings
-        start = dict(image_ids=self.image_ids[rows].tolist(), sample=samples, seed=wanted.seed, z=at.get("z"),
+        start = dict(image_ids=self.image_ids[rows].tolist(), sample=samples, seed=wanted.seed, z=z,
                      strength=wanted.strength, resolution=wanted.resolution,
                      num_inference_steps=wanted.num_inference_steps)
-        return at["c"], start, dict(terms=[guide.term(rows) for guide in self.guides], grad=wanted.guidance_grad,
-                                    x0=wanted.guidance_x0, decoder=self.decoder, looks=self.looks_of(rows))
+        return condition, start, dict(terms=[guide.term(rows) for guide in self.guides], grad=wanted.guidance_grad,
+                                      x0=wanted.guidance_x0, decoder=self.decoder, looks=self.looks_of(rows))
 
     @torch.no_grad()
     def looks_of(self, rows):
-        """The adapter's tokens (B, T', D) of the decoded g_k of B rows; None without an adapter."""
+        """What the adapter makes of the decoded features of B rows (models.Looks); None without an adapter."""
         if self.adapter is None:
             return None
-        return self.adapter({k: torch.from_numpy(self.scores[f"g_{k}"][rows]).to(self.device)
-                             for k in self.adapter.layers})
+        return self.adapter({feat: torch.from_numpy(self.scores[feat][rows]).to(self.device)
+                             for feat in self.adapter.feats})
 
     def check(self, job):
         """Raise UserError unless the scores and settings are such as the networks take."""
         condition, start, guidance = self.inputs_of([job])
         wanted = self.settings
         self.pipe.check(condition, start["z"], wanted.resolution, wanted.num_inference_steps, wanted.sag_scale)
+        if self.adapter is not None and self.scores["z"].shape[1:] != self.latent_shape:
+            raise utils.UserError(f"scores of z: rows of shape {self.scores['z'].shape[1:]}, the adapter draws latents "
+                                  f"of {self.latent_shape}; leave --resolution out, or draw without --use_adapter")
         with torch.inference_mode():
             for term in guidance["terms"]:
                 term(torch.zeros(1, 3, 8, 8, device=self.device))
@@ -115,7 +119,7 @@ class Sampler:
     @cached_property
     def latent_shape(self):
         """(C, h, w) of the pictures' latents."""
-        z_shape = self.scores["z"].shape[1:] if "z" in self.scores else None
+        z_shape = None if self.starts is None else self.starts.shape[1:]
         return self.pipe.latent_shape(self.settings.resolution, z_shape)
 
     @property

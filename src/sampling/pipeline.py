@@ -128,8 +128,7 @@ class GuidedPipeline(DiffusionPipeline):
         sampler follows). decoder: of what the losses see, (b, C, h, w) latents -> image in [0, 1]; None is the VAE's.
         decoded_at_once: rows of the batch that go through a decoder
         together, which is where memory goes; None is all. log: a list that gets what a guided step found
-        (guidance_pull). looks: (B, T', D) tokens that an adapter makes of decoded g (models.FeatureAdapter), to which
-        the conditional half attends, too.
+        (guidance_pull). looks: what an adapter makes of decoded g and z (models.Looks), for the conditional half.
 
         Returns (B, 3, H, W) float32 in [0, 1]. Raises UserError when c, z or the resolution does not fit the model.
         """
@@ -315,10 +314,10 @@ class GuidedPipeline(DiffusionPipeline):
         return in_unit_range(self.vae.decode(scaled).sample.to(latents.dtype))
 
     def _unet(self, latents, t, context, looks=None):
-        """The noise in latents (n, C, h, w) by context (n, T, D); looks (B, T', D): of the last B of the n rows."""
+        """The noise in latents (n, C, h, w) by context (n, T, D); looks (models.Looks): of the last B of the n rows."""
         t = torch.full((1,), t, device=latents.device)  # filled there: a copy from here would wait for the GPU
-        adapted = {} if looks is None else {"cross_attention_kwargs": {"ip_hidden_states": looks.to(self.unet.dtype)}}
-        noise = self.run_unet(latents.to(self.unet.dtype), t, encoder_hidden_states=context, **adapted).sample
+        beside = {} if looks is None else looks.beside(latents, t, self.unet.dtype)
+        noise = self.run_unet(latents.to(self.unet.dtype), t, encoder_hidden_states=context, **beside).sample
         return noise.to(latents.dtype)
 
     # --- self-attention of the UNet's middle ----------------------------------------------------------------------

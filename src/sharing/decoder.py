@@ -110,8 +110,8 @@ class BrainDecoder:
                               sources.how_to_fetch(settings.guidance_decoder) or "full or half")
             decoder = load_guidance_decoder(settings.guidance_decoder, pipeline)
         image_ids = np.arange(len(decoded["c"])) if image_ids is None else np.asarray(image_ids)
-        scores = {feat: rows for feat, rows in decoded.items() if feat in ("c", "z", *looks)}
-        sampler = Sampler(pipeline, scores, image_ids, guides, decoder, settings, device,
+        scores = {feat: rows for feat, rows in decoded.items() if feat in ("c", *looks)}
+        sampler = Sampler(pipeline, scores, image_ids, guides, decoder, settings, device, decoded.get("z"),
                           self.adapter if use_adapter else None)
         jobs = [(row, 0) for row in range(len(decoded["c"]))]
         sampler.check(jobs[0])
@@ -128,7 +128,7 @@ class BrainDecoder:
                                   "export it with one")
         entry = self.config["adapter"]
         attach(self.adapter, pipeline.unet, device, entry["run"], entry["state"]["config"].get("sd_model"))
-        return [f"g_{k}" for k in self.adapter.layers]
+        return self.adapter.feats
 
     def _measurements(self, scores, clip_model, device):
         """Decoded layers {g_k: (N, T, D)} as what guides: sampling.measurements.ClipMeasurements."""

@@ -12,7 +12,7 @@ from disk.files import archive_hash, file_hash, load_json
 from disk.names import run_name, runs_of
 from nsd.components import source_of
 from nsd.trials import split_trials
-from sampling.adapter import layers_of
+from sampling.adapter import feats_of
 from sharing.card import write_card
 from sharing.folder import STATISTICS, check_place, take_apart, write_export
 from training.latent_statistics import restandardise, training_statistics
@@ -130,7 +130,7 @@ def read_adapter(request, run, feats):
                               "the images that were held out; leave one of them out")
     utils.require(file, f"--adapter_run: the adapter {name}",
                   "train it (STAGES=adapter bash scripts/train.sh), or leave the flag out")
-    missing = [feat for feat in layers_of(file, name) if feat not in feats]
+    missing = [feat for feat in feats_of(file, name) if feat not in feats]
     if missing and run is None:
         return None, {}
     if missing:

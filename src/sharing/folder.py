@@ -286,7 +286,8 @@ def check_config(config):
     if adapter is not None:
         known = adapter["state"]["model_args"]
         require(known["kind"] == "adapter" and adapter["run"] not in config["runs"], "an adapter")
-        require(all(f"g_{int(k)}" in config["features"] for k in known["layers"]), "the features of the adapter")
+        require(all(feat in config["features"] for feat in ["z", *(f"g_{int(k)}" for k in known["layers"])]),
+                "the features of the adapter")
     for run, entry in entries_of(config).items():
         require(re.fullmatch(r"\w[\w.=-]*", run), f"names of runs, found {run!r}")
         require(entry["file"] in files, f"a file of the run {run}")
