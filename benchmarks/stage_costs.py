@@ -35,9 +35,7 @@ from models import (
     FeatureAdapter,
     LatentModel,
     RidgeDecoder,
-    cross_attentions,
     freeze_trunk,
-    skips_of,
 )
 from nsd import sources
 from training.objectives import draw_prior
@@ -168,8 +166,7 @@ def training(model):
 def adapting():
     """Forward and backward passes of all epochs of an adapter, the frozen UNet's among them."""
     unet = random_sd14(torch.device("meta"), torch.float32)[0].unet
-    net = AdaptedUNet(unet, FeatureAdapter(LAYERS, *FEATURES["g_2"], FEATURES["c"][1], cross_attentions(unet),
-                                           FEATURES["z"][0], skips_of(unet)))
+    net = AdaptedUNet(unet, FeatureAdapter.fitting(unet, LAYERS, FEATURES["g_2"]))
     n, epochs = (N_IMAGES - N_TEST) * (1 - options.VAL_FRACTION), train_adapter.get_parser().parse_args([]).num_epochs
     inputs = (torch.empty(1, *FEATURES["z"]), torch.zeros(1), torch.empty(1, *FEATURES["c"]),
               {feat: torch.empty(1, *FEATURES[feat]) for feat in ("z", *options.VISION_LAYERS)})

@@ -808,15 +808,15 @@ def cross_attentions(unet):
 
 
 def skips_of(unet):
-    """[(halvings of the latents' size, channels)] of all that a UNet's way down hands over; the middle's last."""
-    skips, halvings = [(0, unet.conv_in.out_channels)], 0
+    """[[halvings of the latents' size, channels]] of all that a UNet's way down hands over; the middle's last."""
+    skips, halvings = [[0, unet.conv_in.out_channels]], 0
     for block in unet.down_blocks:
         width = block.resnets[-1].out_channels
-        skips += [(halvings, width)] * len(block.resnets)
+        skips += [[halvings, width]] * len(block.resnets)
         if block.downsamplers:
             halvings += 1
-            skips.append((halvings, width))
-    return [*skips, (halvings, width)]
+            skips.append([halvings, width])
+    return [*skips, [halvings, width]]
 
 
 class LayoutNetwork(nn.Module):
@@ -829,7 +829,7 @@ class LayoutNetwork(nn.Module):
     def __init__(self, channels, skips, hidden=64):
         """channels: of latents; skips: as skips_of lists them; hidden: channels in between."""
         super().__init__()
-        self.skips = [tuple(skip) for skip in skips]
+        self.skips = skips
         levels = range(1 + max(level for level, _ in self.skips))
         self.time = nn.Sequential(nn.Linear(hidden, 4 * hidden), nn.SiLU())
         self.start = nn.Conv2d(2 * channels, hidden, 3, padding=1)
@@ -873,6 +873,11 @@ class Looks:
                 "down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
 
 
+def adapter_feats(layers):
+    """Names of the features that an adapter of g_k takes; layers: [k, ...]."""
+    return ["z", *(f"g_{int(k)}" for k in layers)]
+
+
 class FeatureAdapter(nn.Module):
     """Lets a Stable Diffusion UNet draw from decoded CLIP layers and a decoded latent, beside the text.
 
@@ -897,11 +902,15 @@ class FeatureAdapter(nn.Module):
                                         for channels in self.channels.values())
 
     @classmethod
+    def fitting(cls, unet, layers, shape):
+        """An adapter of a UNet for layers [k, ...] of a shape (T, D)."""
+        return cls(layers, *shape, unet.config.cross_attention_dim, cross_attentions(unet), unet.config.in_channels,
+                   skips_of(unet))
+
+    @classmethod
     def of(cls, unet, layers):
         """An adapter of a UNet, which draws as before until it is trained; layers: {k: nsd.components.Components}."""
-        first = next(iter(layers.values()))
-        adapter = cls(layers, *first.shape, unet.config.cross_attention_dim, cross_attentions(unet),
-                      unet.config.in_channels, skips_of(unet))
+        adapter = cls.fitting(unet, layers, next(iter(layers.values())).shape)
         for i, known in enumerate(layers.values()):
             adapter.mean[i] = torch.from_numpy(known.mean).view(known.shape)
             adapter.scale[i] = float(known.variances.sum() / len(known.mean)) ** 0.5
@@ -911,12 +920,12 @@ class FeatureAdapter(nn.Module):
     def model_args(self):
         return {"kind": "adapter", "layers": self.layers, "tokens": self.shape[0], "width": self.shape[1],
                 "text_width": self.text_width, "attentions": self.channels, "z_channels": self.z_channels,
-                "skips": [list(skip) for skip in self.layout.skips], "hidden": self.hidden}
+                "skips": self.layout.skips, "hidden": self.hidden}
 
     @property
     def feats(self):
         """Names of the features that it takes."""
-        return ["z", *(f"g_{k}" for k in self.layers)]
+        return adapter_feats(self.layers)
 
     def attach(self, unet):
         """Let the cross-attentions of `unet` take the tokens (AdapterAttention); ValueError where it has others, or

@@ -9,7 +9,7 @@ it is, so that any image can train it (sampling/adapter.py, docs/method.md).
     python src/train_adapter.py --subj 1                                   # train_logs/adapter_subj01/
     python src/train_adapter.py --subj 1 --feats g_10 g_12 --tag late      # of two layers alone
 
-On a GPU about three hours (by count: 1.9 teraFLOP an image, five times 68,000). A batch of 8 takes 13 GB in float32
+On a GPU about three hours (by count: 1.8 teraFLOP an image, five times 68,000). A batch of 8 takes 13 GB in float32
 beyond the networks, half of it in bf16.
 
 Reads betas, wds/*/train, {c,z,g_k}_all.hdf5's components and z_all.hdf5. best.pth is the epoch with the lowest loss on

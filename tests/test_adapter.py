@@ -15,7 +15,7 @@ import train_adapter
 import utils
 from disk.checkpoints import load_checkpoint
 from disk.scores import save_scores
-from models import AdapterAttention, FeatureAdapter, cross_attentions, skips_of
+from models import AdapterAttention, FeatureAdapter
 from nsd.components import CoefficientRows, open_components
 from nsd.rows import open_feature
 from nsd.trials import load_trials, shared_images, split_trials
@@ -60,7 +60,7 @@ def unet(tiny_models):
 
 def adapter_of(unet, started=True):
     torch.manual_seed(0)
-    adapter = FeatureAdapter([2, 4], 5, 12, WIDTH, cross_attentions(unet), 4, skips_of(unet))
+    adapter = FeatureAdapter.fitting(unet, [2, 4], (5, 12))
     if started:
         for out in [*(attention.to_out for attention in adapter.attentions), *adapter.layout.outs]:
             torch.nn.init.normal_(out.weight)
@@ -339,6 +339,10 @@ def test_what_it_refuses(scored, tiny_models, capsys):
     save_scores(score_folder(scored, "g_4"), SHARED[:3], {"nsdgeneral": np.zeros((3, 4, 12))}, {})
     assert draw(scored, tiny_models, "--guidance_scale", 0) == 2
     assert "scores of g_4: rows of shape (4, 12), the adapter adapter_subj01 takes (5, 12)" in capsys.readouterr().err
+    save_scores(score_folder(scored, "g_4"), SHARED[:3], {"nsdgeneral": np.zeros((3, *SHAPES["g_4"]))}, {})
+    save_scores(score_folder(scored, "z"), SHARED[:3], {"nsdgeneral": np.zeros((3, 4, LATENT, LATENT + 2))}, {})
+    assert draw(scored, tiny_models, "--guidance_scale", 0, "--z", "none") == 2
+    assert f"scores of z: rows of shape (4, {LATENT}, {LATENT + 2}), the adapter draws" in capsys.readouterr().err
     shutil.rmtree(score_folder(scored, "z"))
     assert draw(scored, tiny_models, "--guidance_scale", 0, "--z", "none") == 2
     assert "or draw without --use_adapter" in capsys.readouterr().err

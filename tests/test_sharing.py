@@ -32,7 +32,7 @@ from disk.checkpoints import load_checkpoint, save_checkpoint
 from disk.files import archive_hash, file_hash, load_json
 from disk.scores import load_scores
 from features.components import write_components
-from models import FeatureAdapter, cross_attentions, skips_of
+from models import FeatureAdapter
 from nsd.repeats import load_test_set
 from sampling.drawing import Settings
 from sharing.decoder import BrainDecoder
@@ -303,8 +303,7 @@ def adapted(trained, models, tmp_path):
     shutil.copytree(trained.root, tmp_path / "adapted")
     paths, unet = paths_of(tmp_path / "adapted"), load_once(str(models / "sd"), torch.device("cpu")).unet
     torch.manual_seed(0)
-    adapter = FeatureAdapter([2], *SHAPES["g_2"], unet.config.cross_attention_dim, cross_attentions(unet), 4,
-                             skips_of(unet))
+    adapter = FeatureAdapter.fitting(unet, [2], SHAPES["g_2"])
     for out in [*(attention.to_out for attention in adapter.attentions), *adapter.layout.outs]:
         torch.nn.init.normal_(out.weight, std=0.1)
     save_checkpoint(paths.run(ADAPTER) / "best.pth", {

@@ -13,7 +13,7 @@ import torch
 
 import utils
 from disk.checkpoints import load_checkpoint
-from models import restore
+from models import adapter_feats, restore
 from nsd.batches import Epochs, read_targets
 from nsd.components import CoefficientRows, open_components
 from nsd.repeats import AveragedRows
@@ -176,7 +176,7 @@ def feats_of(file, run):
     if found["kind"] != "adapter":
         raise utils.UserError(f"--adapter_run {run}: holds no adapter but a {found['kind']}, wanted a run of "
                               "train_adapter.py (adapter_...)")
-    return ["z", *(f"g_{k}" for k in found["layers"])]
+    return adapter_feats(found["layers"])
 
 
 def check_scores(adapter, scores, run):

@@ -28,6 +28,7 @@ import options
 from disk.checkpoints import RUN_KEYS, require_keys
 from disk.files import file_hash, load_json, save_json, temporary_of
 from disk.hub import require_model, snapshot
+from models import adapter_feats
 from nsd.components import Basis
 from utils import UserError, refusal
 
@@ -286,8 +287,7 @@ def check_config(config):
     if adapter is not None:
         known = adapter["state"]["model_args"]
         require(known["kind"] == "adapter" and adapter["run"] not in config["runs"], "an adapter")
-        require(all(feat in config["features"] for feat in ["z", *(f"g_{int(k)}" for k in known["layers"])]),
-                "the features of the adapter")
+        require(set(adapter_feats(known["layers"])) <= config["features"].keys(), "the features of the adapter")
     for run, entry in entries_of(config).items():
         require(re.fullmatch(r"\w[\w.=-]*", run), f"names of runs, found {run!r}")
         require(entry["file"] in files, f"a file of the run {run}")
