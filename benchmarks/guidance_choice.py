@@ -71,13 +71,15 @@ CFG = [{**guidance, "cfg_scale": w} for w in (5, 7.5, 3, 2, 1.5, 1) for guidance
 SETS = {"rules": RULES, "repeats": REPEATS, "cfg": CFG, "adapter": ADAPTER, "results": RESULTS} | {
     name: [{**guidance, "solver": solver, "num_inference_steps": steps} for solver, steps in STEPS]
     for name, guidance in (("steps", POSTERIOR), ("unguided_steps", UNGUIDED))} | {
-    f"strengths_{steps}": [{**setting, "num_inference_steps": steps} for setting in at_strengths(14, 20, 30, 45, 100)]
-    for steps in (12, 25, 50)}
+    f"{beside}strengths_{steps}": [{**adapter, **setting, "num_inference_steps": steps}
+                                   for setting in at_strengths(14, 20, 30, 45, 100)]
+    for steps in (12, 25, 50) for beside, adapter in (("", {}), ("adapter_", {"use_adapter": True}))}
 KNOBS = {"use_adapter": "adapter", "cfg_scale": "CFG", "solver": "solver", "num_inference_steps": "steps",
          "guidance_repeats": "repeats", "guidance_draws": "draws"}
 NUMBERS = {"pixcorr": "PixCorr", "ssim": "SSIM", "sharpness": "sharpness",
            "brain_correlation_nsd_general": "r under GNet"}  # all others are rates
 CAPTIONED = {"captioned": ("setting", "kind", "colour", "place"), "uncaptioned": ("size", "pattern", "light")}
+ATTRIBUTES_OPEN = ("kind", "colour", "place", "size", "pattern", "light")  # settings are always right, seconds never
 MEASURES = {**{name: name for name in ATTRIBUTES}, "clip_two_way": "CLIP two-way", **NUMBERS}
 
 
@@ -139,11 +141,14 @@ def main(argv=None):
         lines += [f"{args.num_samples} pictures of each, {fixed}z from {args.strength:g}. In brackets:",
                   "the difference from the first row, where its 95 % interval leaves out 0.", "",
                   as_markdown(settings, tables, args.guidance_decoder)]
+    scales = [setting["guidance_scale"] for setting in settings]
+    end = next((i for i, scale in enumerate(scales) if scale in scales[:i]), None)  # of the scan, which comes first
+    scan = dict(zip(scales[:end], tables[:end], strict=True))
+    if len(scan) > 2 and truths is not None:
+        lines += ["", f"The rule of guidance_choice.md chooses {chosen_of(scan):g}."]
     text = "\n".join(lines)
     if args.figure:
-        scales = [setting["guidance_scale"] for setting in settings]
-        end = next((i for i, scale in enumerate(scales) if scale in scales[:i]), None)  # of the scan, which comes first
-        plot(dict(zip(scales[:end], tables[:end], strict=True)), args.figure)
+        plot(scan, args.figure)
     if args.table:
         Path(args.table).write_text(text + "\n")
     print(text)
@@ -207,6 +212,14 @@ def gain_of(name, table, plain):
     draws = np.random.default_rng(0).integers(len(values), size=(10000, len(values)))
     low, high = np.quantile(np.nanmean((values - before)[draws], axis=1), (0.025, 0.975))
     return np.nanmean(values), np.nanmean(values - before), low, high
+
+
+def chosen_of(tables):
+    """The strength with the highest mean over ATTRIBUTES_OPEN of those under which no measure is measurably lower than
+    unguided; of strengths that differ by less than a point, the weakest. tables: {scale: table}, 0 one of them."""
+    means = {scale: np.mean([table[name] for name in ATTRIBUTES_OPEN]) for scale, table in tables.items()
+             if all(gain_of(name, table, tables[0])[3] >= 0 for name in MEASURES if name in table)}
+    return min(scale for scale, mean in means.items() if mean > max(means.values()) - 0.01)
 
 
 def plot(tables, file):

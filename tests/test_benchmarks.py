@@ -225,6 +225,17 @@ def test_the_gain_of_guidance_is_paired_and_its_figure_is_drawn(tmp_path):
     assert min(Image.open(tmp_path / "figure.png").size) > 400
 
 
+def test_the_rule_takes_the_weakest_of_the_best_strengths_that_cost_nothing():
+    plain = {name: np.random.default_rng(0).random(40) for name in guidance_choice.MEASURES}
+    tables = {0: plain}
+    for scale, gain in ((3, 0.05), (10, 0.095), (30, 0.1), (100, 0.3)):  # 10 and 30 differ by half a point
+        tables[scale] = {name: values + gain for name, values in plain.items()}
+    tables[100]["ssim"] = plain["ssim"] - 0.001
+    assert guidance_choice.chosen_of(tables) == 10
+    tables[100]["ssim"] = plain["ssim"] - 0.1 * np.resize([1, -1], 40)  # lower and higher: not measurably lower
+    assert guidance_choice.chosen_of(tables) == 100
+
+
 def test_what_a_lesion_costs_is_paired():
     """Against scipy's bootstrap of paired differences."""
     rng = np.random.default_rng(0)
