@@ -165,7 +165,8 @@ def as_markdown(settings, tables, decoder):
             cells |= {"window": f"{setting['guidance_strength']:g}", "gradient": setting.get("guidance_grad", "xt"),
                       "x0": setting.get("guidance_x0", "cond"),
                       "decoder": Path(setting.get("guidance_decoder", decoder)).name}
-        cells |= {column: str(setting[name]) for name, column in KNOBS.items() if name in setting}
+        cells |= {column: "yes" if setting[name] is True else str(setting[name])
+                  for name, column in KNOBS.items() if name in setting}
         for name in shown:
             mean, gain, low, high = gain_of(name, table, tables[0])
             percent = name not in NUMBERS
