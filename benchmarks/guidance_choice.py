@@ -4,6 +4,7 @@
     python benchmarks/guidance_choice.py --root demo --sd_model demo/models/sd --clip_model demo/models/clip
     python benchmarks/guidance_choice.py --what steps ...       # of DDIM and DPM-Solver++
     python benchmarks/guidance_choice.py --what strengths_25 ...   # is the best strength the same in 25 steps? (12, 50)
+    python benchmarks/guidance_choice.py --what adapter_strengths_25 ...   # and beside the adapter?
     python benchmarks/guidance_choice.py --what adapter ...     # g's adapter (train_adapter.py), and guidance beside it
     python benchmarks/guidance_choice.py --what repeats ...     # of guided steps, and other ways to spend the same
     python benchmarks/guidance_choice.py --what cfg ...         # classifier-free guidance beside that of g
@@ -13,8 +14,8 @@
 Validation images are training images that no training step saw, so nothing is chosen on test images. Every setting
 draws --num_samples pictures of each from the same noise and c, z, g (kept in outputs_all/subj0X/choice/, reused when
 run again). Prints and writes a markdown table (--table): each measure's mean, and in brackets the difference from the
-first row where its 95 % interval leaves out 0: bootstrap over images, pairs kept together. Of results: every difference
-from the row above, with its interval.
+first row where its 95 % interval leaves out 0: bootstrap over images, pairs kept together. Of a scan of strengths also
+the one that the rule chooses (chosen_of). Of results: every difference from the row above, with its interval.
 """
 
 import csv
@@ -79,7 +80,8 @@ KNOBS = {"use_adapter": "adapter", "cfg_scale": "CFG", "solver": "solver", "num_
 NUMBERS = {"pixcorr": "PixCorr", "ssim": "SSIM", "sharpness": "sharpness",
            "brain_correlation_nsd_general": "r under GNet"}  # all others are rates
 CAPTIONED = {"captioned": ("setting", "kind", "colour", "place"), "uncaptioned": ("size", "pattern", "light")}
-ATTRIBUTES_OPEN = ("kind", "colour", "place", "size", "pattern", "light")  # settings are always right, seconds never
+# the setting is always right, the second object hardly ever
+ATTRIBUTES_OPEN = (*CAPTIONED["captioned"][1:], *CAPTIONED["uncaptioned"])
 MEASURES = {**{name: name for name in ATTRIBUTES}, "clip_two_way": "CLIP two-way", **NUMBERS}
 
 
