@@ -1,6 +1,7 @@
 """What does each region of interest contribute to c, z and g, and to pictures? On the demo world, whose judge knows.
 
-    source demo/settings.sh; python benchmarks/lesions.py --table benchmarks/lesions.md       # when the demo has run
+    source demo/settings.sh; bash scripts/recon.sh                            # when the demo has run: whole responses
+    python benchmarks/lesions.py --table benchmarks/lesions.md
 
 Scores and draws each lesion (what is there is kept), then judges the pictures of the 100 test images: which attributes
 of the scene they show, and how well their pixels agree. Differences from whole responses are paired by image, with 95 %

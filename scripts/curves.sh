@@ -5,7 +5,8 @@
 #   bash scripts/curves.sh                                   when train.sh, score.sh and recon.sh have run
 #   BOTTLENECKS="1 10" SESSIONS="" bash scripts/curves.sh    two bottlenecks alone
 #
-# Flags go to recon.sh: give it those that the reconstructions were drawn with.
+# Flags go to recon.sh: give it those that the reconstructions were drawn with, but none that names their folder
+# (--use_adapter, --method, --guidance_scale, ...): the comparison is with those of recon.sh's own defaults.
 #
 # Knobs, in front of the command:
 #   SUBJ=1                          the subject

@@ -7,9 +7,9 @@
 #   bash scripts/evaluate.sh --subjects 1 2 5 7                  a row for each subject, and their mean
 #
 # Of recon.sh's flags it needs only those that name the folder: --method, --guidance_scale, --guidance_strength,
-# --control, --voxels, --without, --test_split, --repeats, --hold_out, --run ground_truth, --use_gnet with --gnet_roi and
-# --gnet_kappa. How the pictures were drawn is read from the folder. A report that is there is replaced; --outdir DIR
-# puts the new one elsewhere.
+# --control, --voxels, --without, --test_split, --repeats, --hold_out, --run ground_truth, --use_adapter, --select,
+# --use_gnet with --gnet_roi and --gnet_kappa. How the pictures were drawn is read from the folder. A report that is
+# there is replaced; --outdir DIR puts the new one elsewhere.
 #
 # Knobs, in front of the command:
 #   SUBJ=1                     the subject

@@ -6,7 +6,8 @@
 #   WITHOUT="V1 V2 V3" ONLY="" bash scripts/lesions.sh        three regions, one at a time
 #   WITHOUT="V1,V2,V3" ONLY="" bash scripts/lesions.sh        the same three together
 #
-# Flags go to recon.sh: give it those that the reconstructions were drawn with.
+# Flags go to recon.sh: give it those that the reconstructions were drawn with, but none that names their folder
+# (--use_adapter, --method, --guidance_scale, ...): the comparison is with those of recon.sh's own defaults.
 #
 # Knobs, in front of the command:
 #   SUBJ=1                                   the subject

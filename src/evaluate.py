@@ -8,8 +8,9 @@ PNGs + index.csv of recon.py, stimuli -> protocol `mindeye2` -> a value per metr
     python src/evaluate.py --images DIR --seen     # the seen images against themselves: every metric's best
 
 Of recon.py's flags only those are needed that name the folder: --subj, --method, --guidance_scale, --guidance_strength,
---control, --voxels, --without, --test_split, --repeats, --hold_out, --run ground_truth, --use_gnet with --gnet_roi and
---gnet_kappa. What else was set is read from the folder's config.json; --images DIR needs none of them.
+--control, --voxels, --without, --test_split, --repeats, --hold_out, --run ground_truth, --use_adapter, --select,
+--use_gnet with --gnet_roi and --gnet_kappa. What else was set is read from the folder's config.json; --images DIR
+needs none of them.
 
 Reads index.csv and config.json of the images, nsd_stimuli.hdf5, the scores behind them and, for brain
 correlation, betas and the GNet of --gnet_run. Beside the images it writes
