@@ -120,15 +120,7 @@ def evaluate(args, paths):
     from disk.hub import find_model
     from evaluation import controls, rating, report
     from evaluation.curves import curves_of
-    from evaluation.decoded import (
-        check_rows,
-        effective_ranks,
-        features_of,
-        retrieval,
-        run_behind,
-        variance_explained,
-        voxels_of,
-    )
+    from evaluation.decoded import check_rows, effective_ranks, retrieval, run_behind, variance_explained, voxels_of
     from evaluation.gallery import sheet_of
     from evaluation.measuring import Findings, Scale, brain_of, unmeasured
     from evaluation.networks import FeatureStore, load_networks
@@ -136,7 +128,7 @@ def evaluate(args, paths):
     from evaluation.picture_sets import MADE, SEEN, PictureSet, check_ids, of_the_same_images, read_compared, unlike
     from evaluation.results import check_writable, format_findings, no_longer_compared, write_results
     from nsd.synthetic import stimuli_of
-    from sampling.folders import name_of, read_images
+    from sampling.folders import features_in, name_of, read_images
 
     # which pictures, and which run's scores they were drawn from
     images = read_images(images_folder(args, paths))
@@ -184,7 +176,7 @@ def evaluate(args, paths):
     found, explained = measured[made.label].results, {}
     if not args.seen:
         entries, reasons = retrieval(run, no_run, paths, args.retrieval_feat, args.seed)
-        tested, explained = variance_explained(run, paths, features_of(images.config or {}), args.seed)
+        tested, explained = variance_explained(run, paths, features_in(images.config or {}), args.seed)
         found |= tested | entries | effective_ranks(run, paths, args.retrieval_feat)
         missing |= reasons
     found |= unmeasured(missing)

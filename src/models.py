@@ -2,8 +2,9 @@
 
 Shapes: B batch, V voxels, H hidden, T tokens, D width, L sequence length of the prior (2T + 1); latents (C, h, w).
 
-Every whole model has `model_args` (JSON, from which `build_model` makes it again) and `predict(voxels, ...)`, which
-returns its scores by file name: nsdgeneral (the feature) and, for c and g, retrieval.
+Every whole model has `model_args` (JSON, from which `build_model` makes it again). MindEye2's (BrainModel, LatentModel)
+also have `predict(voxels, ...)`, which returns scores by file name: nsdgeneral (the feature) and, of c and g,
+retrieval.
 """
 
 import math

@@ -48,7 +48,7 @@ from pathlib import Path
 
 import options
 import utils
-from disk.names import LESIONS, Paths, run_name, scores_name
+from disk.names import Paths, run_name, scores_name
 from nsd import sources
 
 PUBLISHED = {"guidance_strength": 0.2, "guidance_draws": 0, "num_inference_steps": 50, "guidance_decoder": "full",
@@ -189,6 +189,8 @@ def main(argv=None):
     config = config_of(args, paths, files)
 
     selection = config | selection_of(args, paths) if args.select else None
+    if args.select:  # before hours of drawing
+        folders.check_folder(folder, selection, args.overwrite)
     drawn = samples_folder(args, paths, folder)
     name = f"recon_{args.subj}_{folders.name_of(folder)}".replace(" ", "_")
     asked = Wandb.from_args(args).of("recon", args.method, args.run, args.guidance_rule, args.control)
@@ -559,10 +561,6 @@ def config_of(args, paths, files):
 
     decisive = {name: paths.as_recorded(value) if name in PATH_OPTIONS and value else value
                 for name, value in vars(args).items() if name not in FREE_OPTIONS}
-    usual = {"hold_out": None, "guidance_repeats": 1, "gnet_from": 0, **dict.fromkeys(LESIONS)}  # as before these flags
-    if args.guidance_rule != "posterior":  # whose steps are longer since there are draws
-        usual["guidance_draws"] = 0
-    decisive = {name: value for name, value in decisive.items() if name not in usual or value != usual[name]}
     if not args.use_adapter:  # as before there was one
         decisive = {name: value for name, value in decisive.items() if name not in ADAPTER_OPTIONS}
     if not args.use_gnet:  # what does not guide does not matter

@@ -40,7 +40,7 @@ def main(argv=None):
         return train_ridge(plan, "g", args.feat)
     sizes = {"hidden_dim": args.hidden_dim, "n_blocks": args.n_blocks, "dropout": args.dropout}
     if args.model == "components":
-        return train_decoder(plan, "g", args.feat, sizes)
+        return train_decoder(plan, "g", args.feat, sizes, mixup_pct=args.mixup_pct)
     sizes["prior_depth"] = args.prior_depth
     for feat in args.feat:
         train_tokens(plan, feat, sizes, BrainObjective(args.clip_scale, args.prior_scale, args.mixup_pct))

@@ -47,7 +47,7 @@ def main(argv=None):
         return train_ridge(plan, "z", ["z"])
     if args.model == "components":
         sizes = {"hidden_dim": args.hidden_dim, "n_blocks": args.n_blocks, "dropout": args.dropout}
-        return train_decoder(plan, "z", ["z"], sizes)
+        return train_decoder(plan, "z", ["z"], sizes, mixup_pct=args.mixup_pct)
     run = open_run(plan, "z", tokens="g_12")
     if run is None:
         return

@@ -144,6 +144,14 @@ def test_the_stack_is_the_best_average_on_validation_images(trained, script, cap
     assert "kept" in capsys.readouterr().out  # nothing changed since
 
 
+@pytest.mark.parametrize(("script", "flags"), [(train_c, []), (train_z, []), (train_g, LAYERS)])
+def test_any_feature_can_be_mixed(trained, tmp_path, monkeypatch, script, flags):
+    asked = []
+    monkeypatch.setattr("training.components.fit", lambda run, model, objective, loop: asked.append(objective))
+    assert train(copy_world(trained, tmp_path), *NETWORK, *flags, "--mixup_pct", 0.5, "--overwrite", script=script) == 0
+    assert asked[0].mixup_pct == 0.5
+
+
 def test_a_new_voxel_encoder_serves_all_layers(tmp_path, capsys):
     paths = write_world(tmp_path)
     assert train(paths, *NETWORK, *LAYERS, "--multi_subject", script=train_g) == 0

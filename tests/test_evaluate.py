@@ -372,9 +372,10 @@ def test_a_report_that_is_replaced_says_what_it_no_longer_compares(root, capsys)
 def test_sets_that_were_drawn_otherwise_are_said_so(root, capsys):
     pictures = stimuli_of(root)[IDS]
     config = json.loads((images_of(root) / "config.json").read_text()) | {"method": "cp_4096_v1", "run": "ridge"}
-    own = config | {"cfg_scale": 5.0, "feats": ["g_2"], "guidance_rule": "raw"}
+    own = config | {"cfg_scale": 5.0, "feats": ["g_2"], "guidance_rule": "raw", "guidance_scale": 1.0}
     save_json(images_of(root) / "config.json", own)
     sets = {"same": own | {"commit": "x", "method": "b"}, "other": own | {"cfg_scale": 7.5, "guidance_rule": "norm"},
+            "repeated": own | {"guidance_repeats": 2},
             "unguided": config | {"cfg_scale": 5.0, "feats": []}}
     for label, settings in sets.items():
         save_json(write_set(root / label, pictures) / "config.json", settings)
@@ -385,6 +386,7 @@ def test_sets_that_were_drawn_otherwise_are_said_so(root, capsys):
     out, page = capsys.readouterr().out, (images_of(root) / "report/index.html").read_text()
     said = dict(re.findall("^(.*): drawn otherwise than what is evaluated: (.*)$", out, re.MULTILINE))
     assert said == {"other": "cfg_scale 7.5, not 5.0; guidance_rule norm, not raw", "unguided": "feats none, not g_2",
+                    "repeated": "guidance_repeats 2, not 1",
                     "twice": "2 pictures of each image, not 1"}
     assert all(how in page for how in said.values())
     assert "baseline: ridge" not in out  # one of the sets is it

@@ -338,6 +338,8 @@ def test_z_starts_the_drawing(root, models):
     scores, from_file, pure = (pictures(unguided_folder(root, m)) for m in ("scores", "file", "pure"))
     assert all(np.array_equal(picture, from_file[name]) for name, picture in scores.items())
     assert scores and any(np.abs(scores[name] - pure[name]).max() > 1 for name in pure)
+    config = folders.read_images(unguided_folder(root, "file")).config  # evaluate.py takes them
+    assert folders.features_in(config) == ["c"] and "start" in config["score_hashes"]
 
 
 def test_scores_of_other_ids_are_refused(root, models, capsys):
@@ -507,6 +509,13 @@ def test_a_folder_from_before_there_were_draws(measured, models, tmp_path, rule,
     assert run(measured, models, *flags) == status
 
 
+@pytest.mark.parametrize("rule, flag", [("posterior", "--guidance_repeats"), ("norm", "--guidance_draws")])
+def test_a_usual_setting_differs_from_one_that_was_not(measured, models, tmp_path, capsys, rule, flag):
+    flags = ("--guidance_rule", rule, "--limit", 1, "--outdir", tmp_path / "pictures")
+    assert run(measured, models, *flags, flag, 2) == 0
+    assert run(measured, models, *flags) == 2 and f"{flag[2:]} 2 ->" in capsys.readouterr().err
+
+
 def test_the_posterior_rule_lowers_the_misfit(measured, models):
     assert measure(measured, models) == 0 and measure(measured, models, "--guidance_scale", 0) == 0
     folder = measured / "outputs_all/subj01/cp_4096_v1"
@@ -583,6 +592,7 @@ def test_another_number_of_samples_is_another_selection(measured, models, capsys
     assert measure(measured, models, *given, "--num_samples", 2) == 0
     assert measure(measured, models, *given, "--num_samples", 3) == 2
     assert "num_samples 2 -> 3" in capsys.readouterr().err
+    assert not list(measured.glob("outputs_all/**/*_s2.png"))  # nothing is drawn first
     assert measure(measured, models, *given, "--num_samples", 3, "--overwrite") == 0
 
 

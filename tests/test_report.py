@@ -57,7 +57,8 @@ def written(tmp_path_factory):
     differences = {OTHER: {"pixcorr": {"value": 0.25, "ci_low": 0.05, "ci_high": 0.45, "n": 3}}}
     recon_config = {"run": "finetune", "subj": "subj01", "hidden_dim": 8, "num_sessions": 3, "tag": "",
                     "feats": ["g_2", "g_4"], "z": "none", "head": None, "control": None, "test_split": "new_test",
-                    "repeats": "mean", "score_hashes": {"c": "abc123", "ids": "1"}, "guidance_rule": "posterior",
+                    "repeats": "mean", "guidance_rule": "posterior",
+                    "score_hashes": {"c": "abc123", "g_2": "2", "g_4": "4", "image_ids": "1"},
                     "guidance_scale": 30.0, "guidance_strength": 0.8, "sd_model": "/big disk/sd</script>",
                     "commit": "fedcba9876543210"}
     name = run_name("finetune", "subj01", "c", 8, 3)

@@ -30,6 +30,7 @@ from training.objectives import BrainObjective, LatentObjective
 from training.ridge import RIDGE_ALPHAS, decompose, solve
 from training.runs import subjects_of, target_statistics
 from training.settings import Loop, Plan
+from training.tracking import Dashboard
 
 TIMES = {"train/samples_per_s", "train/data_wait_pct"}
 
@@ -250,6 +251,17 @@ def test_the_log_tells_what_happened(paths):
     assert log.count("24 training and 6 validation trials of subj01") == 2  # the run was opened twice
     for words in ("epoch 1 of 3: loss", "resumed after epoch 1, step 2", "epoch 3 of 3: loss"):
         assert log.count(words) == 1
+
+
+@pytest.mark.parametrize("step", [2, 6])  # of four steps an epoch
+def test_wandb_goes_on_with_a_run_that_was_stopped_in_any_epoch(paths, monkeypatch, step):
+    asked, begin = [], Dashboard.__init__
+    monkeypatch.setattr(Dashboard, "__init__", lambda self, *args, resume=False: asked.append(resume) or
+                        begin(self, *args, resume=resume))
+    with stopped_at(step):
+        assert train(paths, "--num_epochs", 3) == 143
+    assert train(paths, "--num_epochs", 3, "--resume") == 0
+    assert asked == [False, True]
 
 
 def test_best_is_the_epoch_of_the_lowest_validation_loss(paths):

@@ -34,11 +34,6 @@ def run_behind(images):
                                                          (*LESIONS, "sd_model", "score_hashes", "hold_out")}, None
 
 
-def features_of(config):
-    """The features that pictures were drawn from, by their config.json."""
-    return ["c", *config.get("feats", []), *(["z"] if config.get("z") == "scores" else [])]
-
-
 def voxels_of(run, paths):
     """Number of voxels of the responses that were decoded; None where they are not there."""
     if run is None or not paths.betas(run["subj"]).exists():

@@ -10,7 +10,7 @@ import utils
 from disk.hints import listed
 from evaluation.metrics import resize
 from nsd.synthetic import is_synthetic
-from sampling.folders import name_of, read_images, read_png
+from sampling.folders import name_of, read_images, read_png, recorded
 from sampling.inputs import as_float
 
 SEEN, MADE = "seen images", "reconstructed"  # labels of the images themselves, and of what is evaluated
@@ -111,7 +111,7 @@ def unlike(images, other, meant=()):
     meant: settings that make it what it is. Settings that only one of them has (of guidance, where there was none) are
     left out.
     """
-    one, two = images.config or {}, other.config or {}
+    one, two = (recorded(drawn.config or {}) for drawn in (images, other))
     free = {"method", "score_hashes", "commit", "device", "compile", *meant}
     said = [f"{name} {shown(two[name])}, not {shown(one[name])}" for name in one
             if name in two and name not in free and two[name] != one[name]]

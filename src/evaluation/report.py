@@ -17,7 +17,6 @@ from evaluation import figures
 from evaluation.brain_maps import maps_of
 from evaluation.controls import DRAWN, PLAIN
 from evaluation.curves import SHOWN
-from evaluation.decoded import features_of
 from evaluation.gallery import save_copies
 from evaluation.metrics import LOWER_IS_BETTER, chance_of, is_rate, written
 from evaluation.pages import portable, render
@@ -26,7 +25,7 @@ from evaluation.published import AGREES_WITH_PEOPLE, NSD_IMAGES, PUBLISHED, PUBL
 from evaluation.published import METRICS as PROTOCOL
 from nsd.captions import load_captions
 from nsd.rows import open_betas
-from sampling.folders import name_of
+from sampling.folders import features_in, name_of
 from training.bottleneck import numbers_left
 from training.tracking import load_rows
 
@@ -138,8 +137,8 @@ def lead_of(findings, drawn):
     what = f"{n:,} {SPLITS.get(drawn.get('test_split'), 'images')}"
     if not drawn:
         return f"Reconstructions of {what}, compared with what was seen. How they were drawn is not recorded."
-    signals = [SIGNALS["c"], *([SIGNALS["z"]] if drawn.get("z") == "scores" else []),
-               *([SIGNALS["g"]] if drawn.get("feats") or drawn.get("use_adapter") else [])]
+    decoded = {feat.partition("_")[0] for feat in features_in(drawn)}
+    signals = [SIGNALS[signal] for signal in ("c", "z", "g") if signal in decoded]
     signals = " and ".join(filter(None, (", ".join(signals[:-1]), signals[-1])))
     if drawn.get("run") == "ground_truth":
         source = f"From the true {signals} of each"
@@ -483,11 +482,10 @@ def scores_behind(drawn, paths):
     """{feature: config.json of its scores}, of those behind the pictures that are there."""
     found = {}
     if {"run", "subj", "head", "control", "test_split", "repeats"} <= drawn.keys():
-        for feat in drawn.get("score_hashes", {}):
-            if feat in ("c", "z") or feat.startswith("g_"):
-                file = paths.scores(drawn["subj"], scores_name(drawn, feat), feat) / "config.json"
-                if file.exists():
-                    found[feat] = load_json(file)
+        for feat in features_in(drawn):
+            file = paths.scores(drawn["subj"], scores_name(drawn, feat), feat) / "config.json"
+            if file.exists():
+                found[feat] = load_json(file)
     return found
 
 
@@ -527,7 +525,7 @@ def training_of(drawn, paths):
     """Curves of the runs behind the pictures, where their metrics.jsonl are there."""
     if not {"run", "subj", "hidden_dim", "num_sessions", "tag"} <= drawn.keys():
         return []
-    runs = {name: title for feat in features_of(drawn)  # all layers of g may be one run
+    runs = {name: title for feat in features_in(drawn)  # all layers of g may be one run
             for name, title in zip(runs_of(drawn, feat), (feat.partition("_")[0], feat), strict=False)}
     files = {name: paths.run(name) / "metrics.jsonl" for name in runs}
     plots = [curve(runs[name], name, list(load_rows(file))) for name, file in files.items() if file.exists()]

@@ -155,7 +155,7 @@ def check_source(components, source):
 
 def basis_in(digest):
     """Return what tells one basis from another: the part of a digest that components keep when another root takes them
-    over (features.components.adopt). Coefficients of two files with the same mean the same."""
+    over (write_components' `others`). Coefficients of two files with the same mean the same."""
     return digest.partition("-")[0]
 
 

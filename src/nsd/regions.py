@@ -75,7 +75,7 @@ def _read_volume(file):
     """Read a NIfTI volume: (array, affine (4, 4)); UserError for none."""
     import nibabel
 
-    utils.require(file, "ROI volume", DOWNLOAD)
+    utils.require(file, "ROI volume", "download it (bash scripts/download.sh --what rois)")
     try:
         image = nibabel.load(file)
         return np.asarray(image.dataobj), image.affine

@@ -13,7 +13,8 @@ import h5py
 import numpy as np
 
 import utils
-from nsd.rows import KNOWN_FEATURE_SHAPES, Rows, open_betas, open_feature, open_stimuli
+from nsd.regions import voxel_space
+from nsd.rows import KNOWN_FEATURE_SHAPES, Rows, open_feature, open_stimuli
 
 FIRST_ID = 1_000_000  # of stimulus 0
 SPLIT = "synthetic"  # of --test_split
@@ -95,19 +96,8 @@ def open_synthetic_betas(paths, subj):
     session, which NSD's betas have too, needs no such unit. Raises UserError where a file is missing or damaged, or the
     voxels are not those of the betas.
     """
-    import nibabel
-
-    volume = utils.require(paths.rois(subj) / "nsdgeneral.nii.gz", "the volume that says which voxels are decoded",
-                           "download it (bash scripts/download.sh --what rois)")
-    try:
-        general = np.asarray(nibabel.load(volume).dataobj)
-    except Exception as error:  # nibabel and gzip raise many types for damaged files
-        raise utils.UserError(f"{volume}: not a readable NIfTI volume ({error}); download it again") from None
-    voxels = np.nonzero(general == 1)  # C order
-    n_voxels = open_betas(paths, subj).shape[1]
-    if len(voxels[0]) != n_voxels:
-        raise utils.UserError(f"{volume}: {len(voxels[0])} voxels, the betas of {subj} have {n_voxels}; check that "
-                              "both are of one subject and one data set")
+    decoded = voxel_space(paths, subj).inside
+    voxels = np.nonzero(decoded)  # C order
     hdf5, nifti = (paths.synthetic_betas(subj) / f"betas_nsdsynthetic.{kind}" for kind in ("hdf5", "nii.gz"))
     if hdf5.exists() or not nifti.exists():
         file, opened = utils.require(hdf5, f"betas of NSD-synthetic of {subj}", HINT), _open_hdf5
@@ -115,8 +105,8 @@ def open_synthetic_betas(paths, subj):
         file, opened = nifti, _open_nifti
     try:
         dtype, n_trials, shape, read = opened(file, voxels)
-        if dtype != np.int16 or shape != general.shape:
-            raise OSError(f"{dtype} volumes of {shape}, wanted int16 of {general.shape}, as {volume.name} is")
+        if dtype != np.int16 or shape != decoded.shape:
+            raise OSError(f"{dtype} volumes of {shape}, wanted int16 of {decoded.shape}, as nsdgeneral.nii.gz is")
     except Exception as error:  # h5py, nibabel and gzip raise many types for damaged files
         raise _damaged(file, error) from None
     return SessionBetas(file, n_trials, voxels, read)

@@ -100,7 +100,7 @@ class AdapterObjective:
         """alphas_cumprod (steps,): of the diffusion; empty (1, T, D): the empty text; z_shape: (C, h, w)."""
         self.decodings, self.abar, self.empty, self.z_shape = decodings, alphas_cumprod, empty, z_shape
 
-    def __call__(self, model, batch, progress, generator=None, team=ALONE):
+    def __call__(self, model, batch, progress, generator, team=ALONE):
         """Return (loss, logs) of a joint batch: {"latents": (B, C, h, w), feature: coefficients (B, K), ...}, this
         process's rows.
 

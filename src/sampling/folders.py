@@ -18,13 +18,15 @@ from PIL import Image
 import options
 import utils
 from disk.files import atomic_path, file_hash, load_csv, load_json, remove_leftovers, save_csv, save_json
+from disk.names import LESIONS
 
 FILE_NAME = re.compile(r"(\d{5,})(?:_s(\d+))?\.png")
 # what config.json says that names of other folders are made of, and what says whether it may
 NAMES = {"subj": options.subject, "run": options.run, "head": options.head, "hold_out": options.hold_out,
          "voxels": options.regions, "without": options.regions, "sd_model": str} | dict.fromkeys(
     ("method", "tag", "control", "test_split", "repeats", "gnet_run", "gnet_roi"), options.tag)
-OTHER_HASHES = ("image_ids", "adapter", "gnet", "target", "measurements")  # of score_hashes, beside the features
+# of score_hashes, beside the features
+OTHER_HASHES = ("image_ids", "start", "adapter", "gnet", "target", "measurements")
 NUMBERS = ("hidden_dim", "num_sessions", "gnet_kappa")
 KINDS = (".png", ".jpg", ".jpeg")  # of pictures that recon.py did not draw
 END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk, the same in every PNG
@@ -39,7 +41,7 @@ def check_folder(folder, config, overwrite):
     if overwrite:
         return
     if (folder / "config.json").exists():
-        old = load_json(folder / "config.json")
+        old, config = recorded(load_json(folder / "config.json")), recorded(config)
         changed = [key for key in config if key != "commit" and config[key] != old.get(key)]
         if changed and pictures_in(folder):
             changes = ", ".join(change(key, old.get(key), config[key]) for key in changed)
@@ -48,6 +50,25 @@ def check_folder(folder, config, overwrite):
     elif pictures := pictures_in(folder):
         raise utils.UserError(f"{folder}: {len(pictures)} pictures without their config.json; --overwrite them, or "
                               "choose another --method or --outdir")
+
+
+def recorded(config):
+    """A config.json with what it leaves out: settings whose flags there were not yet when the pictures were drawn."""
+    usual = {"hold_out": None, **dict.fromkeys(LESIONS)}
+    if "guidance_scale" in config:  # guided
+        usual["guidance_repeats"] = 1
+        if config.get("guidance_rule") != "posterior":  # whose steps are longer since there are draws
+            usual["guidance_draws"] = 0
+    if config.get("use_gnet"):
+        usual["gnet_from"] = 0
+    return usual | config
+
+
+def features_in(config):
+    """The features that pictures were drawn from, by their config.json."""
+    if config.get("score_hashes") is None:  # not known: those that the settings name
+        return ["c", *config.get("feats", []), *(["z"] if config.get("z") == "scores" else [])]
+    return [name for name in config["score_hashes"] if name not in OTHER_HASHES]
 
 
 def change(key, old, new):

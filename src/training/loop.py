@@ -82,6 +82,7 @@ def fit(run, model, objective, loop):
     """
     team, at = run.team, Position()
     state = load_start(run, model, loop)
+    resumed = state is not None
     model.to(team.device)
     if state is not None and state["epoch"] >= loop.num_epochs:
         return
@@ -91,7 +92,7 @@ def fit(run, model, objective, loop):
         at = go_on(state, team, optimizer, schedule)
         run.say(f"resumed after epoch {at.epoch}" + f", step {at.step}" * (at.step > 0))
         del state  # it holds the moments once more
-    tracker = start_records(run, loop, at.epoch)
+    tracker = start_records(run, loop, at.epoch, resumed)
     train, val = (make_loader(batches, loop.num_workers, team) for batches in (run.train, run.val))
     alarm, pace = Alarm(60 * loop.ckpt_minutes), Pace()
     with utils.StopSignals() as stop, progress_bar(run, loop, at) as bar:
@@ -349,8 +350,8 @@ def save(run, file, model, at, **more):
             "config": run.config, "subjects": list(run.n_voxels), "n_voxels": run.n_voxels, **more})
 
 
-def start_records(run, loop, epoch=None):
-    """Write config.json and open the tracker, which keeps the rows of metrics.jsonl up to `epoch` (None: no row).
+def start_records(run, loop, epoch=0, resumed=False):
+    """Write config.json and open the tracker, which keeps the rows of metrics.jsonl up to `epoch`.
 
     Other processes than the main one keep no records.
     """
@@ -359,7 +360,7 @@ def start_records(run, loop, epoch=None):
     save_json(run.folder / "config.json", run.config | {"git_commit": utils.git_commit()})
     asked = loop.wandb.of(run.config.get("stage"), run.feat, run.config.get("model"))
     n_steps = loop.num_epochs * len(run.train)
-    tracker = Tracker(run.folder, run.name, run.config, asked, epoch, n_steps, run.lines)
+    tracker = Tracker(run.folder, run.name, run.config, asked, epoch, resumed, n_steps, run.lines)
     if run.pretrained is not None:
         tracker.uses("checkpoint", run.pretrained, archive_hash)
     return tracker

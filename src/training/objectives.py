@@ -57,24 +57,23 @@ class ComponentObjective:
         n, mixing = len(batch["image_ids"]), model.training and progress < self.mixup_pct
         voxels, mix = shown_voxels(batch, mixing, generator, team)
         predicted, embedded = model(voxels)
-        loss, logs = 0.0, {}
+        mse, clip, logs = 0.0, 0.0, {}
         for feat, own in predicted.items():
             rows, k = team.join(own.float(), n), own.shape[1]
             wanted = team.join(batch[feat][:, :k], n) / self.components[feat].total ** 0.5  # (B, K)
             target = mix_rows(wanted, *mix) if mix else wanted
             errors = (rows - target).square().mean(0)  # (K,)
-            loss = loss + errors.sum()
+            mse = mse + errors.sum()
             if not model.training:
                 logs[feat, "errors"] = errors.detach()
             if feat in embedded:
                 found = team.join(embedded[feat].float(), n)
-                clip, logs_clip = contrast_loss(found, wanted, progress, self.mixup_pct, mix)
-                loss, logs = loss + self.clip_scale * clip, logs | logs_clip
+                own_clip, logs_clip = contrast_loss(found, wanted, progress, self.mixup_pct, mix)
+                clip, logs = clip + own_clip, logs | logs_clip
             elif len(predicted) == 1:
                 similarity = similarities(rows.detach(), wanted)
                 logs |= {"fwd_pct_correct": pct_correct(similarity), "bwd_pct_correct": pct_correct(similarity.T)}
-        logs["loss_mse"] = loss.detach() - self.clip_scale * logs.get("loss_clip", 0.0)
-        return loss, logs
+        return mse + self.clip_scale * clip, {**logs, "loss_mse": mse.detach()}
 
     def summarise(self, means):
         """Turn validation's errors into r2_<feature>, and keep them in the features' own units.

@@ -161,18 +161,18 @@ class Dashboard:
 class Tracker(Dashboard):
     """The dashboard of a training, whose epochs are kept in metrics.jsonl in its folder too."""
 
-    def __init__(self, folder, name, config, asked, resume_after=None, n_steps=0, lines=None):
-        """asked: settings.Wandb. resume_after: keep the rows of metrics.jsonl up to that epoch; None: start the file
-        over. n_steps: of the whole training. lines: constants {key: value} that W&B draws beside an epoch's values."""
-        super().__init__(folder, name, config, asked, resume=bool(resume_after))
+    def __init__(self, folder, name, config, asked, epoch=0, resumed=False, n_steps=0, lines=None):
+        """asked: settings.Wandb. epoch: keep the rows of metrics.jsonl up to it; resumed: go on with W&B's run, too.
+        n_steps: of the whole training. lines: constants {key: value} that W&B draws beside an epoch's values."""
+        super().__init__(folder, name, config, asked, resume=resumed)
         self.every, self.lines = max(1, -(-n_steps // POINTS)), lines or {}
         self.file = Path(folder) / "metrics.jsonl"
         with atomic_path(self.file) as temporary:
-            temporary.write_text("".join(self._rows_until(resume_after)))
+            temporary.write_text("".join(self._rows_until(epoch)))
 
     def _rows_until(self, epoch):
         """Yield the lines of metrics.jsonl up to an epoch."""
-        if epoch is not None and self.file.exists():
+        if self.file.exists():
             yield from (json.dumps(row) + "\n" for row in load_rows(self.file) if row["step"] <= epoch)
 
     def log_epoch(self, metrics, epoch):
