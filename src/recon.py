@@ -188,8 +188,8 @@ def main(argv=None):
     files |= {**(guide_files(paths, args) if args.use_gnet else {}), "image_ids": files["c"].parent / "image_ids.npy"}
     config = config_of(args, paths, files)
 
-    selection = config | selection_of(args, paths) if args.select else None
     if args.select:  # before hours of drawing
+        selection = config | selection_of(args, paths)
         folders.check_folder(folder, selection, args.overwrite)
     drawn = samples_folder(args, paths, folder)
     name = f"recon_{args.subj}_{folders.name_of(folder)}".replace(" ", "_")

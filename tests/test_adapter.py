@@ -14,12 +14,14 @@ import recon
 import train_adapter
 import utils
 from disk.checkpoints import load_checkpoint
+from disk.files import load_json
 from disk.scores import save_scores
 from models import AdapterAttention, FeatureAdapter
 from nsd.components import CoefficientRows, open_components
 from nsd.rows import open_feature
 from nsd.trials import load_trials, shared_images, split_trials
 from sampling.adapter import AdapterObjective, Decodings, ImageBatches, load_adapter
+from sampling.folders import features_in
 from sampling.pipeline import load_pipeline
 from test_recon import folder_of, pictures, score_folder, words
 from tiny_nsd import N_IMAGES, SHARED, write_tiny_nsd
@@ -322,6 +324,7 @@ def test_decoded_z_conditions_wherever_paths_start(scored, tiny_models):
         return pictures(scored / name)
 
     noise, file = drawn("noise", "--z", "none"), scored / "elsewhere"
+    assert {"c", "z"} < set(features_in(load_json(scored / "noise/config.json")))  # and layers of g, unguided
     save_scores(file, SHARED[:3], {"nsdgeneral": np.zeros((3, *SHAPES["z"]))}, {})
     given, usual = drawn("given", "--z", file / "nsdgeneral.npy"), drawn("usual", "--z", "scores")
     save_scores(score_folder(scored, "z"), SHARED[:3], {"nsdgeneral": np.ones((3, *SHAPES["z"]))}, {})

@@ -66,9 +66,8 @@ def recorded(config):
 
 def features_in(config):
     """The features that pictures were drawn from, by their config.json."""
-    if config.get("score_hashes") is None:  # not known: those that the settings name
-        return ["c", *config.get("feats", []), *(["z"] if config.get("z") == "scores" else [])]
-    return [name for name in config["score_hashes"] if name not in OTHER_HASHES]
+    known = [name for name in config.get("score_hashes") or {} if name not in OTHER_HASHES]
+    return known or ["c", *config.get("feats", []), *(["z"] if config.get("z") == "scores" else [])]
 
 
 def change(key, old, new):

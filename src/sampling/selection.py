@@ -19,9 +19,8 @@ def select(drawn, folder, n_samples, misfit, by, config, overwrite=False):
 
     misfit: (rows (B,), images (B, 3, H, W) in [0, 1]) -> (B,), what the best has least of; by: its name. Images that do
     not have as many pictures yet are left out. index.csv says which picture of each it is, and the misfit of all of
-    them. Raises UserError when `folder` holds a selection of another config, unless overwrite.
+    them. What `folder` holds is of `config` or may be overwritten: folders.check_folder, before anything is drawn.
     """
-    folders.check_folder(folder, config, overwrite)
     candidates = defaultdict(list)
     for line in load_csv(drawn / "index.csv", "the list of pictures", "draw them (bash scripts/recon.sh)"):
         if int(line["sample"]) < n_samples:

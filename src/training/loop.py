@@ -84,11 +84,11 @@ def fit(run, model, objective, loop):
     state = load_start(run, model, loop)
     resumed = state is not None
     model.to(team.device)
-    if state is not None and state["epoch"] >= loop.num_epochs:
+    if resumed and state["epoch"] >= loop.num_epochs:
         return
     optimizer, schedule = make_optimizer(model, loop, len(run.train))
     net = team.prepare(model, optimizer, loop.batch_size, loop.compile)
-    if state is not None:
+    if resumed:
         at = go_on(state, team, optimizer, schedule)
         run.say(f"resumed after epoch {at.epoch}" + f", step {at.step}" * (at.step > 0))
         del state  # it holds the moments once more
